@@ -1,0 +1,431 @@
+//! The state of one network namespace, in one shape: what Twill wants, what the kernel holds, and what a facts file says.
+//!
+//! ```text
+//! HostState = { Key → Object }        Key derives from Object; names, never ifindex
+//!    Link  flannel.1   ─┬─ Sysctl  net/ipv6/conf/flannel.1/accept_ra
+//!                       ├─ Addr    10.1.15.0/32
+//!                       ├─ Neigh   10.1.16.0 → MAC
+//!                       ├─ Fdb     MAC → 10.168.0.3
+//!                       └─ Route   10.1.16.0/24 via 10.1.16.0 onlink
+//! ```
+//! A wanted object says `None` for what it does not care about; an object read from the kernel is complete.
+//! [`Object::satisfied_by`] is that comparison, and the only one.
+
+use std::collections::{BTreeMap, btree_map};
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::net::{Inet, LinkName, MacAddr, Mtu, Port, Prefix, Vni};
+
+/// Route protocol number of every route that Twill adds (`ip route` prints `proto 116`).
+pub const PROTO_TWILL: u8 = 116;
+/// `RTPROT_KERNEL`: connected routes that come and go with an address.
+pub const PROTO_KERNEL: u8 = 2;
+/// `RTPROT_BOOT`: what flannel's and a person's `ip route add` leave.
+pub const PROTO_BOOT: u8 = 3;
+/// `RT_TABLE_MAIN`.
+pub const TABLE_MAIN: u32 = 254;
+/// `RT_TABLE_LOCAL`.
+pub const TABLE_LOCAL: u32 = 255;
+
+/// All objects of one network namespace that somebody looks at.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HostState(BTreeMap<Key, Object>);
+
+/// What tells two objects apart, in creation order: sysctls of the namespace first, routes and rules last.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Key {
+    /// A device, by name.
+    Link(LinkName),
+    /// A sysctl, by its path below /proc/sys with `/` between the parts.
+    Sysctl(Box<str>),
+    /// An address on a device.
+    Addr(LinkName, Inet),
+    /// A neighbour (ARP or ND) entry.
+    Neigh(LinkName, IpAddr),
+    /// A forwarding entry of a bridge or VXLAN.
+    Fdb(LinkName, MacAddr),
+    /// A route; entries with one key stand in order in one object.
+    Route(RouteKey),
+    /// A policy rule, by priority and its printed selector.
+    Rule(RuleKey),
+}
+
+/// What the kernel keeps apart as routes: table, destination, TOS, metric. The protocol is not part of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct RouteKey {
+    /// Routing table number; 254 is main.
+    pub table: u32,
+    /// Destination.
+    pub dst: Prefix,
+    /// Type-of-service selector; 0 matches every packet. IPv4 only.
+    pub tos: u8,
+    /// Priority; lower wins among equal prefixes.
+    pub metric: u32,
+}
+
+/// A policy rule's identity.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct RuleKey {
+    /// True for IPv6.
+    pub v6: bool,
+    /// Priority; lower is looked at first.
+    pub priority: u32,
+    /// The selector as `ip rule` prints it, e.g. `from 10.0.0.0/8 iif eth0`.
+    pub selector: Box<str>,
+}
+
+/// One thing in the kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "object", rename_all = "kebab-case")]
+pub enum Object {
+    /// A device.
+    Link(Box<Link>),
+    /// A sysctl and its value, trimmed.
+    Sysctl {
+        /// Path below /proc/sys.
+        path: Box<str>,
+        /// Value without the trailing newline.
+        value: Box<str>,
+    },
+    /// An address.
+    Addr(Addr),
+    /// A neighbour entry.
+    Neigh(Neigh),
+    /// A forwarding entry.
+    Fdb(Fdb),
+    /// All routes of one key, in the kernel's order.
+    Route(Route),
+    /// A policy rule.
+    Rule(Rule),
+}
+
+/// A device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Link {
+    /// Its name.
+    pub name: LinkName,
+    /// What it is, with what only such a device has.
+    pub kind: LinkKind,
+    /// Hardware address; wanted `None`: whatever the kernel gives.
+    pub mac: Option<MacAddr>,
+    /// MTU; wanted `None`: whatever it is.
+    pub mtu: Option<Mtu>,
+    /// Administratively up (IFF_UP).
+    pub up: bool,
+    /// The bridge (or other master) it is a port of; wanted `None`: not looked at.
+    pub master: Option<LinkName>,
+    /// Read only: lower layer up (IFF_LOWER_UP, "carrier"). Never compared.
+    #[serde(default)]
+    pub carrier: bool,
+}
+
+/// Device kinds that Twill makes or looks into.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum LinkKind {
+    /// VXLAN tunnel end point.
+    Vxlan(Vxlan),
+    /// Linux bridge.
+    Bridge,
+    /// One end of a pair; `peer` is wanted at creation only, and never compared.
+    Veth {
+        /// Name of the other end.
+        peer: Option<LinkName>,
+        /// Namespace to put the other end into at creation: a path such as /proc/PID/ns/net.
+        peer_netns: Option<Box<str>>,
+    },
+    /// TUN or TAP.
+    Tun,
+    /// Any other; its IFLA_INFO_KIND, or `device` for hardware.
+    Other {
+        /// The kernel's word for it.
+        name: Box<str>,
+    },
+}
+
+/// What a VXLAN device has. `vni`, `port` and `gbp` cannot change in place (kernel: drivers/net/vxlan/vxlan_core.c, `vxlan_nl2conf`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vxlan {
+    /// VXLAN network identifier.
+    pub vni: Vni,
+    /// UDP destination port, and the port it listens on.
+    pub port: Port,
+    /// Outer source address.
+    pub local: Option<IpAddr>,
+    /// Underlay device (IFLA_VXLAN_LINK).
+    pub lower: Option<LinkName>,
+    /// Learn MAC → host from received frames.
+    pub learning: bool,
+    /// Group Based Policy extension.
+    pub gbp: bool,
+}
+
+/// An address on a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Addr {
+    /// The device.
+    pub link: LinkName,
+    /// Address with its length.
+    pub inet: Inet,
+    /// Scope: 0 global, 253 link, 254 host.
+    pub scope: u8,
+}
+
+/// A neighbour entry.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Neigh {
+    /// The device.
+    pub link: LinkName,
+    /// The neighbour's address.
+    pub ip: IpAddr,
+    /// Its hardware address, where one is known.
+    pub mac: Option<MacAddr>,
+    /// NUD_PERMANENT: no ARP or ND is ever sent for it.
+    pub permanent: bool,
+    /// The NUD_* state bits; never compared.
+    #[serde(default)]
+    pub state: u16,
+}
+
+/// A forwarding entry: on a VXLAN, MAC → hosts; on a bridge, MAC → port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fdb {
+    /// The VXLAN or bridge; for a bridge's entry the port that owns it is `port`.
+    pub link: LinkName,
+    /// The frame's destination.
+    pub mac: MacAddr,
+    /// Hosts the frame is sent to, in the kernel's order; empty on a bridge.
+    pub dst: Few<IpAddr>,
+    /// Bridge port; `None` on a VXLAN.
+    pub port: Option<LinkName>,
+    /// NUD_PERMANENT or NUD_NOARP; a learned entry is neither.
+    pub permanent: bool,
+}
+
+/// All routes of one key, in the kernel's order. Only the first is used for a lookup.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    /// Table, destination, TOS, metric.
+    #[serde(flatten)]
+    pub key: RouteKey,
+    /// The twins; wanted objects have exactly one.
+    pub entries: Few<RouteEntry>,
+}
+
+/// One of the routes of a key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteEntry {
+    /// Next hop address; `None`: the destination is on the link.
+    pub via: Option<IpAddr>,
+    /// Output device; `None` for blackhole and its like.
+    pub dev: Option<LinkName>,
+    /// RTNH_F_ONLINK: the next hop is reachable on `dev` whatever the tables say.
+    pub onlink: bool,
+    /// Who added it (rtm_protocol).
+    pub protocol: u8,
+    /// rtm_type: 1 unicast, 2 local, 3 broadcast, 6 blackhole, 7 unreachable, …
+    pub kind: u8,
+    /// rtm_scope: 0 global, 253 link, 254 host.
+    pub scope: u8,
+    /// Preferred source address.
+    pub src: Option<IpAddr>,
+}
+
+/// A policy rule.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rule {
+    /// Its identity.
+    #[serde(flatten)]
+    pub key: RuleKey,
+    /// Table it sends the lookup to; `None` for other actions.
+    pub table: Option<u32>,
+    /// rtm_protocol of who added it.
+    pub protocol: u8,
+}
+
+/// A list that nearly always has one element and then costs no allocation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(
+    from = "Vec<T>",
+    into = "Vec<T>",
+    bound(serialize = "T: Clone + Serialize", deserialize = "T: Deserialize<'de>")
+)]
+pub enum Few<T> {
+    /// The usual case.
+    One(T),
+    /// None, or two and more.
+    Many(Vec<T>),
+}
+
+impl<T> Few<T> {
+    /// No element.
+    pub const fn none() -> Self {
+        Few::Many(Vec::new())
+    }
+
+    /// The elements.
+    pub fn as_slice(&self) -> &[T] {
+        match self {
+            Few::One(one) => std::slice::from_ref(one),
+            Few::Many(many) => many,
+        }
+    }
+
+    /// The first element.
+    pub fn first(&self) -> Option<&T> {
+        self.as_slice().first()
+    }
+}
+
+impl<T> From<Vec<T>> for Few<T> {
+    fn from(mut many: Vec<T>) -> Self {
+        if many.len() == 1
+            && let Some(one) = many.pop()
+        {
+            Few::One(one)
+        } else {
+            Few::Many(many)
+        }
+    }
+}
+
+impl<T> From<Few<T>> for Vec<T> {
+    fn from(few: Few<T>) -> Self {
+        match few {
+            Few::One(one) => vec![one],
+            Few::Many(many) => many,
+        }
+    }
+}
+
+impl Key {
+    /// The device that this object stands or falls with.
+    pub fn link(&self) -> Option<LinkName> {
+        match self {
+            Key::Link(l) | Key::Addr(l, _) | Key::Neigh(l, _) | Key::Fdb(l, _) => Some(*l),
+            Key::Sysctl(_) | Key::Route(_) | Key::Rule(_) => None,
+        }
+    }
+}
+
+impl Object {
+    /// The key that this object has.
+    pub fn key(&self) -> Key {
+        match self {
+            Object::Link(l) => Key::Link(l.name),
+            Object::Sysctl { path, .. } => Key::Sysctl(path.clone()),
+            Object::Addr(a) => Key::Addr(a.link, a.inet),
+            Object::Neigh(n) => Key::Neigh(n.link, n.ip),
+            Object::Fdb(f) => Key::Fdb(f.link, f.mac),
+            Object::Route(r) => Key::Route(r.key),
+            Object::Rule(r) => Key::Rule(r.key.clone()),
+        }
+    }
+
+    /// True when `have`, read from the kernel, is what this wanted object asks for.
+    pub fn satisfied_by(&self, have: &Object) -> bool {
+        match (self, have) {
+            (Object::Link(w), Object::Link(h)) => {
+                w.name == h.name
+                    && w.up == h.up
+                    && wish(w.mac, h.mac)
+                    && wish(w.mtu, h.mtu)
+                    && wish(w.master, h.master)
+                    && w.kind.satisfied_by(&h.kind)
+            }
+            (Object::Neigh(w), Object::Neigh(h)) => {
+                (w.link, w.ip, w.mac, w.permanent) == (h.link, h.ip, h.mac, h.permanent)
+            }
+            (want, have) => want == have,
+        }
+    }
+}
+
+impl LinkKind {
+    /// As [`Object::satisfied_by`], for the kind.
+    pub fn satisfied_by(&self, have: &LinkKind) -> bool {
+        match (self, have) {
+            (LinkKind::Veth { .. }, LinkKind::Veth { .. }) => true,
+            (LinkKind::Vxlan(w), LinkKind::Vxlan(h)) => {
+                (w.vni, w.port, w.learning, w.gbp) == (h.vni, h.port, h.learning, h.gbp)
+                    && wish(w.local, h.local)
+                    && wish(w.lower, h.lower)
+            }
+            (want, have) => want == have,
+        }
+    }
+}
+
+/// A wish of `None` is met by everything.
+fn wish<T: PartialEq>(want: Option<T>, have: Option<T>) -> bool {
+    want.is_none() || want == have
+}
+
+impl HostState {
+    /// Nothing at all.
+    pub const fn new() -> Self {
+        Self(BTreeMap::new())
+    }
+
+    /// Puts `object` in, and gives back what had its key.
+    pub fn insert(&mut self, object: Object) -> Option<Object> {
+        self.0.insert(object.key(), object)
+    }
+
+    /// Takes out what has `key`.
+    pub fn remove(&mut self, key: &Key) -> Option<Object> {
+        self.0.remove(key)
+    }
+
+    /// What has `key`.
+    pub fn get(&self, key: &Key) -> Option<&Object> {
+        self.0.get(key)
+    }
+
+    /// The device named `name`.
+    pub fn link(&self, name: LinkName) -> Option<&Link> {
+        match self.0.get(&Key::Link(name)) {
+            Some(Object::Link(l)) => Some(l),
+            _ => None,
+        }
+    }
+
+    /// All objects, in key order.
+    pub fn iter(&self) -> btree_map::Iter<'_, Key, Object> {
+        self.0.iter()
+    }
+
+    /// The objects whose keys lie in `range`, in key order.
+    pub fn range<R: std::ops::RangeBounds<Key>>(&self, range: R) -> btree_map::Range<'_, Key, Object> {
+        self.0.range(range)
+    }
+
+    /// Keeps only what `keep` says.
+    pub fn retain(&mut self, mut keep: impl FnMut(&Key, &Object) -> bool) {
+        self.0.retain(|k, o| keep(k, o));
+    }
+
+    /// How many objects.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// True when there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl FromIterator<Object> for HostState {
+    fn from_iter<I: IntoIterator<Item = Object>>(objects: I) -> Self {
+        Self(objects.into_iter().map(|o| (o.key(), o)).collect())
+    }
+}
+
+impl Extend<Object> for HostState {
+    fn extend<I: IntoIterator<Item = Object>>(&mut self, objects: I) {
+        self.0.extend(objects.into_iter().map(|o| (o.key(), o)));
+    }
+}

@@ -1,0 +1,87 @@
+//! Leases: who holds which subnet, as the store says, and what this node makes of it.
+//!
+//! ```text
+//! store entry ──parse──▶ Lease ──resolve──▶ Peer      (programmed)
+//!      └─ LeaseFault (skipped)    └─ PeerFault (skipped, named in `status`)
+//! ```
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use crate::net::{NodeId, Prefix};
+
+/// One key below `<prefix>/subnets/`, as it came from the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RawLease {
+    /// What follows `<prefix>/subnets/`, e.g. `10.1.15.0-24`.
+    pub name: String,
+    /// The value's bytes.
+    pub value: Vec<u8>,
+    /// Store revision that created the key; the lower one wins a collision.
+    pub create_rev: i64,
+    /// Store revision that last changed the key: the compare value of every write.
+    pub mod_rev: i64,
+    /// The etcd lease that the key hangs on; 0: none (a reservation).
+    pub etcd_lease: i64,
+}
+
+/// The subnets that a key names. At least one is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LeaseKey {
+    /// IPv4 subnet.
+    pub v4: Option<Prefix>,
+    /// IPv6 subnet.
+    pub v6: Option<Prefix>,
+}
+
+/// A lease that could be read.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Lease {
+    /// Its subnets.
+    pub key: LeaseKey,
+    /// Its value.
+    pub attrs: LeaseAttrs,
+    /// As in [`RawLease`].
+    pub create_rev: i64,
+    /// As in [`RawLease`].
+    pub mod_rev: i64,
+    /// As in [`RawLease`].
+    pub etcd_lease: i64,
+}
+
+/// A lease's value: flannel's JSON, in types.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct LeaseAttrs {
+    /// Underlay IPv4 address of the holder.
+    pub public_ip: Option<Ipv4Addr>,
+    /// Underlay IPv6 address of the holder.
+    pub public_ipv6: Option<Ipv6Addr>,
+    /// `BackendType`; `None` for flannel's udp.
+    pub backend_type: Option<String>,
+    /// `BackendData`, checked by the backend only.
+    pub backend_data: Option<serde_json::Value>,
+    /// `BackendV6Data`.
+    pub backend_v6_data: Option<serde_json::Value>,
+    /// `Twill.node`: the holder's identity; flannel's leases have none.
+    pub node: Option<NodeId>,
+    /// Unknown keys inside `Twill`, kept on rewrite.
+    pub twill_extra: serde_json::Map<String, serde_json::Value>,
+}
+
+/// Another node, ready to be programmed by a backend.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Peer {
+    /// Its lease.
+    pub lease: Lease,
+}
+
+/// Why a peer is left out; named in `status`, never disturbs another peer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("lease {name}: {reason}")]
+pub struct PeerFault {
+    /// The store key's last part.
+    pub name: String,
+    /// Stable kebab-case code, e.g. `bad-lease-key`, `subnet-overlap`, `mac-clash`, `foreign-backend`.
+    pub code: &'static str,
+    /// What is wrong and what is allowed.
+    pub reason: String,
+}

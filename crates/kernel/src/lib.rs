@@ -1,0 +1,31 @@
+//! The Linux door, and the only `unsafe` of the project.
+//!
+//! [`Kernel`] is what the reconciler needs of a network namespace.
+
+use std::time::Duration;
+
+use twill_core::host::HostState;
+use twill_core::reconcile::{Changes, Outcome, Plan, Scope};
+
+/// A network namespace that can be read, changed and watched.
+pub trait Kernel {
+    /// The mirror: the last known state, kept by notifications.
+    fn mirror(&self) -> &HostState;
+    /// Reads from the kernel into the mirror: everything, or what these keys name.
+    fn read(&mut self, scope: Scope<'_>) -> Result<(), KernelError>;
+    /// Carries out a plan, and brings the mirror to where the kernel says it ended.
+    fn apply(&mut self, plan: &Plan) -> Outcome;
+    /// Waits until the kernel announces something, a waker is rung, or `timeout` has passed; the mirror is then up to date.
+    fn changes(&mut self, timeout: Option<Duration>) -> Result<Changes, KernelError>;
+}
+
+/// The kernel could not be asked.
+#[derive(Debug, thiserror::Error)]
+#[error("{act}")]
+pub struct KernelError {
+    /// Act and object, e.g. `dump routes`.
+    pub act: String,
+    /// The kernel's word.
+    #[source]
+    pub source: std::io::Error,
+}
