@@ -2,6 +2,8 @@
 //!
 //! The tests in `tests/` run real programs in network namespaces that they made themselves, and look from outside.
 
+pub mod net;
+
 use std::fmt::Debug;
 use std::path::PathBuf;
 use std::process::Command;
