@@ -33,6 +33,20 @@ pub struct LeaseKey {
     pub v6: Option<Prefix>,
 }
 
+impl LeaseKey {
+    /// Its subnets, IPv4 first.
+    pub fn subnets(&self) -> impl Iterator<Item = Prefix> + use<> {
+        [self.v4, self.v6].into_iter().flatten()
+    }
+}
+
+impl Lease {
+    /// A fault of this lease.
+    pub fn fault(&self, code: &'static str, reason: impl Into<String>) -> PeerFault {
+        PeerFault { name: self.key.to_string(), code, reason: reason.into() }
+    }
+}
+
 /// A lease that could be read.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Lease {

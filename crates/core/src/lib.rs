@@ -1,11 +1,14 @@
 //! Twill's decisions, and nothing else: no clock, no socket, no randomness, no thread.
 //!
 //! - [`net`]: the facts of addressing (prefix, MAC, VNI, …), checked once
-//! - [`host`]: the state of a network namespace, as wanted and as found
+//! - [`flannel`]: flannel's formats; [`config`]: the network config
 //! - [`lease`]: who holds which subnet; [`backend`]: what that means for the kernel
+//! - [`host`]: the state of a network namespace, as wanted and as found
 //! - [`reconcile`]: from wanted and found to steps
 
 pub mod backend;
+pub mod config;
+pub mod flannel;
 pub mod host;
 pub mod lease;
 pub mod net;

@@ -1,10 +1,14 @@
 //! Backends: from one peer's lease to the objects that reach it. Each is one pure file.
 
+pub mod vxlan;
+
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use crate::config::BackendConfig;
 use crate::host::{HostState, Object};
 use crate::lease::{LeaseAttrs, Peer, PeerFault};
-use crate::net::{Inet, LinkName, MacAddr, Mtu, Prefix};
+use crate::net::{Inet, LinkName, MacAddr, Mtu, NodeId, Prefix};
 
 /// What a backend may know of this node.
 #[derive(Debug, Clone, PartialEq)]
@@ -15,8 +19,17 @@ pub struct Cx {
     pub subnets: Vec<Prefix>,
     /// The underlay as chosen.
     pub underlay: Underlay,
-    /// Hardware address for the tunnel device, by device name's family: own lease, live device, state file, derived.
-    pub mac: MacAddr,
+    /// Hardware address of each tunnel device: own lease, live device, state file, derived, in that order.
+    pub macs: BTreeMap<LinkName, MacAddr>,
+    /// The node's identity, from which a MAC is derived where `macs` has none.
+    pub node: NodeId,
+}
+
+impl Cx {
+    /// The hardware address that `device` is to have.
+    pub fn mac(&self, device: LinkName) -> MacAddr {
+        self.macs.get(&device).copied().unwrap_or_else(|| vxlan::derive_mac(&self.node, device))
+    }
 }
 
 /// The host's own network, as chosen by `--iface` and its like.
@@ -36,6 +49,14 @@ pub struct Underlay {
     pub public_v6: Option<IpAddr>,
 }
 
+impl Underlay {
+    /// The address of a family that peers are told.
+    pub fn public(&self, v4: bool) -> Option<IpAddr> {
+        let (told, own) = if v4 { (self.public_v4, self.v4) } else { (self.public_v6, self.v6) };
+        told.or(own.map(|inet| inet.addr))
+    }
+}
+
 /// A backend that cannot work with this configuration on this host.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -52,14 +73,28 @@ pub struct Refusal {
 pub trait Backend: std::fmt::Debug + Send + Sync {
     /// `BackendType` in a lease; `None` for udp.
     fn lease_type(&self) -> Option<&'static str>;
-    /// The tunnel device, where there is one.
+    /// The tunnel device of IPv4, where there is one.
     fn device(&self) -> Option<LinkName>;
-    /// MTU for containers over this underlay.
-    fn mtu(&self, underlay: &Underlay) -> Result<Mtu, Refusal>;
+    /// The tunnel devices for these subnets.
+    fn devices(&self, subnets: &[Prefix]) -> Vec<LinkName>;
+    /// MTU of the overlay over this underlay, by the family of the outer packet.
+    fn mtu(&self, underlay: &Underlay, v4: bool) -> Result<Mtu, Refusal>;
     /// Own objects: device, address, sysctls.
     fn base(&self, cx: &Cx) -> Result<HostState, Refusal>;
     /// A peer's objects: neighbour, forwarding entry, route. A fault drops that peer only.
     fn peer(&self, cx: &Cx, peer: &Peer) -> Result<Vec<Object>, PeerFault>;
     /// What our own lease says of us: type and data (identity is added by the caller).
     fn attrs(&self, cx: &Cx) -> LeaseAttrs;
+}
+
+/// The backend that a config names.
+pub fn build(config: &BackendConfig) -> Result<Box<dyn Backend>, Refusal> {
+    match config {
+        BackendConfig::Vxlan(vxlan) => Ok(Box::new(vxlan.clone())),
+        BackendConfig::NotBuilt(name) => Err(Refusal {
+            code: "backend-not-built",
+            message: format!("backend {name:?} is not built yet"),
+            hint: "set Backend.Type to vxlan in the network config (an absent Backend means udp)".into(),
+        }),
+    }
 }

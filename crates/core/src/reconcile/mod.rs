@@ -6,12 +6,28 @@
 //!  have: HostState (mirror) ─┘                effect = the kernel's answer, cascades included
 //! ```
 
-use std::collections::{BTreeMap, BTreeSet};
+mod claim;
+mod display;
+mod effect;
+mod heal;
+mod journal;
+mod plan;
+mod shadow;
+mod wanted;
 
-use serde::Serialize;
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
 
 use crate::host::{HostState, Key, Object};
-use crate::net::{LinkName, Prefix};
+
+pub use claim::Claim;
+pub use effect::effect;
+pub use heal::Healer;
+pub use journal::{Journal, Repair};
+pub use plan::plan;
+pub use shadow::shadowed;
+pub use wanted::Wanted;
 
 /// What the node should look like.
 #[derive(Debug, Clone, Default)]
@@ -20,18 +36,6 @@ pub struct Desired {
     pub host: HostState,
     /// What is Twill's to change and to remove.
     pub claim: Claim,
-}
-
-/// What is ours. Everything else is looked at and left alone.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Claim {
-    /// Our devices (the wanted one and those that the state file remembers), with all addresses, permanent neighbours
-    /// and permanent forwarding entries on them.
-    pub devices: BTreeSet<LinkName>,
-    /// Routes with this protocol number, in any table.
-    pub protocol: Option<u8>,
-    /// Boot-protocol routes inside these networks on our devices: what flannel left.
-    pub networks: Vec<Prefix>,
 }
 
 /// Which keys a plan or a read looks at.
@@ -92,7 +96,7 @@ pub enum Op {
 }
 
 /// Why a step is taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Why {
     /// Wanted, and not there.
@@ -139,5 +143,35 @@ pub struct Changes {
     pub all: bool,
 }
 
-/// Wanted objects by the peer that wants them; the shape of incremental work.
-pub type ByPeer = BTreeMap<String, Vec<Object>>;
+/// Something that a person should know: what, the evidence, and the way out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    /// Stable kebab-case code.
+    pub code: String,
+    /// What it is about, as one line.
+    pub object: String,
+    /// The fact that shows it.
+    pub evidence: String,
+    /// What to do.
+    pub fix: String,
+}
+
+impl Op {
+    /// The object as it will be, or as it was when it goes.
+    pub fn object(&self) -> &Object {
+        match self {
+            Op::Create(object) | Op::Delete(object) => object,
+            Op::Update { to, .. } | Op::Recreate { to, .. } => to,
+        }
+    }
+
+    /// `create`, `update`, `recreate` or `delete`.
+    pub fn verb(&self) -> &'static str {
+        match self {
+            Op::Create(_) => "create",
+            Op::Update { .. } => "update",
+            Op::Recreate { .. } => "recreate",
+            Op::Delete(_) => "delete",
+        }
+    }
+}

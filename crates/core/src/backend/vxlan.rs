@@ -1,0 +1,240 @@
+//! VXLAN (RFC 7348) as flannel's vxlan backend does it: a route, a neighbour and a forwarding entry for each peer, programmed
+//! before anyone asks, so that neither ARP nor flooding ever crosses the tunnel.
+//!
+//! ```text
+//!   10.1.16.0/24 ──route──▶ via 10.1.16.0 onlink ──neigh──▶ VTEP MAC of node2 ──fdb──▶ 10.168.0.3
+//! ```
+
+use std::net::IpAddr;
+
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::host::{
+    Addr, Fdb, Few, HostState, Link, LinkKind, Neigh, Object, PROTO_TWILL, Route, RouteEntry, RouteKey, TABLE_MAIN,
+    Vxlan,
+};
+use crate::lease::{Lease, LeaseAttrs, Peer, PeerFault};
+use crate::net::{Inet, LinkName, MacAddr, Mtu, NodeId, Port, Prefix, Vni};
+
+use super::{Backend, Cx, Refusal, Underlay};
+
+/// Outer Ethernet header is the underlay's; what the tunnel adds to an inner IP packet: outer IPv4 20 + UDP 8 + VXLAN 8 + inner Ethernet 14.
+const OVERHEAD_V4: u32 = 50;
+/// The same with an outer IPv6 header of 40 bytes.
+const OVERHEAD_V6: u32 = 70;
+/// IPv6 routes have no metric bucket to spread over; this is the kernel's default (IP6_RT_PRIO_USER).
+const METRIC_V6: u32 = 1024;
+
+/// The `Backend` object of a vxlan network config, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VxlanConfig {
+    /// VXLAN network identifier; flannel's default is 1.
+    pub vni: Vni,
+    /// UDP port; the kernel's default is 8472.
+    pub port: Port,
+    /// MTU of the underlay to reckon with, instead of the device's.
+    pub mtu: Option<Mtu>,
+    /// Group Based Policy extension.
+    pub gbp: bool,
+    /// Learn MAC → host from received frames.
+    pub learning: bool,
+}
+
+impl Backend for VxlanConfig {
+    fn lease_type(&self) -> Option<&'static str> {
+        Some("vxlan")
+    }
+
+    fn device(&self) -> Option<LinkName> {
+        self.device_of(true)
+    }
+
+    fn devices(&self, subnets: &[Prefix]) -> Vec<LinkName> {
+        subnets.iter().filter_map(|subnet| self.device_of(subnet.is_v4())).collect()
+    }
+
+    fn mtu(&self, underlay: &Underlay, v4: bool) -> Result<Mtu, Refusal> {
+        let lower = self.mtu.unwrap_or(underlay.mtu).get();
+        let overhead = if v4 { OVERHEAD_V4 } else { OVERHEAD_V6 };
+        let floor = if v4 { 68 } else { 1280 };
+        let mtu = lower.checked_sub(overhead).filter(|&mtu| mtu >= floor);
+        mtu.and_then(|mtu| Mtu::try_from(i64::from(mtu)).ok()).ok_or_else(|| Refusal {
+            code: "mtu-too-small",
+            message: format!(
+                "an underlay MTU of {lower} leaves less than {floor} bytes beside the {overhead} of VXLAN"
+            ),
+            hint: format!("raise the MTU of {}, or set Backend.MTU", underlay.link),
+        })
+    }
+
+    fn base(&self, cx: &Cx) -> Result<HostState, Refusal> {
+        let mut host = HostState::new();
+        for subnet in &cx.subnets {
+            let v4 = subnet.is_v4();
+            let Some(name) = self.device_of(v4) else { continue };
+            let local = if v4 { cx.underlay.v4 } else { cx.underlay.v6 };
+            let kind = LinkKind::Vxlan(Vxlan {
+                vni: self.vni,
+                port: self.port,
+                local: local.map(|inet| inet.addr),
+                lower: Some(cx.underlay.link),
+                learning: self.learning,
+                gbp: self.gbp,
+            });
+            let (mac, mtu) = (Some(cx.mac(name)), Some(self.mtu(&cx.underlay, v4)?));
+            host.insert(Object::Link(Box::new(Link { name, kind, mac, mtu, up: true, master: None, carrier: true })));
+            host.insert(Object::Addr(Addr { link: name, inet: Inet::host(subnet.addr()), scope: 0 }));
+            for (path, value) in sysctls(name, v4) {
+                host.insert(Object::Sysctl { path, value: value.into() });
+            }
+        }
+        Ok(host)
+    }
+
+    fn peer(&self, cx: &Cx, peer: &Peer) -> Result<Vec<Object>, PeerFault> {
+        let lease = &peer.lease;
+        let mut objects = Vec::with_capacity(3);
+        for subnet in lease.key.subnets().filter(|s| cx.subnets.iter().any(|own| own.is_v4() == s.is_v4())) {
+            let v4 = subnet.is_v4();
+            let Some(link) = self.device_of(v4) else { continue };
+            let host = self.host(cx, lease, v4)?;
+            let mac = self.vtep_mac(lease, v4)?;
+            if mac == cx.mac(link) {
+                return Err(lease.fault("mac-clash", format!("its VtepMAC {mac} is this node's own")));
+            }
+            let vtep = subnet.addr();
+            objects.push(Object::Neigh(Neigh {
+                link,
+                ip: vtep,
+                mac: Some(mac),
+                permanent: true,
+                state: NUD_PERMANENT,
+            }));
+            objects.push(Object::Fdb(Fdb { link, mac, dst: Few::One(host), port: None, permanent: true }));
+            objects.push(Object::Route(Route {
+                key: RouteKey { table: TABLE_MAIN, dst: subnet, tos: 0, metric: metric(&cx.networks, &subnet) },
+                entries: Few::One(RouteEntry {
+                    via: Some(vtep),
+                    dev: Some(link),
+                    onlink: true,
+                    protocol: PROTO_TWILL,
+                    kind: 1,
+                    scope: 0,
+                    src: None,
+                }),
+            }));
+        }
+        Ok(objects)
+    }
+
+    fn attrs(&self, cx: &Cx) -> LeaseAttrs {
+        let data = |v4| {
+            let of_family = cx.subnets.iter().any(|subnet| subnet.is_v4() == v4);
+            of_family
+                .then(|| self.device_of(v4))
+                .flatten()
+                .map(|name| json!({"VNI": self.vni, "VtepMAC": cx.mac(name)}))
+        };
+        LeaseAttrs {
+            public_ip: cx.underlay.public(true).and_then(as_v4),
+            public_ipv6: cx.underlay.public(false).and_then(as_v6),
+            backend_type: Some("vxlan".into()),
+            backend_data: data(true),
+            backend_v6_data: data(false),
+            ..LeaseAttrs::default()
+        }
+    }
+}
+
+impl VxlanConfig {
+    /// `flannel.<VNI>` or `flannel-v6.<VNI>`; the longest, `flannel-v6.16777215`, is over Linux's 15 bytes: `None`.
+    fn device_of(&self, v4: bool) -> Option<LinkName> {
+        format!("flannel{}.{}", if v4 { "" } else { "-v6" }, self.vni).parse().ok()
+    }
+
+    /// The host that holds the lease.
+    fn host(&self, cx: &Cx, lease: &Lease, v4: bool) -> Result<IpAddr, PeerFault> {
+        let host = if v4 { lease.attrs.public_ip.map(IpAddr::V4) } else { lease.attrs.public_ipv6.map(IpAddr::V6) };
+        let key = if v4 { "PublicIP" } else { "PublicIPv6" };
+        let host = host.ok_or_else(|| lease.fault("bad-lease-value", format!("{key} is missing")))?;
+        if host.is_unspecified() || host.is_multicast() || host.is_loopback() || host == IpAddr::from([255; 4]) {
+            return Err(lease.fault("bad-lease-value", format!("{key} {host} is not the address of a host")));
+        }
+        let own = if v4 { cx.underlay.v4 } else { cx.underlay.v6 };
+        if own.is_some_and(|inet| inet.addr == host) || cx.underlay.public(v4) == Some(host) {
+            return Err(lease.fault("duplicate-public-ip", format!("{key} {host} is this node's own address")));
+        }
+        Ok(host)
+    }
+
+    /// `VtepMAC`, once type and VNI agree with ours.
+    fn vtep_mac(&self, lease: &Lease, v4: bool) -> Result<MacAddr, PeerFault> {
+        let key = if v4 { "BackendData" } else { "BackendV6Data" };
+        let data = if v4 { &lease.attrs.backend_data } else { &lease.attrs.backend_v6_data };
+        let data = data.as_ref().ok_or_else(|| lease.fault("bad-lease-value", format!("{key} is missing")))?;
+        let vni = field(data, "VNI").and_then(Value::as_i64);
+        if vni.is_some_and(|vni| vni != i64::from(self.vni)) {
+            let vni = vni.unwrap_or_default();
+            return Err(lease.fault("vni-differs", format!("{key}.VNI is {vni}, and this network's is {}", self.vni)));
+        }
+        let text = field(data, "VtepMAC").and_then(Value::as_str);
+        let mac = text.and_then(|text| text.parse::<MacAddr>().ok()).filter(MacAddr::is_unicast);
+        mac.ok_or_else(|| {
+            let shown = text.unwrap_or("missing");
+            lease.fault("bad-lease-value", format!("{key}.VtepMAC {shown:?} is not a unicast MAC address"))
+        })
+    }
+}
+
+/// NUD_PERMANENT (include/uapi/linux/neighbour.h).
+const NUD_PERMANENT: u16 = 0x80;
+
+/// A field by its name in any case, the last one winning, as Go reads JSON.
+fn field<'a>(data: &'a Value, name: &str) -> Option<&'a Value> {
+    data.as_object()?.iter().rfind(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value)
+}
+
+/// The node must forward, and the tunnel must not take routes from strangers.
+fn sysctls(name: LinkName, v4: bool) -> Vec<(Box<str>, &'static str)> {
+    let mut list = Vec::new();
+    if v4 {
+        list.push(("net/ipv4/ip_forward".into(), "1"));
+    } else {
+        list.push(("net/ipv6/conf/all/forwarding".into(), "1"));
+        list.push((format!("net/ipv6/conf/{name}/accept_ra").into(), "0"));
+    }
+    list
+}
+
+/// 256 routes share a metric: the kernel keeps routes of one device and metric in one hash bucket (net/ipv4/fib_semantics.c
+/// `fib_devindex_hashfn`), and a long bucket makes adding quadratic. 0 for the first 256 subnets, as flannel's routes have it.
+fn metric(networks: &[Prefix], subnet: &Prefix) -> u32 {
+    if !subnet.is_v4() {
+        return METRIC_V6;
+    }
+    networks.iter().find_map(|network| network.index_of(subnet)).map_or(0, |index| (index / 256) as u32)
+}
+
+/// A MAC that a node and device name always give: the first 6 bytes of SHA-256(identity ‖ device name), local, unicast.
+pub fn derive_mac(node: &NodeId, device: LinkName) -> MacAddr {
+    let digest = Sha256::new().chain_update(node.0).chain_update(device.as_str()).finalize();
+    let mut mac = [0; 6];
+    mac.copy_from_slice(&digest[..6]);
+    mac[0] = (mac[0] | 0x02) & 0xfe;
+    MacAddr(mac)
+}
+
+fn as_v4(ip: IpAddr) -> Option<std::net::Ipv4Addr> {
+    match ip {
+        IpAddr::V4(ip) => Some(ip),
+        IpAddr::V6(_) => None,
+    }
+}
+
+fn as_v6(ip: IpAddr) -> Option<std::net::Ipv6Addr> {
+    match ip {
+        IpAddr::V4(_) => None,
+        IpAddr::V6(ip) => Some(ip),
+    }
+}

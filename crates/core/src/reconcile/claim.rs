@@ -1,0 +1,58 @@
+//! What is ours to change and to remove.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use crate::host::{Key, Object, PROTO_BOOT, PROTO_KERNEL, Route, RouteEntry};
+use crate::net::{LinkName, Prefix};
+
+/// What is ours. Everything else is looked at and left alone.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Claim {
+    /// Our devices (the wanted ones and those that the state file remembers), with all addresses, permanent neighbours
+    /// and permanent forwarding entries on them.
+    pub devices: BTreeSet<LinkName>,
+    /// Routes with this protocol number, in any table.
+    pub protocol: Option<u8>,
+    /// Boot-protocol routes inside these networks on our devices: what flannel left.
+    pub networks: Vec<Prefix>,
+}
+
+impl Claim {
+    /// True when `object` is ours although nothing may want it. What the kernel makes by itself (connected routes,
+    /// link-local addresses, multicast neighbours, learned entries) is never ours.
+    pub fn owns(&self, object: &Object) -> bool {
+        match object {
+            Object::Link(link) => self.devices.contains(&link.name),
+            Object::Addr(addr) => self.devices.contains(&addr.link) && !is_kernel_made(addr.inet.addr),
+            Object::Neigh(neigh) => self.devices.contains(&neigh.link) && neigh.permanent,
+            Object::Fdb(fdb) => self.devices.contains(&fdb.link) && fdb.permanent,
+            Object::Route(route) => route.entries.as_slice().iter().any(|entry| self.owns_entry(route, entry)),
+            Object::Sysctl { .. } | Object::Rule(_) => false,
+        }
+    }
+
+    /// True for a route that we, or the flannel before us, added.
+    pub fn owns_entry(&self, route: &Route, entry: &RouteEntry) -> bool {
+        if entry.protocol == PROTO_KERNEL {
+            return false;
+        }
+        let on_our_device = entry.dev.is_some_and(|dev| self.devices.contains(&dev));
+        let in_network = self.networks.iter().any(|network| network.covers(&route.key.dst));
+        self.protocol == Some(entry.protocol) || (entry.protocol == PROTO_BOOT && on_our_device && in_network)
+    }
+
+    /// True when the object with `key` could be ours by its key alone; a cheap filter before [`Claim::owns`].
+    pub fn may_own(&self, key: &Key) -> bool {
+        match key {
+            Key::Link(l) | Key::Addr(l, _) | Key::Neigh(l, _) | Key::Fdb(l, _) => self.devices.contains(l),
+            Key::Route(_) => true,
+            Key::Sysctl(_) | Key::Rule(_) => false,
+        }
+    }
+}
+
+/// IPv6 link-local addresses come and go with the device.
+fn is_kernel_made(ip: IpAddr) -> bool {
+    matches!(ip, IpAddr::V6(a) if a.is_unicast_link_local() || a.is_multicast())
+}

@@ -1,0 +1,64 @@
+//! What is wanted, by who wants it: the node's own base, and each peer. Full and incremental work are one code.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::host::{HostState, Key, Object};
+
+use super::{Claim, Desired};
+
+/// The desired state, kept up to date peer by peer.
+#[derive(Debug, Default)]
+pub struct Wanted {
+    desired: Desired,
+    base: BTreeSet<Key>,
+    peers: BTreeMap<Box<str>, Box<[Key]>>,
+}
+
+impl Wanted {
+    /// The desired state as it stands.
+    pub fn desired(&self) -> &Desired {
+        &self.desired
+    }
+
+    /// Changes what is claimed.
+    pub fn set_claim(&mut self, claim: Claim) {
+        self.desired.claim = claim;
+    }
+
+    /// Replaces the node's own objects; gives the keys to look at.
+    pub fn set_base(&mut self, base: HostState) -> BTreeSet<Key> {
+        let mut dirty = std::mem::take(&mut self.base);
+        for key in &dirty {
+            self.desired.host.remove(key);
+        }
+        self.base = base.iter().map(|(key, _)| key.clone()).collect();
+        dirty.extend(self.base.iter().cloned());
+        self.desired.host.extend(base.iter().map(|(_, object)| object.clone()));
+        dirty
+    }
+
+    /// Replaces a peer's objects (none: the peer is gone); gives the keys to look at.
+    pub fn set_peer(&mut self, name: &str, objects: Vec<Object>) -> BTreeSet<Key> {
+        let mut dirty: BTreeSet<Key> = self.peers.remove(name).unwrap_or_default().into_vec().into_iter().collect();
+        for key in &dirty {
+            self.desired.host.remove(key);
+        }
+        if !objects.is_empty() {
+            let keys: Box<[Key]> = objects.iter().map(Object::key).collect();
+            dirty.extend(keys.iter().cloned());
+            self.peers.insert(name.into(), keys);
+            self.desired.host.extend(objects);
+        }
+        dirty
+    }
+
+    /// Names of all peers that want something.
+    pub fn peer_names(&self) -> impl Iterator<Item = &str> {
+        self.peers.keys().map(AsRef::as_ref)
+    }
+
+    /// How many peers want something.
+    pub fn peer_count(&self) -> usize {
+        self.peers.len()
+    }
+}
