@@ -5,6 +5,7 @@
 //! - [`lease`]: who holds which subnet; [`backend`]: what that means for the kernel
 //! - [`host`]: the state of a network namespace, as wanted and as found
 //! - [`reconcile`]: from wanted and found to steps
+//! - [`words`]: kernel numbers and table lines as `ip` and `bridge` print them
 
 pub mod backend;
 pub mod config;
@@ -13,3 +14,4 @@ pub mod host;
 pub mod lease;
 pub mod net;
 pub mod reconcile;
+pub mod words;

@@ -1,6 +1,6 @@
 //! The internet checksum (RFC 1071), and the pseudo headers that UDP, TCP and ICMPv6 add to it.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 /// A sum under way: 16-bit words in one's complement, carried in 64 bits.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -28,8 +28,8 @@ impl Sum {
     pub fn pseudo(self, src: IpAddr, dst: IpAddr, protocol: u8, len: usize) -> Self {
         let len = u32::try_from(len).unwrap_or(u32::MAX);
         let sum = match (src, dst) {
-            (IpAddr::V4(s), IpAddr::V4(d)) => self.with(&Ipv4Addr::octets(&s)).with(&d.octets()),
-            (IpAddr::V6(s), IpAddr::V6(d)) => self.with(&Ipv6Addr::octets(&s)).with(&d.octets()),
+            (IpAddr::V4(s), IpAddr::V4(d)) => self.with(&s.octets()).with(&d.octets()),
+            (IpAddr::V6(s), IpAddr::V6(d)) => self.with(&s.octets()).with(&d.octets()),
             _ => self,
         };
         sum.with(&len.to_be_bytes()).with(&[0, 0, 0, protocol])
