@@ -138,8 +138,13 @@ pub fn neigh_line(neigh: &Neigh) -> String {
     if let Some(mac) = neigh.mac {
         let _ = write!(line, " lladdr {mac}");
     }
-    let state = if neigh.permanent { "PERMANENT" } else { neigh_state(neigh.state) };
-    let _ = write!(line, " {state}");
+    match neigh {
+        Neigh { permanent: true, .. } => line.push_str(" PERMANENT"),
+        Neigh { state: 0, .. } => {}
+        Neigh { state, .. } => {
+            let _ = write!(line, " {}", neigh_state(*state));
+        }
+    }
     line
 }
 

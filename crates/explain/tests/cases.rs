@@ -10,6 +10,7 @@
 //!         eth0 10.168.0.2                                   eth0 10.168.0.3              eth0
 //!           └──────────────p1── underlay: br0 ──p2────────────┘   └──────────p3───────────┘
 //! ```
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test file: what fails here fails the test")]
 
 use std::net::IpAddr;
 use std::path::Path;
