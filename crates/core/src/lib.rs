@@ -5,12 +5,14 @@
 //! - [`lease`]: who holds which subnet; [`backend`]: what that means for the kernel
 //! - [`host`]: the state of a network namespace, as wanted and as found
 //! - [`reconcile`]: from wanted and found to steps
+//! - [`ipcalc`]: address arithmetic for people
 //! - [`words`]: kernel numbers and table lines as `ip` and `bridge` print them
 
 pub mod backend;
 pub mod config;
 pub mod flannel;
 pub mod host;
+pub mod ipcalc;
 pub mod lease;
 pub mod net;
 pub mod reconcile;

@@ -1,6 +1,7 @@
 //! The command line: what users type, and which file answers it.
 
 mod completions;
+mod ip;
 
 use std::process::ExitCode;
 
@@ -21,6 +22,8 @@ struct Cli {
 enum Command {
     /// Print a completion script for a shell
     Completions(completions::Completions),
+    /// Calculate with addresses, plan a network
+    Ip(ip::Ip),
 }
 
 /// The whole command tree, for what is generated from it.
@@ -34,6 +37,7 @@ pub(crate) fn run() -> ExitCode {
     let cli = Cli::parse();
     let result: anyhow::Result<ExitCode> = match cli.command {
         Command::Completions(args) => args.run(),
+        Command::Ip(args) => args.run(),
     };
     result.unwrap_or_else(|error| output::report(&error))
 }
