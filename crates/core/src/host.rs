@@ -200,8 +200,14 @@ pub struct Fdb {
     pub dst: Few<IpAddr>,
     /// Bridge port; `None` on a VXLAN.
     pub port: Option<LinkName>,
-    /// NUD_PERMANENT or NUD_NOARP; a learned entry is neither.
+    /// NUD_PERMANENT.
     pub permanent: bool,
+    /// It has a port, VNI or device of its own instead of the tunnel's.
+    #[serde(default)]
+    pub special: bool,
+    /// The NUD_* state bits; never compared.
+    #[serde(default)]
+    pub state: u16,
 }
 
 /// All routes of one key, in the kernel's order. Only the first is used for a lookup.
@@ -337,6 +343,10 @@ impl Object {
             }
             (Object::Neigh(w), Object::Neigh(h)) => {
                 (w.link, w.ip, w.mac, w.permanent) == (h.link, h.ip, h.mac, h.permanent)
+            }
+            (Object::Fdb(w), Object::Fdb(h)) => {
+                (w.link, w.mac, &w.dst, w.port, w.permanent, w.special)
+                    == (h.link, h.mac, &h.dst, h.port, h.permanent, h.special)
             }
             (want, have) => want == have,
         }

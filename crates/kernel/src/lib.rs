@@ -1,17 +1,33 @@
 //! The Linux door, and the only `unsafe` of the project.
 //!
-//! [`Kernel`] is what the reconciler needs of a network namespace.
+//! - [`Kernel`]: what the reconciler needs of a network namespace; [`LinuxKernel`] is the real one, [`MemoryKernel`] its twin
+//! - [`lookup`]: the kernel's own routing decision
+//! - [`netns`]: namespaces; [`sysctl`], [`files`], [`capture`]: the rest of the host
+//! - [`netlink::wire`]: netlink's bytes
+
+pub mod capture;
+pub mod files;
+mod linux;
+pub mod lookup;
+mod memory;
+pub mod netlink;
+pub mod netns;
+pub mod process;
+pub mod sysctl;
 
 use std::time::Duration;
 
 use twill_core::host::HostState;
 use twill_core::reconcile::{Changes, Outcome, Plan, Scope};
 
+pub use linux::{Interest, LinuxKernel, Waker};
+pub use memory::MemoryKernel;
+
 /// A network namespace that can be read, changed and watched.
 pub trait Kernel {
     /// The mirror: the last known state, kept by notifications.
     fn mirror(&self) -> &HostState;
-    /// Reads from the kernel into the mirror: everything, or what these keys name.
+    /// Reads from the kernel into the mirror: everything, or at least what these keys name.
     fn read(&mut self, scope: Scope<'_>) -> Result<(), KernelError>;
     /// Carries out a plan, and brings the mirror to where the kernel says it ended.
     fn apply(&mut self, plan: &Plan) -> Outcome;
@@ -28,4 +44,11 @@ pub struct KernelError {
     /// The kernel's word.
     #[source]
     pub source: std::io::Error,
+}
+
+impl KernelError {
+    /// `act` failed with `source`.
+    pub fn new(act: &str, source: std::io::Error) -> Self {
+        Self { act: act.to_owned(), source }
+    }
 }

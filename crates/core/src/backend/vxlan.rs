@@ -111,7 +111,15 @@ impl Backend for VxlanConfig {
                 permanent: true,
                 state: NUD_PERMANENT,
             }));
-            objects.push(Object::Fdb(Fdb { link, mac, dst: Few::One(host), port: None, permanent: true }));
+            objects.push(Object::Fdb(Fdb {
+                link,
+                mac,
+                dst: Few::One(host),
+                port: None,
+                permanent: true,
+                special: false,
+                state: NUD_PERMANENT,
+            }));
             objects.push(Object::Route(Route {
                 key: RouteKey { table: TABLE_MAIN, dst: subnet, tos: 0, metric: metric(&cx.networks, &subnet) },
                 entries: Few::One(RouteEntry {

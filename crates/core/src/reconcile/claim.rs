@@ -26,7 +26,7 @@ impl Claim {
             Object::Link(link) => self.devices.contains(&link.name),
             Object::Addr(addr) => self.devices.contains(&addr.link) && !is_kernel_made(addr.inet.addr),
             Object::Neigh(neigh) => self.devices.contains(&neigh.link) && neigh.permanent,
-            Object::Fdb(fdb) => self.devices.contains(&fdb.link) && fdb.permanent,
+            Object::Fdb(fdb) => self.devices.contains(&fdb.link) && fdb.state & NUD_STATIC != 0,
             Object::Route(route) => route.entries.as_slice().iter().any(|entry| self.owns_entry(route, entry)),
             Object::Sysctl { .. } | Object::Rule(_) => false,
         }
@@ -51,6 +51,9 @@ impl Claim {
         }
     }
 }
+
+/// NUD_PERMANENT and NUD_NOARP: a forwarding entry that was written, not learned.
+const NUD_STATIC: u16 = 0x80 | 0x40;
 
 /// IPv6 link-local addresses come and go with the device.
 fn is_kernel_made(ip: IpAddr) -> bool {

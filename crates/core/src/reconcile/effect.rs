@@ -72,6 +72,12 @@ fn delete(have: &mut HostState, object: &Object) {
         Object::Link(link) => link_gone(have, link.name),
         Object::Addr(addr) => {
             let connected = RouteKey { table: TABLE_MAIN, dst: addr.inet.network(), tos: 0, metric: 0 };
+            // The last IPv4 address takes IPv4 from the device: `fib_disable_ip`, `arp_ifdown`.
+            let v4 = addr.inet.addr.is_ipv4();
+            if v4 && !addresses(have, addr.link).iter().any(|left| left.inet.addr.is_ipv4()) {
+                drop_entries(have, |key, entry| key.dst.is_v4() && entry.dev == Some(addr.link));
+                have.retain(|_, o| !matches!(o, Object::Neigh(n) if n.link == addr.link && n.ip.is_ipv4()));
+            }
             drop_entries(have, |key, entry| {
                 (*key == connected && entry.dev == Some(addr.link) && entry.protocol == PROTO_KERNEL)
                     || entry.src == Some(addr.inet.addr)

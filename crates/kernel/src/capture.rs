@@ -1,0 +1,52 @@
+//! Frames as they pass a device: an AF_PACKET socket (packet(7)) in the calling thread's namespace.
+
+#![allow(unsafe_code, reason = "binding an AF_PACKET socket and joining promiscuous mode have no safe wrapper")]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{RecvFlags, recv};
+
+/// Frames of one device, both directions.
+#[derive(Debug)]
+pub struct Capture {
+    fd: OwnedFd,
+    buf: Vec<u8>,
+}
+
+impl Capture {
+    /// Opens device number `index` of the calling thread's namespace.
+    pub fn open(index: u32) -> io::Result<Self> {
+        let protocol = (libc::ETH_P_ALL as u16).to_be();
+        // SAFETY: socket takes no pointer; the descriptor is checked before it is owned.
+        let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, i32::from(protocol)) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: fd is a fresh, open descriptor that nobody else owns.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        // SAFETY: sockaddr_ll is plain numbers, for which all-zero is valid.
+        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_protocol = protocol;
+        address.sll_ifindex = index as i32;
+        let len = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+        // SAFETY: the pointer and length describe the live `address`.
+        if unsafe { libc::bind(fd.as_raw_fd(), std::ptr::from_ref(&address).cast(), len) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { fd, buf: vec![0; 65_536] })
+    }
+
+    /// The next frame; `None` when `timeout` has passed without one.
+    pub fn next(&mut self, timeout: Duration) -> io::Result<Option<&[u8]>> {
+        let limit = Timespec { tv_sec: timeout.as_secs() as _, tv_nsec: timeout.subsec_nanos().into() };
+        if poll(&mut [PollFd::new(&self.fd, PollFlags::IN)], Some(&limit))? == 0 {
+            return Ok(None);
+        }
+        let (len, _) = recv(self.fd.as_fd(), self.buf.as_mut_slice(), RecvFlags::empty())?;
+        Ok(Some(&self.buf[..len]))
+    }
+}

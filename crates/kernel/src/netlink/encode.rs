@@ -1,0 +1,362 @@
+//! Steps → requests. One step can be several requests (a re-creation, a route with twins); the first refusal is the step's.
+
+use std::fs::File;
+use std::net::IpAddr;
+use std::os::fd::AsRawFd;
+
+use twill_core::host::{Addr, Fdb, Link, LinkKind, Neigh, Object, Route, RouteEntry, Vxlan};
+use twill_core::net::LinkName;
+use twill_core::reconcile::Op;
+
+use super::decode::{AF_BRIDGE, AF_INET, AF_INET6, NUD_NOARP, NUD_PERMANENT, RTNH_F_ONLINK, ifla, nda, rta};
+use super::names::Names;
+use super::wire::{Writer, flag};
+
+/// Message types.
+pub(crate) mod rtm {
+    pub(crate) const NEWLINK: u16 = 16;
+    pub(crate) const DELLINK: u16 = 17;
+    pub(crate) const GETLINK: u16 = 18;
+    pub(crate) const NEWADDR: u16 = 20;
+    pub(crate) const DELADDR: u16 = 21;
+    pub(crate) const GETADDR: u16 = 22;
+    pub(crate) const NEWROUTE: u16 = 24;
+    pub(crate) const DELROUTE: u16 = 25;
+    pub(crate) const GETROUTE: u16 = 26;
+    pub(crate) const NEWNEIGH: u16 = 28;
+    pub(crate) const DELNEIGH: u16 = 29;
+    pub(crate) const GETNEIGH: u16 = 30;
+    pub(crate) const NEWRULE: u16 = 32;
+    pub(crate) const DELRULE: u16 = 33;
+    pub(crate) const GETRULE: u16 = 34;
+}
+
+const NTF_SELF: u8 = 2;
+const NTF_MASTER: u8 = 4;
+/// IFA_F_NODAD: the address is ours by lease, nobody needs to be asked.
+const IFA_F_NODAD: u8 = 2;
+const IFF_UP: u32 = 1;
+
+/// Writes requests into a batch.
+#[derive(Debug)]
+pub(crate) struct Encoder<'a> {
+    pub(crate) writer: &'a mut Writer,
+    pub(crate) names: &'a Names,
+    /// Gives each request its number.
+    pub(crate) seq: &'a mut u32,
+    /// Namespace files that the batch refers to by number.
+    pub(crate) files: &'a mut Vec<File>,
+}
+
+/// Why a step cannot be written.
+pub(crate) type Unwritable = String;
+
+impl Encoder<'_> {
+    /// The requests of one step.
+    pub(crate) fn op(&mut self, op: &Op) -> Result<(), Unwritable> {
+        match op {
+            Op::Create(Object::Route(route)) => self.routes(route, rtm::NEWROUTE, flag::CREATE | flag::APPEND),
+            Op::Update { from: Object::Route(from), to: Object::Route(to) } => self.change_route(from, to),
+            Op::Delete(Object::Route(route)) => self.routes(route, rtm::DELROUTE, 0),
+            Op::Create(Object::Link(link)) => self.create_link(link),
+            Op::Update { from: Object::Link(from), to: Object::Link(to) } => self.change_link(from, to),
+            Op::Recreate { from: Object::Link(from), to: Object::Link(to) } => {
+                self.delete_link(from.name)?;
+                self.create_link(to)
+            }
+            Op::Delete(Object::Link(link)) => self.delete_link(link.name),
+            Op::Delete(object) => self.object(object, true),
+            Op::Create(object) | Op::Update { to: object, .. } | Op::Recreate { to: object, .. } => {
+                self.object(object, false)
+            }
+        }
+    }
+
+    fn object(&mut self, object: &Object, delete: bool) -> Result<(), Unwritable> {
+        match object {
+            Object::Addr(addr) => self.addr(addr, delete),
+            Object::Neigh(neigh) => self.neigh(neigh, delete),
+            Object::Fdb(fdb) => self.fdb(fdb, delete),
+            Object::Link(_) | Object::Route(_) | Object::Sysctl { .. } | Object::Rule(_) => {
+                Err(format!("cannot write {object}"))
+            }
+        }
+    }
+
+    fn begin(&mut self, kind: u16, flags: u16) {
+        *self.seq = self.seq.wrapping_add(1).max(1);
+        self.writer.begin(kind, flag::REQUEST | flags, *self.seq);
+    }
+
+    fn index(&self, name: LinkName) -> Result<u32, Unwritable> {
+        self.names.index(name).ok_or_else(|| format!("there is no device {name}"))
+    }
+
+    /// `struct ifinfomsg`.
+    fn ifinfo(&mut self, index: u32, up: Option<bool>) {
+        let (flags, change) = up.map_or((0, 0), |up| (if up { IFF_UP } else { 0 }, IFF_UP));
+        self.writer.put(&[0; 4]);
+        for word in [index, flags, change] {
+            self.writer.put(&word.to_ne_bytes());
+        }
+    }
+
+    fn create_link(&mut self, link: &Link) -> Result<(), Unwritable> {
+        let master = link.master.map(|name| self.index(name)).transpose()?;
+        let lower = match &link.kind {
+            LinkKind::Vxlan(v) => v.lower.map(|name| self.index(name)).transpose()?,
+            _ => None,
+        };
+        let peer_netns = match &link.kind {
+            LinkKind::Veth { peer_netns: Some(path), .. } => {
+                let file = File::open(&**path).map_err(|e| format!("open the namespace {path}: {e}"))?;
+                let fd = file.as_raw_fd();
+                self.files.push(file);
+                Some(fd)
+            }
+            _ => None,
+        };
+        self.begin(rtm::NEWLINK, flag::CREATE | flag::EXCL);
+        self.ifinfo(0, Some(link.up));
+        let w = &mut *self.writer;
+        w.text(ifla::IFNAME, link.name.as_str());
+        link_attrs(w, link, master);
+        match &link.kind {
+            LinkKind::Vxlan(vxlan) => {
+                w.nest(ifla::LINKINFO, |w| {
+                    w.text(ifla::INFO_KIND, "vxlan");
+                    w.nest(ifla::INFO_DATA, |w| vxlan_attrs(w, vxlan, lower));
+                });
+            }
+            LinkKind::Bridge => w.nest(ifla::LINKINFO, |w| w.text(ifla::INFO_KIND, "bridge")),
+            LinkKind::Veth { peer, .. } => w.nest(ifla::LINKINFO, |w| {
+                w.text(ifla::INFO_KIND, "veth");
+                w.nest(ifla::INFO_DATA, |w| {
+                    w.nest(ifla::VETH_PEER, |w| {
+                        w.put(&[0; 16]);
+                        if let Some(peer) = peer {
+                            w.text(ifla::IFNAME, peer.as_str());
+                        }
+                        if let Some(mtu) = link.mtu {
+                            w.attr(ifla::MTU, &mtu.get().to_ne_bytes());
+                        }
+                        if let Some(fd) = peer_netns {
+                            w.attr(ifla::NET_NS_FD, &fd.to_ne_bytes());
+                        }
+                    });
+                });
+            }),
+            LinkKind::Tun | LinkKind::Other { .. } => return Err(format!("cannot make {link}")),
+        }
+        self.writer.end();
+        Ok(())
+    }
+
+    fn change_link(&mut self, from: &Link, to: &Link) -> Result<(), Unwritable> {
+        let index = self.index(to.name)?;
+        let master = to.master.filter(|m| from.master != Some(*m)).map(|name| self.index(name)).transpose()?;
+        let vxlan = match (&from.kind, &to.kind) {
+            (LinkKind::Vxlan(was), LinkKind::Vxlan(vxlan)) if !to.kind.satisfied_by(&from.kind) => {
+                let lower = vxlan.lower.filter(|l| was.lower != Some(*l)).map(|name| self.index(name)).transpose()?;
+                Some((vxlan, was, lower))
+            }
+            _ => None,
+        };
+        self.begin(rtm::NEWLINK, 0);
+        self.ifinfo(index, (from.up != to.up).then_some(to.up));
+        let changed = Link {
+            mac: to.mac.filter(|mac| from.mac != Some(*mac)),
+            mtu: to.mtu.filter(|mtu| from.mtu != Some(*mtu)),
+            ..to.clone()
+        };
+        let w = &mut *self.writer;
+        link_attrs(w, &changed, master);
+        if let Some((vxlan, was, lower)) = vxlan {
+            w.nest(ifla::LINKINFO, |w| {
+                w.text(ifla::INFO_KIND, "vxlan");
+                w.nest(ifla::INFO_DATA, |w| {
+                    w.attr(ifla::VXLAN_LEARNING, &[u8::from(vxlan.learning)]);
+                    if vxlan.local.is_some() && vxlan.local != was.local {
+                        local_attr(w, vxlan);
+                    }
+                    if let Some(lower) = lower {
+                        w.attr(ifla::VXLAN_LINK, &lower.to_ne_bytes());
+                    }
+                });
+            });
+        }
+        self.writer.end();
+        Ok(())
+    }
+
+    fn delete_link(&mut self, name: LinkName) -> Result<(), Unwritable> {
+        self.begin(rtm::DELLINK, 0);
+        self.ifinfo(0, None);
+        self.writer.text(ifla::IFNAME, name.as_str());
+        self.writer.end();
+        Ok(())
+    }
+
+    fn addr(&mut self, addr: &Addr, delete: bool) -> Result<(), Unwritable> {
+        let index = self.index(addr.link)?;
+        let family = family(addr.inet.addr);
+        if delete {
+            self.begin(rtm::DELADDR, 0)
+        } else {
+            self.begin(rtm::NEWADDR, flag::CREATE | flag::REPLACE)
+        }
+        let flags = if family == AF_INET6 { IFA_F_NODAD } else { 0 };
+        self.writer.put(&[family, addr.inet.len(), flags, addr.scope]);
+        self.writer.put(&index.to_ne_bytes());
+        let bytes = octets(addr.inet.addr);
+        self.writer.attr(2, &bytes);
+        self.writer.attr(1, &bytes);
+        self.writer.end();
+        Ok(())
+    }
+
+    /// `struct ndmsg`.
+    fn ndmsg(&mut self, family: u8, index: u32, state: u16, flags: u8) {
+        self.writer.put(&[family, 0, 0, 0]);
+        self.writer.put(&index.to_ne_bytes());
+        self.writer.put(&state.to_ne_bytes());
+        self.writer.put(&[flags, 0]);
+    }
+
+    fn neigh(&mut self, neigh: &Neigh, delete: bool) -> Result<(), Unwritable> {
+        let index = self.index(neigh.link)?;
+        if delete {
+            self.begin(rtm::DELNEIGH, 0)
+        } else {
+            self.begin(rtm::NEWNEIGH, flag::CREATE | flag::REPLACE)
+        }
+        self.ndmsg(family(neigh.ip), index, if neigh.permanent { NUD_PERMANENT } else { neigh.state }, 0);
+        self.writer.attr(nda::DST, &octets(neigh.ip));
+        if let Some(mac) = neigh.mac.filter(|_| !delete) {
+            self.writer.attr(nda::LLADDR, &mac.0);
+        }
+        self.writer.end();
+        Ok(())
+    }
+
+    /// A delete without a host takes the entry with all its hosts (`vxlan_fdb_delete`).
+    fn fdb(&mut self, fdb: &Fdb, delete: bool) -> Result<(), Unwritable> {
+        let index = self.index(fdb.port.unwrap_or(fdb.link))?;
+        if delete {
+            self.begin(rtm::DELNEIGH, 0)
+        } else {
+            self.begin(rtm::NEWNEIGH, flag::CREATE | flag::REPLACE)
+        }
+        let state = if fdb.permanent { NUD_PERMANENT } else { NUD_NOARP };
+        self.ndmsg(AF_BRIDGE, index, state, if fdb.port.is_some() { NTF_MASTER } else { NTF_SELF });
+        self.writer.attr(nda::LLADDR, &fdb.mac.0);
+        if let Some(dst) = fdb.dst.first().filter(|_| !delete) {
+            self.writer.attr(nda::DST, &octets(*dst));
+        }
+        self.writer.end();
+        Ok(())
+    }
+
+    /// Every entry of a route.
+    fn routes(&mut self, route: &Route, kind: u16, flags: u16) -> Result<(), Unwritable> {
+        route.entries.as_slice().iter().try_for_each(|entry| self.route(route, entry, kind, flags))
+    }
+
+    /// From the twins that are there to those that shall be: the first is replaced in place when it has to go, so that no packet
+    /// finds the table without a route.
+    fn change_route(&mut self, from: &Route, to: &Route) -> Result<(), Unwritable> {
+        let (was, will) = (from.entries.as_slice(), to.entries.as_slice());
+        let mut gone: Vec<&RouteEntry> = was.iter().filter(|entry| !will.contains(entry)).collect();
+        for entry in will.iter().filter(|entry| !was.contains(entry)) {
+            if gone.first().is_some_and(|first| was.first() == Some(*first)) {
+                self.route(to, entry, rtm::NEWROUTE, flag::CREATE | flag::REPLACE)?;
+                gone.remove(0);
+            } else {
+                self.route(to, entry, rtm::NEWROUTE, flag::CREATE | flag::APPEND)?;
+            }
+        }
+        gone.into_iter().try_for_each(|entry| self.route(from, entry, rtm::DELROUTE, 0))
+    }
+
+    fn route(&mut self, route: &Route, entry: &RouteEntry, kind: u16, flags: u16) -> Result<(), Unwritable> {
+        let oif = entry.dev.map(|dev| self.index(dev)).transpose()?;
+        self.begin(kind, flags);
+        let key = &route.key;
+        let short = if key.table < 256 { key.table as u8 } else { 0 };
+        self.writer.put(&[
+            family(key.dst.addr()),
+            key.dst.len(),
+            0,
+            key.tos,
+            short,
+            entry.protocol,
+            entry.scope,
+            entry.kind,
+        ]);
+        let flags = if entry.onlink { RTNH_F_ONLINK } else { 0 };
+        self.writer.put(&flags.to_ne_bytes());
+        let w = &mut *self.writer;
+        if key.dst.len() > 0 {
+            w.attr(rta::DST, &octets(key.dst.addr()));
+        }
+        w.attr(rta::TABLE, &key.table.to_ne_bytes());
+        if key.metric != 0 {
+            w.attr(rta::PRIORITY, &key.metric.to_ne_bytes());
+        }
+        if let Some(oif) = oif {
+            w.attr(rta::OIF, &oif.to_ne_bytes());
+        }
+        if let Some(via) = entry.via {
+            w.attr(rta::GATEWAY, &octets(via));
+        }
+        if let Some(src) = entry.src {
+            w.attr(rta::PREFSRC, &octets(src));
+        }
+        self.writer.end();
+        Ok(())
+    }
+}
+
+fn link_attrs(w: &mut Writer, link: &Link, master: Option<u32>) {
+    if let Some(mac) = link.mac {
+        w.attr(ifla::ADDRESS, &mac.0);
+    }
+    if let Some(mtu) = link.mtu {
+        w.attr(ifla::MTU, &mtu.get().to_ne_bytes());
+    }
+    if let Some(master) = master {
+        w.attr(ifla::MASTER, &master.to_ne_bytes());
+    }
+}
+
+fn vxlan_attrs(w: &mut Writer, vxlan: &Vxlan, lower: Option<u32>) {
+    w.attr(ifla::VXLAN_ID, &vxlan.vni.get().to_ne_bytes());
+    w.attr(ifla::VXLAN_PORT, &vxlan.port.get().to_be_bytes());
+    w.attr(ifla::VXLAN_LEARNING, &[u8::from(vxlan.learning)]);
+    if vxlan.gbp {
+        w.attr(ifla::VXLAN_GBP, &[]);
+    }
+    local_attr(w, vxlan);
+    if let Some(lower) = lower {
+        w.attr(ifla::VXLAN_LINK, &lower.to_ne_bytes());
+    }
+}
+
+fn local_attr(w: &mut Writer, vxlan: &Vxlan) {
+    match vxlan.local {
+        Some(IpAddr::V4(ip)) => w.attr(ifla::VXLAN_LOCAL, &ip.octets()),
+        Some(IpAddr::V6(ip)) => w.attr(ifla::VXLAN_LOCAL6, &ip.octets()),
+        None => {}
+    }
+}
+
+pub(crate) fn family(ip: IpAddr) -> u8 {
+    if ip.is_ipv4() { AF_INET } else { AF_INET6 }
+}
+
+pub(crate) fn octets(ip: IpAddr) -> Vec<u8> {
+    match ip {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    }
+}

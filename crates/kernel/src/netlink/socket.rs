@@ -1,0 +1,227 @@
+//! A routing netlink socket: requests and their answers, dumps, notifications.
+//!
+//! Only the last message of a batch asks for an acknowledgement: errors always come back, so a batch of a thousand has one answer
+//! when all is well, and the receive buffer cannot overflow with acknowledgements.
+
+#![allow(unsafe_code, reason = "two socket options that no safe wrapper knows")]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::net::netlink::SocketAddrNetlink;
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, recv, send, socket_with, sockopt,
+};
+
+use super::wire::{self, DONE, ERROR, Message, Writer, flag};
+
+/// SOL_NETLINK and its options (include/uapi/linux/netlink.h).
+const SOL_NETLINK: libc::c_int = 270;
+const NETLINK_CAP_ACK: libc::c_int = 10;
+const NETLINK_EXT_ACK: libc::c_int = 11;
+const NETLINK_GET_STRICT_CHK: libc::c_int = 12;
+/// Asked for; the kernel grants what rmem_max allows where we lack the capability.
+const BUFFER: usize = 8 << 20;
+/// Extended acknowledgement: the kernel's sentence.
+const NLMSGERR_ATTR_MSG: u16 = 1;
+
+/// A bound socket in the namespace of the thread that opened it.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    fd: OwnedFd,
+    seq: u32,
+    buf: Vec<u8>,
+}
+
+/// The kernel's refusal of one message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Refusal {
+    pub(crate) seq: u32,
+    pub(crate) errno: i32,
+    pub(crate) text: String,
+}
+
+impl Socket {
+    /// Opens and binds; `groups` is the bit mask of notification groups (bit n-1 = RTNLGRP n).
+    pub(crate) fn open(groups: u32) -> io::Result<Self> {
+        let flags = SocketFlags::CLOEXEC;
+        let fd = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
+        if sockopt::set_socket_recv_buffer_size_force(&fd, BUFFER).is_err() {
+            sockopt::set_socket_recv_buffer_size(&fd, BUFFER)?;
+        }
+        sockopt::set_socket_send_buffer_size(&fd, 1 << 20)?;
+        for option in [NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK] {
+            set_option(fd.as_fd(), option)?;
+        }
+        bind(&fd, &SocketAddrNetlink::new(0, groups))?;
+        Ok(Self { fd, seq: 0, buf: vec![0; 64 << 10] })
+    }
+
+    /// Receive buffer that was really granted, in bytes of kernel memory.
+    pub(crate) fn granted(&self) -> usize {
+        sockopt::socket_recv_buffer_size(&self.fd).unwrap_or(212_992)
+    }
+
+    /// The next sequence number.
+    pub(crate) fn next_seq(&mut self) -> u32 {
+        self.seq = self.seq.wrapping_add(1).max(1);
+        self.seq
+    }
+
+    /// Sends a batch whose last message (number `last`) asks for an acknowledgement; gives the refused ones.
+    pub(crate) fn batch(&mut self, writer: &Writer, last: u32) -> io::Result<Vec<Refusal>> {
+        self.send(&writer.buf)?;
+        let mut refused = Vec::new();
+        loop {
+            let mut done = false;
+            self.receive(|message| {
+                if message.kind == ERROR {
+                    let refusal = refusal(&message);
+                    done |= message.seq == last;
+                    if refusal.errno != 0 {
+                        refused.push(refusal);
+                    }
+                }
+            })?;
+            if done {
+                return Ok(refused);
+            }
+        }
+    }
+
+    /// Sends one request without a dump, gives its first answer to `on`.
+    pub(crate) fn ask(
+        &mut self,
+        kind: u16,
+        fill: impl FnOnce(&mut Writer),
+        mut on: impl FnMut(Message<'_>),
+    ) -> io::Result<()> {
+        let seq = self.next_seq();
+        let mut writer = Writer::default();
+        writer.begin(kind, flag::REQUEST, seq);
+        fill(&mut writer);
+        writer.end();
+        self.send(&writer.buf)?;
+        let mut error = None;
+        let mut answered = false;
+        while !answered {
+            self.receive(|message| {
+                if message.seq != seq {
+                    return;
+                }
+                answered = true;
+                if message.kind == ERROR { error = Some(refusal(&message)) } else { on(message) }
+            })?;
+        }
+        error.filter(|e| e.errno != 0).map_or(Ok(()), |e| Err(io::Error::from_raw_os_error(e.errno)))
+    }
+
+    /// Dumps: gives every message to `on`; `Ok(false)` when the kernel says that the dump was interrupted by a change.
+    pub(crate) fn dump(
+        &mut self,
+        kind: u16,
+        fill: impl FnOnce(&mut Writer),
+        mut on: impl FnMut(Message<'_>),
+    ) -> io::Result<bool> {
+        let seq = self.next_seq();
+        let mut writer = Writer::default();
+        writer.begin(kind, flag::REQUEST | flag::DUMP, seq);
+        fill(&mut writer);
+        writer.end();
+        self.send(&writer.buf)?;
+        let (mut done, mut whole, mut error) = (false, true, None);
+        while !done {
+            self.receive(|message| {
+                if message.seq != seq {
+                    return;
+                }
+                whole &= message.flags & flag::DUMP_INTR == 0;
+                match message.kind {
+                    DONE => {
+                        done = true;
+                        error = wire::u32_at(message.payload, 0).map(|code| -(code as i32)).filter(|code| *code > 0);
+                    }
+                    ERROR => {
+                        done = true;
+                        error = Some(refusal(&message).errno).filter(|code| *code != 0);
+                    }
+                    _ => on(message),
+                }
+            })?;
+        }
+        error.map_or(Ok(whole), |code| Err(io::Error::from_raw_os_error(code)))
+    }
+
+    /// Notifications that are there now, and whether some were lost before (the kernel's ENOBUFS).
+    pub(crate) fn collect(&mut self) -> io::Result<(Vec<u8>, bool)> {
+        let (mut told, mut lost) = (Vec::new(), false);
+        loop {
+            match recv(&self.fd, self.buf.as_mut_slice(), RecvFlags::DONTWAIT) {
+                Ok((len, _)) => told.extend_from_slice(&self.buf[..len]),
+                Err(rustix::io::Errno::AGAIN) => return Ok((told, lost)),
+                Err(rustix::io::Errno::NOBUFS) => lost = true,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        loop {
+            match send(&self.fd, bytes, SendFlags::empty()) {
+                Ok(_) => return Ok(()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// One datagram, waiting for it.
+    fn receive(&mut self, on: impl FnMut(Message<'_>)) -> io::Result<()> {
+        loop {
+            match recv(&self.fd, self.buf.as_mut_slice(), RecvFlags::empty()) {
+                Ok((len, _)) => {
+                    wire::messages(&self.buf[..len]).for_each(on);
+                    return Ok(());
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Errno and sentence of an acknowledgement (struct nlmsgerr, then attributes when the payload is capped).
+fn refusal(message: &Message<'_>) -> Refusal {
+    let errno = wire::u32_at(message.payload, 0).map_or(libc::EPROTO, |code| -(code as i32));
+    // The request's header of 16 bytes follows the error; its payload too, unless it is capped.
+    let repeated =
+        if message.flags & flag::CAPPED != 0 { 16 } else { wire::u32_at(message.payload, 4).unwrap_or(16) as usize };
+    let tlvs = message.payload.get(4 + repeated.next_multiple_of(4)..).filter(|_| message.flags & flag::ACK_TLVS != 0);
+    let said = tlvs.and_then(|bytes| wire::attr(bytes, NLMSGERR_ATTR_MSG)).and_then(wire::text);
+    let plain = || io::Error::from_raw_os_error(errno).to_string();
+    let text = said.map_or_else(plain, |said| format!("{said} ({})", plain()));
+    Refusal { seq: message.seq, errno, text }
+}
+
+fn set_option(fd: BorrowedFd<'_>, option: libc::c_int) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the descriptor is open for the borrow's life; the pointer and length describe one live c_int, which is what each of
+    // these options takes.
+    let code = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            SOL_NETLINK,
+            option,
+            std::ptr::from_ref(&on).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if code == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

@@ -1,0 +1,307 @@
+//! The real kernel, in a network namespace of the test's own; looked at from outside with `ip` and `bridge`.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use twill_core::host::*;
+use twill_core::net::*;
+use twill_core::reconcile::{Caps, Claim, Desired, Op, Plan, Scope, Step, Why, effect, plan};
+use twill_kernel::{Interest, Kernel, LinuxKernel};
+
+/// Runs `body` in a fresh network namespace: this test binary once more, inside `unshare`. Says `SKIP` where the system grants none.
+fn in_namespace(test: &str, body: impl FnOnce()) {
+    if std::env::var_os("TWILL_TEST_NAMESPACE").is_some() {
+        return body();
+    }
+    let user: &[&str] = if rustix::process::geteuid().is_root() { &[] } else { &["--user", "--map-root-user"] };
+    let proof = Command::new("unshare").args(user).args(["--net", "ip", "link", "set", "lo", "up"]).output().unwrap();
+    if !proof.status.success() {
+        return println!("SKIP: no network namespace: {}", String::from_utf8_lossy(&proof.stderr));
+    }
+    let done = Command::new("unshare")
+        .args(user)
+        .arg("--net")
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .env("TWILL_TEST_NAMESPACE", "1")
+        .output()
+        .unwrap();
+    assert!(
+        done.status.success(),
+        "{}\n{}",
+        String::from_utf8_lossy(&done.stdout),
+        String::from_utf8_lossy(&done.stderr)
+    );
+}
+
+fn run(line: &str) -> String {
+    let mut words = line.split_whitespace();
+    let out = Command::new(words.next().unwrap()).args(words).output().unwrap();
+    assert!(out.status.success(), "{line}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).unwrap()
+}
+
+fn eventually(what: &str, kernel: &mut LinuxKernel, check: impl Fn(&HostState) -> bool) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while !check(kernel.mirror()) {
+        assert!(Instant::now() < end, "never came true: {what}: {:#?}", kernel.mirror());
+        kernel.changes(Some(Duration::from_millis(50))).unwrap();
+    }
+}
+
+fn interest() -> Interest {
+    Interest { devices: Some([name("flannel.1")].into()), sysctls: ["net/ipv4/ip_forward".into()].into() }
+}
+
+fn name(text: &str) -> LinkName {
+    text.parse().unwrap()
+}
+
+/// eth0 10.168.0.2/24 with a peer end, both up.
+fn underlay() {
+    for line in [
+        "ip link set lo up",
+        "ip link add eth0 type veth peer name other",
+        "ip addr add 10.168.0.2/24 dev eth0",
+        "ip link set other up",
+        "ip link set eth0 up",
+    ] {
+        run(line);
+    }
+}
+
+/// flannel.1 and `peers` peers, as the vxlan backend would want them.
+fn desired(peers: u8) -> Desired {
+    let link = name("flannel.1");
+    let mut host = HostState::new();
+    host.insert(Object::Link(Box::new(Link {
+        name: link,
+        kind: LinkKind::Vxlan(Vxlan {
+            vni: Vni::try_from(1).unwrap(),
+            port: Port::try_from(8472).unwrap(),
+            local: Some("10.168.0.2".parse().unwrap()),
+            lower: Some(name("eth0")),
+            learning: false,
+            gbp: false,
+        }),
+        mac: Some("5e:f8:4f:00:e3:37".parse().unwrap()),
+        mtu: Some(Mtu::try_from(1450).unwrap()),
+        up: true,
+        master: None,
+        carrier: true,
+    })));
+    host.insert(Object::Addr(Addr { link, inet: "10.1.15.0/32".parse().unwrap(), scope: 0 }));
+    host.insert(Object::Sysctl { path: "net/ipv4/ip_forward".into(), value: "1".into() });
+    for n in 1..=peers {
+        let vtep: std::net::IpAddr = format!("10.1.{}.0", 100 + n).parse().unwrap();
+        let mac = MacAddr([0x5e, 0, 0, 0, 0, n]);
+        let dst = Few::One(format!("10.168.0.{}", 100 + n).parse().unwrap());
+        host.insert(Object::Neigh(Neigh { link, ip: vtep, mac: Some(mac), permanent: true, state: 0x80 }));
+        host.insert(Object::Fdb(Fdb { link, mac, dst, port: None, permanent: true, special: false, state: 0x80 }));
+        host.insert(Object::Route(Route {
+            key: RouteKey { table: TABLE_MAIN, dst: Prefix::truncate(vtep, 24).unwrap(), tos: 0, metric: 0 },
+            entries: Few::One(RouteEntry {
+                via: Some(vtep),
+                dev: Some(link),
+                onlink: true,
+                protocol: PROTO_TWILL,
+                kind: 1,
+                scope: 0,
+                src: None,
+            }),
+        }));
+    }
+    let claim =
+        Claim { devices: [link].into(), protocol: Some(PROTO_TWILL), networks: vec!["10.1.0.0/16".parse().unwrap()] };
+    Desired { host, claim }
+}
+
+/// Plans and applies until nothing is left to do.
+fn settle(kernel: &mut LinuxKernel, want: &Desired) {
+    for _ in 0..5 {
+        let todo = plan(want, kernel.mirror(), &Caps::default(), Scope::All);
+        if todo.steps.is_empty() {
+            return;
+        }
+        let outcome = kernel.apply(&todo);
+        for (step, result) in todo.steps.iter().zip(&outcome.steps) {
+            assert!(result.is_ok(), "{step}: {result:?}");
+        }
+        kernel.changes(Some(Duration::ZERO)).unwrap();
+    }
+    panic!("never settles: {:#?}", plan(want, kernel.mirror(), &Caps::default(), Scope::All));
+}
+
+/// The mirror that notifications kept, against a fresh reading.
+fn assert_mirror_is_true(kernel: &mut LinuxKernel) {
+    kernel.changes(Some(Duration::ZERO)).unwrap();
+    let kept = kernel.mirror().clone();
+    kernel.read(Scope::All).unwrap();
+    for (key, object) in kept.iter() {
+        assert_eq!(kernel.mirror().get(key), Some(object), "the mirror held what the kernel does not");
+    }
+    for (key, object) in kernel.mirror().iter() {
+        assert_eq!(kept.get(key), Some(object), "the kernel holds what the mirror did not");
+    }
+}
+
+#[test]
+fn a_plan_becomes_what_ip_and_bridge_show() {
+    in_namespace("a_plan_becomes_what_ip_and_bridge_show", || {
+        underlay();
+        let mut kernel = LinuxKernel::open(interest()).unwrap();
+        settle(&mut kernel, &desired(3));
+        let link = run("ip -d link show flannel.1");
+        assert!(
+            link.contains("vxlan id 1 local 10.168.0.2 dev eth0") && link.contains("dstport 8472 nolearning"),
+            "{link}"
+        );
+        assert!(link.contains("mtu 1450") && link.contains("5e:f8:4f:00:e3:37"), "{link}");
+        assert!(run("ip addr show flannel.1").contains("inet 10.1.15.0/32 scope global flannel.1"));
+        assert!(run("ip route show proto 116").contains("10.1.102.0/24 via 10.1.102.0 dev flannel.1 onlink"));
+        assert!(run("ip neigh show dev flannel.1").contains("10.1.103.0 lladdr 5e:00:00:00:00:03 PERMANENT"));
+        assert!(run("bridge fdb show dev flannel.1").contains("5e:00:00:00:00:01 dst 10.168.0.101 self permanent"));
+        assert_mirror_is_true(&mut kernel);
+    });
+}
+
+#[test]
+fn whatever_is_altered_from_outside_is_seen_and_put_right() {
+    in_namespace("whatever_is_altered_from_outside_is_seen_and_put_right", || {
+        underlay();
+        let mut kernel = LinuxKernel::open(interest()).unwrap();
+        let want = desired(3);
+        settle(&mut kernel, &want);
+        for line in [
+            "ip route del 10.1.101.0/24",
+            "ip route replace 10.1.101.0/24 via 10.168.0.9 dev eth0",
+            "ip route append 10.1.102.0/24 via 10.1.103.0 dev flannel.1 onlink",
+            "ip route prepend 10.1.102.0/24 via 10.1.103.0 dev flannel.1 onlink",
+            "ip route add 10.1.77.0/24 via 10.1.77.0 dev flannel.1 onlink",
+            "ip neigh del 10.1.101.0 dev flannel.1",
+            "ip neigh replace 10.1.101.0 lladdr 02:00:00:00:00:99 dev flannel.1 nud permanent",
+            "ip neigh replace 10.1.101.0 lladdr 5e:00:00:00:00:01 dev flannel.1 nud reachable",
+            "ip neigh add 10.1.77.0 lladdr 02:00:00:00:00:77 dev flannel.1 nud permanent",
+            "bridge fdb del 5e:00:00:00:00:02 dev flannel.1",
+            "bridge fdb replace 5e:00:00:00:00:02 dev flannel.1 dst 10.168.0.9",
+            "bridge fdb replace 5e:00:00:00:00:02 dev flannel.1 dst 10.168.0.102 port 1234",
+            "bridge fdb append 00:00:00:00:00:00 dev flannel.1 dst 10.168.0.9",
+            "bridge fdb add 02:00:00:00:00:77 dev flannel.1 dst 10.168.0.9",
+            "ip addr del 10.1.15.0/32 dev flannel.1",
+            "ip addr add 10.1.99.1/24 dev flannel.1",
+            "ip link set flannel.1 mtu 1300",
+            "ip link set flannel.1 address 02:11:11:11:11:11",
+            "ip link set flannel.1 type vxlan learning",
+            "ip link set flannel.1 type vxlan local 10.168.0.77",
+            "ip link set flannel.1 down",
+            "ip link del flannel.1",
+        ] {
+            run(line);
+            let claim = &want.claim;
+            let differs = |have: &HostState| {
+                !plan(&Desired { host: want.host.clone(), claim: claim.clone() }, have, &Caps::default(), Scope::All)
+                    .steps
+                    .is_empty()
+            };
+            eventually(&format!("`{line}` is seen"), &mut kernel, differs);
+            settle(&mut kernel, &want);
+            assert_mirror_is_true(&mut kernel);
+            let left = plan(&want, kernel.mirror(), &Caps::default(), Scope::All);
+            assert!(left.steps.is_empty(), "after `{line}`: {left:#?}");
+        }
+        run("sysctl -qw net.ipv4.ip_forward=0");
+        assert_eq!(kernel.poll_sysctls().len(), 1);
+        settle(&mut kernel, &want);
+        assert_eq!(run("sysctl -n net.ipv4.ip_forward").trim(), "1");
+    });
+}
+
+#[test]
+fn what_nothing_wants_is_removed_and_what_is_not_ours_stays() {
+    in_namespace("what_nothing_wants_is_removed_and_what_is_not_ours_stays", || {
+        underlay();
+        run("ip route add 192.0.2.0/24 via 10.168.0.9");
+        let mut kernel = LinuxKernel::open(interest()).unwrap();
+        let mut want = desired(3);
+        settle(&mut kernel, &want);
+        want.host = HostState::new();
+        settle(&mut kernel, &want);
+        assert!(!run("ip link").contains("flannel.1"));
+        assert!(run("ip route").contains("192.0.2.0/24 via 10.168.0.9 dev eth0"));
+    });
+}
+
+#[test]
+fn a_refused_step_skips_what_needs_it_alone() {
+    in_namespace("a_refused_step_skips_what_needs_it_alone", || {
+        underlay();
+        let mut kernel = LinuxKernel::open(interest()).unwrap();
+        let want = desired(2);
+        // Somebody else has the same VNI and port under another name: the kernel refuses ours.
+        run("ip link add vx type vxlan id 1 dstport 8472 dev eth0 nolearning");
+        kernel.changes(Some(Duration::ZERO)).unwrap();
+        let todo = plan(&want, kernel.mirror(), &Caps::default(), Scope::All);
+        let outcome = kernel.apply(&todo);
+        let forward = todo.steps.iter().position(|s| s.op.object().key() == Key::Sysctl("net/ipv4/ip_forward".into()));
+        for (n, result) in outcome.steps.iter().enumerate() {
+            assert_eq!(result.is_ok(), Some(n) == forward, "{}: {result:?}", todo.steps[n]);
+        }
+        let error = outcome.steps[0].as_ref().unwrap_err().to_string();
+        assert!(error.contains("VNI") || error.contains("exists"), "{error}");
+    });
+}
+
+#[test]
+fn effect_is_the_kernels_answer() {
+    in_namespace("effect_is_the_kernels_answer", || {
+        underlay();
+        let mut kernel = LinuxKernel::open(interest()).unwrap();
+        let want = desired(4);
+        settle(&mut kernel, &want);
+        let mut twin = kernel.mirror().clone();
+        let mut seed = 0x2545_f491_4f6c_dd1d_u64;
+        for round in 0..150 {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            let all: Vec<Object> =
+                want.host.iter().map(|(_, o)| o.clone()).filter(|o| !matches!(o, Object::Sysctl { .. })).collect();
+            let object = all[(seed % all.len() as u64) as usize].clone();
+            let op = match (twin.get(&object.key()).cloned(), object) {
+                (None, object) => Op::Create(object),
+                (Some(from), Object::Link(link)) => {
+                    let mut to = (*link).clone();
+                    to.up = seed & 0x100 != 0;
+                    to.mac = Some(MacAddr([2, 0, 0, 0, 1, (seed >> 32) as u8]));
+                    Op::Update { from, to: Object::Link(Box::new(to)) }
+                }
+                (Some(from), _) => Op::Delete(from),
+            };
+            let step = Step { op: op.clone(), needs: vec![], why: Why::Missing };
+            let outcome = kernel.apply(&Plan { steps: vec![step] });
+            if outcome.steps[0].is_err() {
+                continue; // the kernel refuses, and nothing has happened
+            }
+            effect(&mut twin, &op);
+            kernel.read(Scope::All).unwrap();
+            let ours = |state: &HostState| -> Vec<Object> {
+                // IPv6 link-local addresses and routes come by themselves, some time after the device.
+                let by_itself = |o: &Object| match o {
+                    Object::Addr(a) => a.inet.addr.is_ipv6(),
+                    Object::Route(r) => !r.key.dst.is_v4(),
+                    _ => false,
+                };
+                state
+                    .iter()
+                    .filter(|(k, o)| !matches!(k, Key::Link(l) if l.as_str() != "flannel.1") && !by_itself(o))
+                    .map(|(_, o)| o.clone())
+                    .collect()
+            };
+            let (have, expect) = (ours(kernel.mirror()), ours(&twin));
+            assert_eq!(have.len(), expect.len(), "round {round}, {op}:\nkernel {have:#?}\ntwin {expect:#?}");
+            for (have, expect) in have.iter().zip(&expect) {
+                assert!(expect.satisfied_by(have), "round {round}, {op}: {expect} is {have}");
+            }
+        }
+    });
+}
