@@ -81,8 +81,6 @@ pub enum NoRoute {
 
 /// No route: ENETUNREACH.
 pub const ENETUNREACH: i32 = 101;
-/// The way back does not fit the device (rp_filter): EXDEV.
-pub const EXDEV: i32 = 18;
 
 impl PlaceFacts {
     /// The device `name`.

@@ -6,7 +6,7 @@ use twill_core::host::{LinkKind, Neigh, Vxlan};
 use twill_core::net::{LinkName, MacAddr};
 use twill_core::words;
 
-use crate::facts::{EXDEV, Facts, Far, NoRoute, PlaceFacts, RouteAnswer, RouteQuery};
+use crate::facts::{ENETUNREACH, Facts, Far, NoRoute, PlaceFacts, RouteAnswer, RouteQuery};
 use crate::path::{Code, End, Explanation, Hop, Verdict, Way, What};
 use crate::segment;
 
@@ -147,27 +147,35 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
     fn route(&self, place: &str, packet: &Packet, iif: Option<LinkName>) -> Result<RouteAnswer, Box<Verdict>> {
         let query = RouteQuery { dst: packet.dst, src: packet.src, iif };
         self.facts.route(place, &query).map_err(|refusal| match refusal {
-            NoRoute::Refused { errno: 101, .. } => {
+            NoRoute::Refused { errno: ENETUNREACH, .. } => {
                 stop(Code::NoRoute, place, format!("no route covers {}", packet.dst))
             }
-            NoRoute::Refused { errno: EXDEV, .. } => stop(
-                Code::ReversePath,
-                place,
-                format!(
-                    "the packet came by {}, and the way back to its source leaves by another device (rp_filter)",
-                    name(iif)
-                ),
-            ),
-            NoRoute::Refused { errno, text } => stop_with(
-                Code::RouteRefuses,
-                place,
-                format!("the routing table refuses {}: {text} (errno {errno})", packet.dst),
-                self.refusing_line(place, packet.dst),
-            ),
+            NoRoute::Refused { errno, text } => match (self.refusing_line(place, packet.dst), iif) {
+                (None, Some(iif)) if self.comes_back_elsewhere(place, packet, iif) => {
+                    let why = format!(
+                        "the packet came by {iif}, and the way back to its source leaves by another device: rp_filter drops it"
+                    );
+                    stop(Code::ReversePath, place, why)
+                }
+                (line, _) => {
+                    let why = format!("the routing table refuses {}: {text} (errno {errno})", packet.dst);
+                    stop_with(Code::RouteRefuses, place, why, line)
+                }
+            },
             NoRoute::NotAsked(why) => {
                 stop(Code::LeavesTheFacts, place, format!("the kernel of {place} could not be asked: {why}"))
             }
         })
+    }
+
+    /// True when a packet to `packet`'s source would not leave by `iif`. Asked when the kernel refuses an incoming packet: newer
+    /// kernels answer EINVAL for every cause.
+    fn comes_back_elsewhere(&self, place: &str, packet: &Packet, iif: LinkName) -> bool {
+        let Some(dst) = packet.src else { return false };
+        match self.facts.route(place, &RouteQuery { dst, src: None, iif: None }) {
+            Ok(answer) => answer.dev != Some(iif),
+            Err(_) => true,
+        }
     }
 
     /// The blackhole (or its like) that covers `dst`.
@@ -451,8 +459,4 @@ fn shadowed(here: &PlaceFacts, dst: IpAddr, len: u8) -> Option<String> {
 fn usable(entry: &Neigh) -> Option<MacAddr> {
     let dead = !entry.permanent && (entry.state & 0x21 != 0 || entry.state == 0);
     entry.mac.filter(|_| !dead)
-}
-
-fn name(link: Option<LinkName>) -> String {
-    link.map_or_else(|| "this host".to_owned(), |l| l.to_string())
 }
