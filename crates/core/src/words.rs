@@ -150,7 +150,12 @@ pub fn neigh_line(neigh: &Neigh) -> String {
 
 /// A forwarding entry as `bridge fdb` prints it; one line for each host of a VXLAN's entry.
 pub fn fdb_line(fdb: &Fdb) -> String {
-    let permanent = if fdb.permanent { " permanent" } else { "" };
+    let permanent = match fdb {
+        Fdb { permanent: true, .. } => " permanent",
+        // NUD_NOARP.
+        Fdb { state, .. } if state & 0x40 != 0 => " static",
+        Fdb { .. } => "",
+    };
     match fdb.port {
         Some(port) => format!("{} dev {port} master {}{permanent}", fdb.mac, fdb.link),
         None => {
@@ -212,7 +217,7 @@ mod tests {
         );
         let dst = Few::One("10.168.0.3".parse().unwrap());
         assert_eq!(
-            fdb_line(&Fdb { link, mac, dst, port: None, permanent: true }),
+            fdb_line(&Fdb { link, mac, dst, port: None, permanent: true, special: false, state: 0x80 }),
             "5e:f8:4f:00:e3:37 dev flannel.1 dst 10.168.0.3 self permanent"
         );
     }

@@ -103,13 +103,29 @@ impl Build for PlaceFacts {
 
     fn vtep(&mut self, mac: MacAddr, host: &str) -> &mut Self {
         let link = link_name("flannel.1");
-        self.state.insert(Object::Fdb(Fdb { link, mac, dst: Few::One(ip(host)), port: None, permanent: true }));
+        self.state.insert(Object::Fdb(Fdb {
+            link,
+            mac,
+            dst: Few::One(ip(host)),
+            port: None,
+            permanent: true,
+            special: false,
+            state: 0x80,
+        }));
         self
     }
 
     fn cam(&mut self, bridge: &str, mac: MacAddr, port: &str) -> &mut Self {
         let (link, port) = (link_name(bridge), Some(link_name(port)));
-        self.state.insert(Object::Fdb(Fdb { link, mac, dst: Few::none(), port, permanent: false }));
+        self.state.insert(Object::Fdb(Fdb {
+            link,
+            mac,
+            dst: Few::none(),
+            port,
+            permanent: false,
+            special: false,
+            state: 2,
+        }));
         self
     }
 

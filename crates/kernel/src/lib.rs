@@ -1,7 +1,7 @@
 //! The Linux door, and the only `unsafe` of the project.
 //!
 //! - [`Kernel`]: what the reconciler needs of a network namespace; [`LinuxKernel`] is the real one, [`MemoryKernel`] its twin
-//! - [`lookup`]: the kernel's own routing decision
+//! - [`lookup`]: the kernel's own routing decision; [`wires`]: the other ends of veth pairs
 //! - [`netns`]: namespaces; [`sysctl`], [`files`], [`capture`]: the rest of the host
 //! - [`netlink::wire`]: netlink's bytes
 
@@ -14,6 +14,7 @@ pub mod netlink;
 pub mod netns;
 pub mod process;
 pub mod sysctl;
+pub mod wires;
 
 use std::time::Duration;
 

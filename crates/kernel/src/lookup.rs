@@ -50,7 +50,9 @@ impl Router {
             |w| {
                 let src_len = question.src.map_or(0, |src| (octets(src).len() * 8) as u8);
                 w.put(&[family(question.dst), (bytes.len() * 8) as u8, src_len, 0, 0, 0, 0, 0]);
-                w.put(&(RTM_F_LOOKUP_TABLE | RTM_F_FIB_MATCH).to_ne_bytes());
+                // IPv6 always says the real table, and refuses to be asked for it (net/ipv6/route.c, inet6_rtm_valid_getroute_req).
+                let flags = if question.dst.is_ipv4() { RTM_F_LOOKUP_TABLE | RTM_F_FIB_MATCH } else { RTM_F_FIB_MATCH };
+                w.put(&flags.to_ne_bytes());
                 w.attr(rta::DST, &bytes);
                 if let Some(src) = question.src {
                     w.attr(rta::SRC, &octets(src));

@@ -2,6 +2,7 @@
 
 mod completions;
 mod ip;
+mod show;
 
 use std::process::ExitCode;
 
@@ -24,6 +25,8 @@ enum Command {
     Completions(completions::Completions),
     /// Calculate with addresses, plan a network
     Ip(ip::Ip),
+    /// Show the kernel's tables: neighbours, forwarding entries, bridges, routes
+    Show(show::Show),
 }
 
 /// The whole command tree, for what is generated from it.
@@ -38,6 +41,7 @@ pub(crate) fn run() -> ExitCode {
     let result: anyhow::Result<ExitCode> = match cli.command {
         Command::Completions(args) => args.run(),
         Command::Ip(args) => args.run(),
+        Command::Show(args) => args.run(),
     };
     result.unwrap_or_else(|error| output::report(&error))
 }
