@@ -1,4 +1,5 @@
 //! The real kernel, in a network namespace of the test's own; looked at from outside with `ip` and `bridge`.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, clippy::disallowed_methods, reason = "a test")]
 
 use std::process::Command;
 use std::time::{Duration, Instant};
