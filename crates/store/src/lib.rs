@@ -1,6 +1,15 @@
-//! Leases in a store, whichever it is.
+//! Leases in a store, whichever it is: a real etcd, or the embedded server; one client for both.
+//!
+//! - [`EtcdStore`]: what agents do with the store, in terms of leases
+//! - [`StoreError`]: what can go wrong, with stable codes
+
+mod client;
+mod error;
 
 use twill_core::lease::RawLease;
+
+pub use client::{EtcdStore, StoreConfig, WatchStream};
+pub use error::StoreError;
 
 /// Everything below `<prefix>/subnets/`, at one revision.
 #[derive(Debug, Clone, Default)]
@@ -14,11 +23,11 @@ pub struct Listing {
 }
 
 /// One thing that a watch tells.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WatchEvent {
-    /// A key was written.
+    /// A lease was written.
     Put(RawLease),
-    /// A key is gone (deleted, or its etcd lease ended).
+    /// A lease is gone: deleted, or its etcd lease ended.
     Delete {
         /// The key's last part.
         name: String,
@@ -27,8 +36,6 @@ pub enum WatchEvent {
     },
     /// The network config was written (`Some`) or deleted.
     Config(Option<RawConfig>),
-    /// All up to this revision has been told.
-    Progress(i64),
 }
 
 /// The value of `<prefix>/config`.
@@ -41,11 +48,11 @@ pub struct RawConfig {
 }
 
 /// How a compare-and-swap ended.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Swap {
-    /// Written, at this revision.
+    /// Written.
     Done {
-        /// The key's new modification revision.
+        /// The key's new modification revision; of a deletion the revision of it.
         revision: i64,
         /// The etcd lease it hangs on.
         etcd_lease: i64,

@@ -1,0 +1,195 @@
+//! The store on disk: redb, three tables, one transaction for each batch, synced before it is answered.
+//!
+//! | table | key | value |
+//! |---|---|---|
+//! | `log` | (revision, sub) | key length (u32 LE), key, create, count, lease (i64 LE each), value |
+//! | `lease` | id | TTL in seconds |
+//! | `meta` | name | number: `version`, `compacted`, `cluster`, `member` |
+
+use std::path::Path;
+
+use prost::bytes::Bytes;
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+
+use super::mvcc::{Record, Version};
+
+const LOG: TableDefinition<'_, (u64, u64), &[u8]> = TableDefinition::new("log");
+const LEASE: TableDefinition<'_, i64, i64> = TableDefinition::new("lease");
+const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
+/// The layout that this program writes.
+const FORMAT: u64 = 1;
+
+/// The database could not be opened, read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// A newer program wrote it; it is left untouched.
+    #[error("the store's data has format {0}, and this program knows {FORMAT}")]
+    Newer(u64),
+    /// A row cannot be read.
+    #[error("row {0:?} of the store's log is broken")]
+    Broken((u64, u64)),
+    /// The database's own word.
+    #[error("{act} the store's data")]
+    Database {
+        /// The act.
+        act: &'static str,
+        /// Its word.
+        #[source]
+        source: Box<redb::Error>,
+    },
+    /// The folder could not be made.
+    #[error("make the folder of the store's data")]
+    Folder(#[source] std::io::Error),
+}
+
+/// What changes with one batch.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// Writes.
+    pub records: Vec<Record>,
+    /// Leases granted (with TTL) and ended (`None`).
+    pub leases: Vec<(i64, Option<i64>)>,
+    /// A compaction: its revision, and the rows that go.
+    pub compaction: Option<(i64, Vec<(i64, i64)>)>,
+}
+
+impl Batch {
+    /// True when there is nothing to write.
+    pub fn is_empty(&self) -> bool {
+        self.records.is_empty() && self.leases.is_empty() && self.compaction.is_none()
+    }
+}
+
+/// What was on disk.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    /// All writes in order.
+    pub records: Vec<Record>,
+    /// Leases with their TTLs.
+    pub leases: Vec<(i64, i64)>,
+    /// Where the history begins.
+    pub compacted: i64,
+    /// Identity of the cluster.
+    pub cluster: u64,
+    /// Identity of the member.
+    pub member: u64,
+}
+
+/// An open database.
+#[derive(Debug)]
+pub struct Disk(Database);
+
+impl Disk {
+    /// Opens or makes the database in `dir`; `ids` become cluster and member where it is new.
+    pub fn open(dir: &Path, ids: (u64, u64)) -> Result<(Disk, Loaded), DiskError> {
+        std::fs::create_dir_all(dir).map_err(DiskError::Folder)?;
+        let database =
+            redb::Builder::new().set_cache_size(2 << 20).create(dir.join("store.redb")).map_err(at("open"))?;
+        let disk = Disk(database);
+        disk.prepare(ids)?;
+        let loaded = disk.load()?;
+        Ok((disk, loaded))
+    }
+
+    /// Writes a batch; it is on the disk when this returns.
+    pub fn write(&self, batch: &Batch) -> Result<(), DiskError> {
+        let txn = self.0.begin_write().map_err(at("write"))?;
+        {
+            let mut log = txn.open_table(LOG).map_err(at("write"))?;
+            for record in &batch.records {
+                let place = (record.version.rev as u64, record.version.sub as u64);
+                log.insert(place, encode(record).as_slice()).map_err(at("write"))?;
+            }
+            let mut leases = txn.open_table(LEASE).map_err(at("write"))?;
+            for (id, ttl) in &batch.leases {
+                match ttl {
+                    Some(ttl) => leases.insert(id, ttl).map(|_| ()).map_err(at("write"))?,
+                    None => leases.remove(id).map(|_| ()).map_err(at("write"))?,
+                }
+            }
+            if let Some((rev, gone)) = &batch.compaction {
+                for (rev, sub) in gone {
+                    log.remove((*rev as u64, *sub as u64)).map_err(at("write"))?;
+                }
+                let mut meta = txn.open_table(META).map_err(at("write"))?;
+                meta.insert("compacted", *rev as u64).map_err(at("write"))?;
+            }
+        }
+        txn.commit().map_err(at("sync"))
+    }
+
+    /// Checks the format, and writes it where the database is new.
+    fn prepare(&self, (cluster, member): (u64, u64)) -> Result<(), DiskError> {
+        let txn = self.0.begin_read().map_err(at("read"))?;
+        if let Ok(meta) = txn.open_table(META)
+            && let Some(version) = meta.get("version").map_err(at("read"))?
+        {
+            let version = version.value();
+            return if version <= FORMAT { Ok(()) } else { Err(DiskError::Newer(version)) };
+        }
+        let txn = self.0.begin_write().map_err(at("write"))?;
+        {
+            let mut meta = txn.open_table(META).map_err(at("write"))?;
+            for (name, value) in [("version", FORMAT), ("cluster", cluster), ("member", member), ("compacted", 0)] {
+                meta.insert(name, value).map_err(at("write"))?;
+            }
+            txn.open_table(LOG).map_err(at("write"))?;
+            txn.open_table(LEASE).map_err(at("write"))?;
+        }
+        txn.commit().map_err(at("sync"))
+    }
+
+    fn load(&self) -> Result<Loaded, DiskError> {
+        let txn = self.0.begin_read().map_err(at("read"))?;
+        let meta = txn.open_table(META).map_err(at("read"))?;
+        let number = |name| Ok::<u64, DiskError>(meta.get(name).map_err(at("read"))?.map_or(0, |row| row.value()));
+        let mut loaded = Loaded {
+            compacted: number("compacted")? as i64,
+            cluster: number("cluster")?,
+            member: number("member")?,
+            ..Loaded::default()
+        };
+        for row in txn.open_table(LOG).map_err(at("read"))?.iter().map_err(at("read"))? {
+            let (place, bytes) = row.map_err(at("read"))?;
+            let record = decode(place.value(), bytes.value()).ok_or(DiskError::Broken(place.value()))?;
+            loaded.records.push(record);
+        }
+        for row in txn.open_table(LEASE).map_err(at("read"))?.iter().map_err(at("read"))? {
+            let (id, ttl) = row.map_err(at("read"))?;
+            loaded.leases.push((id.value(), ttl.value()));
+        }
+        Ok(loaded)
+    }
+}
+
+fn at<E: Into<redb::Error>>(act: &'static str) -> impl Fn(E) -> DiskError {
+    move |error| DiskError::Database { act, source: Box::new(error.into()) }
+}
+
+/// A row of the log.
+pub fn encode(record: &Record) -> Vec<u8> {
+    let version = &record.version;
+    let mut row = Vec::with_capacity(28 + record.key.len() + version.value.len());
+    row.extend_from_slice(&(record.key.len() as u32).to_le_bytes());
+    row.extend_from_slice(&record.key);
+    for number in [version.create, version.count, version.lease] {
+        row.extend_from_slice(&number.to_le_bytes());
+    }
+    row.extend_from_slice(&version.value);
+    row
+}
+
+/// The record of a row; `None`: it is too short for what it says.
+pub fn decode((rev, sub): (u64, u64), row: &[u8]) -> Option<Record> {
+    let (len, rest) = row.split_first_chunk::<4>()?;
+    let (key, mut rest) = rest.split_at_checked(u32::from_le_bytes(*len) as usize)?;
+    let mut number = || {
+        let (bytes, left) = rest.split_first_chunk::<8>()?;
+        rest = left;
+        Some(i64::from_le_bytes(*bytes))
+    };
+    let (create, count, lease) = (number()?, number()?, number()?);
+    let value = Bytes::copy_from_slice(rest);
+    let version = Version { rev: rev as i64, sub: sub as i64, create, count, lease, value };
+    Some(Record { key: Bytes::copy_from_slice(key), version })
+}
