@@ -149,3 +149,18 @@ fn wants_json() -> bool {
     words.iter().any(|w| w == "-ojson" || w == "-o=json" || w == "--output=json")
         || words.windows(2).any(|w| (w[0] == "-o" || w[0] == "--output") && w[1] == "json")
 }
+
+/// Logs go to stderr, one line each; `RUST_LOG` chooses, info without it.
+pub(crate) fn log_to_stderr() {
+    use std::io::IsTerminal;
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| "info,h2=warn,hyper=warn,tonic=warn".into());
+    let color = std::io::stderr().is_terminal();
+    // A second call changes nothing.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(color)
+        .with_target(false)
+        .try_init();
+}

@@ -3,6 +3,7 @@
 mod completions;
 mod ip;
 mod show;
+mod store;
 
 use std::process::ExitCode;
 
@@ -27,6 +28,8 @@ enum Command {
     Ip(ip::Ip),
     /// Show the kernel's tables: neighbours, forwarding entries, bridges, routes
     Show(show::Show),
+    /// Serve the embedded store, look into any store
+    Store(store::Store),
 }
 
 /// The whole command tree, for what is generated from it.
@@ -42,6 +45,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Completions(args) => args.run(),
         Command::Ip(args) => args.run(),
         Command::Show(args) => args.run(),
+        Command::Store(args) => args.run(),
     };
     result.unwrap_or_else(|error| output::report(&error))
 }

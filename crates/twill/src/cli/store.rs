@@ -1,0 +1,112 @@
+//! `twill store`: the embedded store, and a look into any store.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Args, Subcommand};
+use serde::Serialize;
+use twill_core::net::Prefix;
+use twill_etcd::server::Server;
+
+use crate::output::{self, Failure, Output};
+use crate::stores::{self, StoreArgs};
+
+/// The embedded store, and a look into any store.
+#[derive(Debug, Args)]
+pub(crate) struct Store {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve a store that speaks etcd's v3 API
+    Serve(Serve),
+    /// List keys, one on a line
+    Ls(Ls),
+}
+
+/// Serve a store that speaks etcd's v3 API.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  twill store serve\n  twill store serve --listen 192.0.2.11:2379 --insecure\n  etcdctl get --prefix /coreos.com/network"
+)]
+struct Serve {
+    /// Address and port to listen on
+    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:2379")]
+    listen: SocketAddr,
+    /// Folder of the data
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Serve other hosts although nothing authenticates them
+    #[arg(long)]
+    insecure: bool,
+    /// Write a network config (this network over vxlan) where there is none
+    #[arg(long, value_name = "PREFIX")]
+    network: Option<Prefix>,
+}
+
+/// List keys, one on a line.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  twill store ls /coreos.com/network/subnets\n  twill store ls --store http://192.0.2.11:2379 -o json"
+)]
+struct Ls {
+    /// Keys that begin with this
+    #[arg(value_name = "PREFIX", default_value = "/")]
+    below: String,
+    #[command(flatten)]
+    store: StoreArgs,
+    #[command(flatten)]
+    output: Output,
+}
+
+impl Store {
+    pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
+        match self.command {
+            Command::Serve(args) => args.run(),
+            Command::Ls(args) => args.run(),
+        }
+    }
+}
+
+impl Serve {
+    fn run(self) -> anyhow::Result<ExitCode> {
+        output::log_to_stderr();
+        stores::check_listen(self.listen, self.insecure)?;
+        let data = self.data.unwrap_or_else(|| stores::state_dir().join("store"));
+        crate::runtime()?.block_on(async {
+            let (server, listener) = stores::open(self.listen, &data).await?;
+            if let Some(network) = self.network {
+                let store = twill_store::EtcdStore::new(twill_store::StoreConfig {
+                    endpoints: vec![format!("http://{}", self.listen)],
+                    prefix: stores::PREFIX.into(),
+                    ..Default::default()
+                })?;
+                let config = twill_core::config::NetworkConfig::default_json(network);
+                let served = tokio::spawn(server.serve(listener, crate::terminated()));
+                store.create_config(config.as_bytes()).await?;
+                return served.await.context("the store's task ended")?.context("serve the store");
+            }
+            Server::serve(server, listener, crate::terminated()).await.context("serve the store")
+        })?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+#[derive(Serialize)]
+struct Keys {
+    keys: Vec<String>,
+}
+
+impl Ls {
+    fn run(self) -> anyhow::Result<ExitCode> {
+        let store = self.store.connect()?;
+        let keys = crate::runtime()?.block_on(store.keys(&self.below)).map_err(Failure::from)?;
+        let keys = Keys { keys };
+        self.output.print(&keys, || keys.keys.join("\n"))?;
+        Ok(ExitCode::SUCCESS)
+    }
+}

@@ -1,0 +1,153 @@
+//! The store from the command line's side: which one, how to reach it, and how to run our own.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use tokio::net::TcpListener;
+use twill_etcd::server::Server;
+use twill_store::{EtcdStore, StoreConfig, StoreError};
+
+use crate::output::Failure;
+
+/// flannel's default key prefix.
+pub(crate) const PREFIX: &str = "/coreos.com/network";
+/// Where a store is looked for.
+pub(crate) const ENDPOINT: &str = "http://127.0.0.1:2379";
+
+/// Where the store is, on every command that asks it.
+#[derive(Debug, Clone, Args, Default)]
+pub(crate) struct StoreArgs {
+    /// Store endpoints, http:// or https://, separated by commas [default: http://127.0.0.1:2379]
+    #[arg(long, value_name = "URLS", env = "TWILL_STORE", value_delimiter = ',')]
+    pub(crate) store: Vec<String>,
+    /// Key prefix [default: /coreos.com/network]
+    #[arg(long, value_name = "PREFIX", env = "TWILL_PREFIX")]
+    pub(crate) prefix: Option<String>,
+    /// Certificate authority of the store (PEM)
+    #[arg(long, value_name = "FILE", env = "TWILL_CA")]
+    pub(crate) ca: Option<PathBuf>,
+    /// Client certificate (PEM); needs --key
+    #[arg(long, value_name = "FILE", env = "TWILL_CERT")]
+    pub(crate) cert: Option<PathBuf>,
+    /// Key of the client certificate (PEM)
+    #[arg(long, value_name = "FILE", env = "TWILL_KEY")]
+    pub(crate) key: Option<PathBuf>,
+    /// User of the store; needs --password-file
+    #[arg(long, value_name = "NAME", env = "TWILL_USER")]
+    pub(crate) user: Option<String>,
+    /// File with the user's password
+    #[arg(long, value_name = "FILE", env = "TWILL_PASSWORD_FILE")]
+    pub(crate) password_file: Option<PathBuf>,
+}
+
+impl StoreArgs {
+    /// What the flags do not say, from a file's settings.
+    pub(crate) fn or(self, other: StoreArgs) -> StoreArgs {
+        StoreArgs {
+            store: if self.store.is_empty() { other.store } else { self.store },
+            prefix: self.prefix.or(other.prefix),
+            ca: self.ca.or(other.ca),
+            cert: self.cert.or(other.cert),
+            key: self.key.or(other.key),
+            user: self.user.or(other.user),
+            password_file: self.password_file.or(other.password_file),
+        }
+    }
+
+    /// A client; it connects when it is first asked.
+    pub(crate) fn connect(&self) -> Result<EtcdStore, Failure> {
+        let read = |path: &PathBuf, flag: &str| {
+            std::fs::read(path)
+                .map_err(|e| Failure::new("store-config", format!("read {flag} {}: {e}", path.display())))
+        };
+        let both = |a: bool, b: bool, what: &str| {
+            if a == b { Ok(()) } else { Err(Failure::new("store-config", format!("{what} belong together"))) }
+        };
+        both(self.cert.is_some(), self.key.is_some(), "--cert and --key")?;
+        both(self.user.is_some(), self.password_file.is_some(), "--user and --password-file")?;
+        let identity = match (&self.cert, &self.key) {
+            (Some(cert), Some(key)) => Some((read(cert, "--cert")?, read(key, "--key")?)),
+            _ => None,
+        };
+        let user = match (&self.user, &self.password_file) {
+            (Some(user), Some(file)) => {
+                let password =
+                    String::from_utf8_lossy(&read(file, "--password-file")?).trim_end_matches(['\n', '\r']).to_owned();
+                Some((user.clone(), password))
+            }
+            _ => None,
+        };
+        let config = StoreConfig {
+            endpoints: if self.store.is_empty() { vec![ENDPOINT.into()] } else { self.store.clone() },
+            prefix: self.prefix.clone().unwrap_or_else(|| PREFIX.into()),
+            ca: self.ca.as_ref().map(|path| read(path, "--ca")).transpose()?,
+            identity,
+            user,
+        };
+        EtcdStore::new(config).map_err(Failure::from)
+    }
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Failure::new(error.code(), error.to_string()).hint(error.hint())
+    }
+}
+
+/// `/var/lib/twill`, or without root `$XDG_STATE_HOME/twill`.
+pub(crate) fn state_dir() -> PathBuf {
+    user_dir("XDG_STATE_HOME", ".local/state").unwrap_or_else(|| PathBuf::from("/var/lib/twill"))
+}
+
+/// `/run/twill`, or without root `$XDG_RUNTIME_DIR/twill`.
+pub(crate) fn run_dir() -> PathBuf {
+    user_dir("XDG_RUNTIME_DIR", ".cache").unwrap_or_else(|| PathBuf::from("/run/twill"))
+}
+
+fn user_dir(variable: &str, below_home: &str) -> Option<PathBuf> {
+    if rustix::process::geteuid().is_root() {
+        return None;
+    }
+    let dir = std::env::var_os(variable).map(PathBuf::from).filter(|p| p.is_absolute());
+    let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(below_home));
+    dir.or_else(home).map(|dir| dir.join("twill"))
+}
+
+/// Until joining with a token exists, whoever reaches the port owns the network.
+pub(crate) fn check_listen(listen: SocketAddr, insecure: bool) -> Result<(), Failure> {
+    if listen.ip().is_loopback() {
+        return Ok(());
+    }
+    if !insecure {
+        let message = format!("refuse to serve the store at {listen}: nothing authenticates those who connect");
+        return Err(Failure::new("store-insecure", message)
+            .hint("add --insecure inside a network that you trust, or use an etcd with certificates"));
+    }
+    tracing::warn!(%listen, "the store is open to everybody who reaches this address: nothing authenticates");
+    Ok(())
+}
+
+/// Opens the data and the port.
+pub(crate) async fn open(listen: SocketAddr, data: &Path) -> Result<(Server, TcpListener), Failure> {
+    let failed = |code, error: &dyn std::error::Error| {
+        let mut message = error.to_string();
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            message = format!("{message}: {error}");
+            cause = error.source();
+        }
+        Failure::new(code, message)
+    };
+    let random = twill_kernel::files::random_bytes().map_err(|e| failed("no-randomness", &e))?;
+    let server = Server::open(data, random, &format!("http://{listen}")).map_err(|e| {
+        failed("store-data", &e)
+            .hint(format!("is another store running on {}? --data DIR names another folder", data.display()))
+    })?;
+    let listener = TcpListener::bind(listen).await.map_err(|e| {
+        Failure::new("store-listen", format!("listen on {listen}: {e}"))
+            .hint("--listen ADDR:PORT names another address or port")
+    })?;
+    tracing::info!(%listen, data = %data.display(), "the store serves");
+    Ok((server, listener))
+}
