@@ -416,3 +416,28 @@ fn the_json_shape_is_kept() {
     assert_eq!(json["hops"][0]["link"], "eth0");
     assert!(facts.places().contains(&"underlay"));
 }
+
+/// Whatever single thing is taken away, both ways end, and a way that stops says where and why.
+#[test]
+fn no_single_loss_goes_without_an_end() {
+    let whole = healthy();
+    let mut stopped = std::collections::BTreeSet::new();
+    for place in whole.places() {
+        for (key, _) in whole.place(place).unwrap().state.iter() {
+            let mut facts = whole.clone();
+            remove(&mut facts, place, key.clone());
+            let Ok((from, to)) = ends(&facts, "container-1", "container-2", false) else { continue };
+            let explanation = explain(&facts, &from, &to);
+            for way in [&explanation.there, &explanation.back] {
+                assert!(way.hops.len() < 40, "{key:?}: {explanation}");
+                if let Verdict::Stops { code, place, why, .. } = &way.verdict {
+                    assert!(whole.place(place).is_some() && !why.is_empty());
+                    stopped.insert(code.to_string());
+                }
+            }
+        }
+    }
+    for code in ["link-missing", "no-fdb-entry", "no-neighbour", "no-route", "nobody-answers"] {
+        assert!(stopped.contains(code), "{code} among {stopped:?}");
+    }
+}
