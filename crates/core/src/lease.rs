@@ -1,12 +1,13 @@
-//! Leases: who holds which subnet, as the store says, and what this node makes of it.
+//! Leases: who holds which subnet, as the store says.
 //!
 //! ```text
 //! store entry ──parse──▶ Lease ──resolve──▶ Peer      (programmed)
 //!      └─ LeaseFault (skipped)    └─ PeerFault (skipped, named in `status`)
 //! ```
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use crate::flannel::attrs;
 use crate::net::{NodeId, Prefix};
 
 /// One key below `<prefix>/subnets/`, as it came from the store.
@@ -41,6 +42,20 @@ impl LeaseKey {
 }
 
 impl Lease {
+    /// Reads a store entry.
+    pub fn parse(raw: &RawLease) -> Result<Lease, PeerFault> {
+        let fault = |code, reason: String| PeerFault { name: raw.name.clone(), code, reason };
+        let key = raw.name.parse().map_err(|e| fault("bad-lease-key", format!("its key: {e}")))?;
+        let attrs = attrs::parse(&raw.value).map_err(|e| fault("bad-lease-value", e.to_string()))?;
+        Ok(Lease { key, attrs, create_rev: raw.create_rev, mod_rev: raw.mod_rev, etcd_lease: raw.etcd_lease })
+    }
+
+    /// True when the holder says that it is at one of these addresses.
+    pub fn is_at(&self, addresses: &[IpAddr]) -> bool {
+        let told = [self.attrs.public_ip.map(IpAddr::V4), self.attrs.public_ipv6.map(IpAddr::V6)];
+        told.into_iter().flatten().any(|ip| addresses.contains(&ip))
+    }
+
     /// A fault of this lease.
     pub fn fault(&self, code: &'static str, reason: impl Into<String>) -> PeerFault {
         PeerFault { name: self.key.to_string(), code, reason: reason.into() }

@@ -8,12 +8,16 @@
 //! - [`ipcalc`]: address arithmetic for people
 //! - [`words`]: kernel numbers and table lines as `ip` and `bridge` print them
 
+pub mod alloc;
 pub mod backend;
 pub mod config;
 pub mod flannel;
 pub mod host;
+pub mod iface;
 pub mod ipcalc;
 pub mod lease;
+pub mod lease_set;
 pub mod net;
 pub mod reconcile;
+pub mod state_file;
 pub mod words;

@@ -1,0 +1,210 @@
+//! Which subnet a node takes: its own again, the one it wishes, or a free one.
+
+use std::net::IpAddr;
+
+use crate::config::{NetworkConfig, Range};
+use crate::lease::{Lease, LeaseKey};
+use crate::lease_set::LeaseSet;
+use crate::net::{NodeId, Prefix};
+
+/// What this node knows of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Me {
+    /// Its identity.
+    pub node: NodeId,
+    /// The addresses that peers are told.
+    pub addresses: Vec<IpAddr>,
+    /// Subnets that the state file, subnet.env or the live device say were ours.
+    pub remembered: Vec<Prefix>,
+    /// Subnets that were asked for by `--subnet`.
+    pub wished: Vec<Prefix>,
+}
+
+/// What to do about a subnet.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Choice {
+    /// This lease is ours: keep it.
+    Keep(Box<Lease>),
+    /// This lease is ours, and the config no longer allows it: give it back, then choose again.
+    GiveBack(Box<Lease>),
+    /// Nobody has this one: create it.
+    Create(LeaseKey),
+    /// There is none left, or the one asked for cannot be had.
+    Refuse(String),
+}
+
+/// True when the lease is this node's: by identity; without one (flannel's) by address and a memory of the subnet.
+pub fn is_mine(lease: &Lease, me: &Me) -> bool {
+    match lease.attrs.node {
+        Some(node) => node == me.node,
+        None => lease.is_at(&me.addresses) && lease.key.subnets().any(|subnet| me.remembered.contains(&subnet)),
+    }
+}
+
+/// Decides. `seed` chooses among the free subnets: other nodes that start in the same second have other seeds.
+pub fn choose(config: &NetworkConfig, leases: &LeaseSet, me: &Me, seed: u64) -> Choice {
+    if let Some(lease) = leases.leases().find(|lease| is_mine(lease, me)) {
+        let lost = !matches!(leases.verdict(&lease.key.to_string()), Some(Ok(_)));
+        let fits =
+            fits(config, &lease.key) && !lost && me.wished.iter().all(|wish| lease.key.subnets().any(|s| s == *wish));
+        return if fits { Choice::Keep(Box::new(lease)) } else { Choice::GiveBack(Box::new(lease)) };
+    }
+    let mut key = LeaseKey { v4: None, v6: None };
+    for range in config.ranges() {
+        let subnet = match pick(&range, leases, me, seed) {
+            Ok(subnet) => subnet,
+            Err(reason) => return Choice::Refuse(reason),
+        };
+        if subnet.is_v4() { key.v4 = Some(subnet) } else { key.v6 = Some(subnet) }
+    }
+    Choice::Create(key)
+}
+
+fn fits(config: &NetworkConfig, key: &LeaseKey) -> bool {
+    let family = |range: Option<Range>, subnet: Option<Prefix>| match (range, subnet) {
+        (None, None) => true,
+        (Some(range), Some(subnet)) => range.allows(&subnet),
+        _ => false,
+    };
+    family(config.v4, key.v4) && family(config.v6, key.v6)
+}
+
+/// The wished subnet, the remembered one when it is free, or a free one.
+fn pick(range: &Range, leases: &LeaseSet, me: &Me, seed: u64) -> Result<Prefix, String> {
+    let taken = |subnet: &Prefix| leases.subnets().find(|held| held.overlaps(subnet));
+    if let Some(wish) = me.wished.iter().find(|w| w.is_v4() == range.network.is_v4()) {
+        if !range.allows(wish) {
+            return Err(format!(
+                "--subnet {wish} is not a /{} between {} and {}",
+                range.subnet_len, range.min, range.max
+            ));
+        }
+        return taken(wish).map_or(Ok(*wish), |held| Err(format!("--subnet {wish} is held by the lease of {held}")));
+    }
+    if let Some(old) = me.remembered.iter().find(|p| range.allows(p)).filter(|p| taken(p).is_none()) {
+        return Ok(*old);
+    }
+    let gaps = gaps(range, leases);
+    let free: u128 = gaps.iter().map(|(_, len)| len).sum();
+    if free == 0 {
+        return Err(format!("no free subnet: all {} from {} to {} are leased", range.count(), range.min, range.max));
+    }
+    let mut nth = u128::from(seed) % free;
+    for (first, len) in gaps {
+        if nth < len {
+            return range.nth(first + nth).ok_or_else(|| "no free subnet".to_owned());
+        }
+        nth -= len;
+    }
+    Err("no free subnet".to_owned())
+}
+
+/// Runs of free subnets as (first index, length), by walking the held ones in order: no subnet is counted one by one.
+fn gaps(range: &Range, leases: &LeaseSet) -> Vec<(u128, u128)> {
+    let unit = u32::from(range.network.bits() - range.subnet_len);
+    let index = |ip: IpAddr| {
+        (crate::net::ip_to_bits(ip) - crate::net::ip_to_bits(range.min.addr())).checked_shr(unit).unwrap_or(0)
+    };
+    let (mut gaps, mut next) = (Vec::new(), 0u128);
+    let count = range.count();
+    let end = range.max.last();
+    for held in leases
+        .subnets()
+        .filter(|h| h.is_v4() == range.network.is_v4() && h.last() >= range.min.addr() && h.addr() <= end)
+    {
+        let first = if held.addr() <= range.min.addr() { 0 } else { index(held.addr()) };
+        let last = if held.last() >= end { count - 1 } else { index(held.last()) };
+        if first > next {
+            gaps.push((next, first - next));
+        }
+        next = next.max(last + 1);
+    }
+    if next < count {
+        gaps.push((next, count - next));
+    }
+    gaps
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lease::RawLease;
+    use proptest::prelude::*;
+
+    fn config(json: &str) -> NetworkConfig {
+        NetworkConfig::parse(json.as_bytes()).unwrap().0
+    }
+
+    fn me(n: u8) -> Me {
+        Me { node: NodeId([n; 16]), addresses: vec![IpAddr::from([10, 0, 0, n])], remembered: vec![], wished: vec![] }
+    }
+
+    fn raw(name: &str, value: &str, rev: i64) -> RawLease {
+        RawLease { name: name.into(), value: value.into(), create_rev: rev, mod_rev: rev, etcd_lease: 1 }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+        #[test]
+        fn free_subnets_are_those_that_a_walk_finds(held in prop::collection::vec((0u8..64, 22u8..28), 0..20), seed: u64) {
+            let config = config(r#"{"Network":"10.0.0.0/20","SubnetLen":24,"SubnetMax":"10.0.13.0","Backend":{"Type":"vxlan"}}"#);
+            let mut leases = LeaseSet::default();
+            for (n, len) in &held {
+                let subnet = Prefix::truncate(IpAddr::from([10, 0, n / 4, (n % 4) * 64]), *len).unwrap();
+                leases.put(raw(&format!("{}-{}", subnet.addr(), subnet.len()), "{}", 1));
+            }
+            let range = config.v4.unwrap();
+            let walk: Vec<Prefix> = (0..range.count()).filter_map(|n| range.nth(n))
+                .filter(|s| !leases.subnets().any(|h| h.overlaps(s))).collect();
+            match choose(&config, &leases, &me(1), seed) {
+                Choice::Create(key) => prop_assert!(walk.contains(&key.v4.unwrap())),
+                Choice::Refuse(_) => prop_assert!(walk.is_empty()),
+                other => prop_assert!(false, "{:?}", other),
+            }
+            let counted: u128 = gaps(&range, &leases).iter().map(|(_, len)| len).sum();
+            prop_assert_eq!(counted, walk.len() as u128);
+        }
+    }
+
+    #[test]
+    fn two_hundred_nodes_share_two_hundred_subnets() {
+        let config = config(
+            r#"{"Network":"10.0.0.0/16","SubnetMin":"10.0.1.0","SubnetMax":"10.0.200.0","Backend":{"Type":"vxlan"}}"#,
+        );
+        // Each sees the store as it was when it was last refused: the worst view that compare-and-swap allows.
+        let mut store = LeaseSet::default();
+        let mut tries = 0;
+        for n in 0..200u8 {
+            let mut seen = LeaseSet::default();
+            let mut seed = u64::from(n).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            loop {
+                tries += 1;
+                let Choice::Create(key) = choose(&config, &seen, &me(n), seed) else { panic!("node {n} gets none") };
+                if store.lease(&key.to_string()).is_none() {
+                    store.put(raw(&key.to_string(), "{}", i64::from(n) + 1));
+                    break;
+                }
+                seen.put(raw(&key.to_string(), "{}", 1));
+                seed = seed.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+            }
+        }
+        assert_eq!(store.len(), 200);
+        assert!(
+            matches!(choose(&config, &store, &me(250), 0), Choice::Refuse(_)),
+            "after {tries} tries all are leased"
+        );
+    }
+
+    #[test]
+    fn a_lease_is_ours_by_identity_or_by_address_and_memory() {
+        let node = NodeId([7; 16]);
+        let ours =
+            Lease::parse(&raw("10.0.1.0-24", &format!(r#"{{"PublicIP":"9.9.9.9","Twill":{{"node":"{node}"}}}}"#), 1))
+                .unwrap();
+        assert!(is_mine(&ours, &me(7)) && !is_mine(&ours, &me(8)));
+        let flannels = Lease::parse(&raw("10.0.1.0-24", r#"{"PublicIP":"10.0.0.7"}"#, 1)).unwrap();
+        assert!(!is_mine(&flannels, &me(7)), "the address alone is not enough");
+        let remembering = Me { remembered: vec!["10.0.1.0/24".parse().unwrap()], ..me(7) };
+        assert!(is_mine(&flannels, &remembering) && !is_mine(&flannels, &Me { addresses: vec![], ..remembering }));
+    }
+}

@@ -1,0 +1,233 @@
+//! All leases of the store, and which of them count.
+//!
+//! Of two leases that collide (a subnet, or the MAC of the tunnel device), the one with the lower create revision wins, then the
+//! smaller key. The rule looks at pairs only, so one changed lease concerns just those that it collides with: among ten thousand
+//! leases a change costs microseconds. Values are kept as bytes and read when they are asked for; that is the compact form.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::lease::{Lease, LeaseKey, PeerFault, RawLease};
+use crate::net::{MacAddr, Prefix};
+
+/// A lease as kept: without its name.
+#[derive(Debug, Clone)]
+struct Entry {
+    /// Subnets, when the key could be read.
+    key: Option<LeaseKey>,
+    macs: [Option<MacAddr>; 2],
+    value: Box<[u8]>,
+    create_rev: i64,
+    mod_rev: i64,
+    etcd_lease: i64,
+}
+
+/// The leases of a store, by name.
+#[derive(Debug, Default)]
+pub struct LeaseSet {
+    entries: BTreeMap<Box<str>, Entry>,
+    by_subnet: BTreeSet<(Prefix, Box<str>)>,
+    by_mac: BTreeSet<(MacAddr, Box<str>)>,
+}
+
+impl LeaseSet {
+    /// Takes in a written lease; gives the names whose verdict may differ now.
+    pub fn put(&mut self, raw: RawLease) -> BTreeSet<String> {
+        let mut concerned = self.delete(&raw.name);
+        let lease = Lease::parse(&raw).ok();
+        let entry = Entry {
+            key: raw.name.parse().ok(),
+            macs: lease.as_ref().map_or([None; 2], macs),
+            value: raw.value.into(),
+            create_rev: raw.create_rev,
+            mod_rev: raw.mod_rev,
+            etcd_lease: raw.etcd_lease,
+        };
+        let name: Box<str> = raw.name.into();
+        for subnet in entry.key.iter().flat_map(LeaseKey::subnets) {
+            self.by_subnet.insert((subnet, name.clone()));
+        }
+        for mac in entry.macs.iter().flatten() {
+            self.by_mac.insert((*mac, name.clone()));
+        }
+        concerned.extend(self.colliding(&name, &entry));
+        concerned.insert(name.to_string());
+        self.entries.insert(name, entry);
+        concerned
+    }
+
+    /// Forgets a lease; gives the names whose verdict may differ now.
+    pub fn delete(&mut self, name: &str) -> BTreeSet<String> {
+        let Some(entry) = self.entries.remove(name) else { return BTreeSet::new() };
+        let mut concerned: BTreeSet<String> = self.colliding(name, &entry).collect();
+        for subnet in entry.key.iter().flat_map(LeaseKey::subnets) {
+            self.by_subnet.remove(&(subnet, name.into()));
+        }
+        for mac in entry.macs.iter().flatten() {
+            self.by_mac.remove(&(*mac, name.into()));
+        }
+        concerned.insert(name.to_owned());
+        concerned
+    }
+
+    /// Replaces all; gives the names whose verdict may differ now: those that are gone, new or changed, and what they collide with.
+    pub fn reset(&mut self, raws: Vec<RawLease>) -> BTreeSet<String> {
+        let listed: BTreeSet<&str> = raws.iter().map(|raw| raw.name.as_str()).collect();
+        let gone: Vec<String> = self.names().filter(|name| !listed.contains(name)).map(str::to_owned).collect();
+        let mut concerned: BTreeSet<String> = gone.iter().flat_map(|name| self.delete(name)).collect();
+        for raw in raws {
+            let same = self
+                .entries
+                .get(raw.name.as_str())
+                .is_some_and(|e| e.mod_rev == raw.mod_rev && e.create_rev == raw.create_rev);
+            if !same {
+                concerned.extend(self.put(raw));
+            }
+        }
+        concerned
+    }
+
+    /// The lease named `name`, or why it does not count; `None`: there is none.
+    pub fn verdict(&self, name: &str) -> Option<Result<Lease, PeerFault>> {
+        let lease = match self.lease(name)? {
+            Ok(lease) => lease,
+            Err(fault) => return Some(Err(fault)),
+        };
+        let entry = self.entries.get(name)?;
+        let winner = self.colliding(name, entry).find(|other| {
+            self.entries.get(other.as_str()).is_some_and(|o| (o.create_rev, other.as_str()) < (entry.create_rev, name))
+        });
+        Some(match winner {
+            None => Ok(lease),
+            Some(winner) => {
+                Err(lease.fault("lease-collision", format!("it collides with {winner}, which is older and wins")))
+            }
+        })
+    }
+
+    /// The lease named `name` as it stands in the store, whoever it collides with.
+    pub fn lease(&self, name: &str) -> Option<Result<Lease, PeerFault>> {
+        let e = self.entries.get(name)?;
+        let (create_rev, mod_rev, etcd_lease) = (e.create_rev, e.mod_rev, e.etcd_lease);
+        Some(Lease::parse(&RawLease {
+            name: name.to_owned(),
+            value: e.value.to_vec(),
+            create_rev,
+            mod_rev,
+            etcd_lease,
+        }))
+    }
+
+    /// All leases that can be read.
+    pub fn leases(&self) -> impl Iterator<Item = Lease> + '_ {
+        self.names().filter_map(|name| self.lease(name)?.ok())
+    }
+
+    /// All names, in key order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(AsRef::as_ref)
+    }
+
+    /// All subnets that are held, in order.
+    pub fn subnets(&self) -> impl Iterator<Item = Prefix> + '_ {
+        self.by_subnet.iter().map(|(subnet, _)| *subnet)
+    }
+
+    /// How many.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// True when there is none.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Names of other leases that share an address or a MAC with this one.
+    fn colliding<'s>(&'s self, name: &'s str, entry: &'s Entry) -> impl Iterator<Item = String> + use<'s> {
+        let subnets = entry.key.iter().flat_map(LeaseKey::subnets).flat_map(|subnet| self.overlapping(subnet));
+        let macs = entry.macs.iter().flatten().flat_map(|mac| {
+            let from = (*mac, Box::from(""));
+            self.by_mac.range(from..).take_while(move |(m, _)| m == mac).map(|(_, name)| name)
+        });
+        subnets.chain(macs).filter(move |other| ***other != *name).map(ToString::to_string)
+    }
+
+    /// Names that hold a subnet inside or around `subnet`.
+    fn overlapping(&self, subnet: Prefix) -> impl Iterator<Item = &Box<str>> + use<'_> {
+        let at = |p: Prefix| {
+            self.by_subnet.range((p, Box::from(""))..).take_while(move |(q, _)| *q == p).map(|(_, name)| name)
+        };
+        let around = (0..subnet.len()).filter_map(move |len| Prefix::truncate(subnet.addr(), len).ok()).flat_map(at);
+        let inside =
+            self.by_subnet.range((subnet, Box::from(""))..).take_while(move |(q, _)| q.addr() <= subnet.last());
+        around.chain(inside.filter(move |(q, _)| subnet.covers(q)).map(|(_, name)| name))
+    }
+}
+
+/// The MACs that a lease tells, as far as they can be read.
+fn macs(lease: &Lease) -> [Option<MacAddr>; 2] {
+    [&lease.attrs.backend_data, &lease.attrs.backend_v6_data].map(|data| {
+        let fields = data.as_ref()?.as_object()?;
+        fields.iter().rfind(|(key, _)| key.eq_ignore_ascii_case("VtepMAC"))?.1.as_str()?.parse().ok()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn raw(name: &str, mac: u8, rev: i64) -> RawLease {
+        let value = format!(
+            r#"{{"PublicIP":"10.0.0.1","BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"02:00:00:00:00:{mac:02x}"}}}}"#
+        );
+        RawLease { name: name.into(), value: value.into(), create_rev: rev, mod_rev: rev, etcd_lease: 0 }
+    }
+
+    /// The rule as one would say it: look at all pairs.
+    fn slow_winners(all: &BTreeMap<String, RawLease>) -> BTreeSet<String> {
+        let parsed: Vec<(&String, Lease)> = all.iter().filter_map(|(n, r)| Some((n, Lease::parse(r).ok()?))).collect();
+        let collide = |a: &Lease, b: &Lease| {
+            a.key.subnets().any(|x| b.key.subnets().any(|y| x.overlaps(&y))) || macs(a)[0] == macs(b)[0]
+        };
+        let loses = |name: &String, lease: &Lease| {
+            parsed.iter().any(|(n, l)| *n != name && collide(lease, l) && (l.create_rev, *n) < (lease.create_rev, name))
+        };
+        parsed.iter().filter(|(n, l)| !loses(n, l)).map(|(n, _)| (*n).clone()).collect()
+    }
+
+    fn op() -> impl Strategy<Value = (String, u8, i64, bool)> {
+        let name = prop_oneof![
+            (0u8..6).prop_map(|n| format!("10.0.{n}.0-24")),
+            (0u8..3).prop_map(|n| format!("10.0.{}.0-23", n * 2)),
+            Just("10.0.0.0-21".to_owned()),
+            Just("garbage".to_owned()),
+        ];
+        (name, 0u8..5, 1i64..6, prop::bool::weighted(0.7))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+        #[test]
+        fn the_set_decides_as_all_pairs_do_and_names_who_is_concerned(ops in prop::collection::vec(op(), 1..25)) {
+            let (mut set, mut all) = (LeaseSet::default(), BTreeMap::new());
+            for (name, mac, rev, put) in ops {
+                let before = slow_winners(&all);
+                let concerned = if put {
+                    all.insert(name.clone(), raw(&name, mac, rev));
+                    set.put(raw(&name, mac, rev))
+                } else {
+                    all.remove(&name);
+                    set.delete(&name)
+                };
+                let after = slow_winners(&all);
+                let winners: BTreeSet<String> =
+                    set.names().filter(|n| matches!(set.verdict(n), Some(Ok(_)))).map(str::to_owned).collect();
+                prop_assert_eq!(&winners, &after);
+                for changed in before.symmetric_difference(&after) {
+                    prop_assert!(concerned.contains(changed), "{} is not named", changed);
+                }
+            }
+        }
+    }
+}
