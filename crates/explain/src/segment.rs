@@ -37,6 +37,32 @@ pub fn owner_of_mac<F: Facts + ?Sized>(facts: &F, mac: MacAddr) -> Option<Far> {
     })
 }
 
+/// Why nobody on the segment behind `link` answers for `ip`; for messages.
+pub fn why_silent<F: Facts + ?Sized>(facts: &F, place: &str, link: LinkName, ip: IpAddr) -> String {
+    let Some(owner) = facts.places().into_iter().find(|p| facts.place(p).is_some_and(|f| f.owns(ip))) else {
+        return "nobody that is known has this address".to_owned();
+    };
+    silent_device(facts, place, link, owner, ip)
+        .unwrap_or_else(|| format!("it is an address of {owner}, which is not on this link"))
+}
+
+/// The device between here and the owner that keeps the question from it.
+fn silent_device<F: Facts + ?Sized>(facts: &F, place: &str, link: LinkName, owner: &str, ip: IpAddr) -> Option<String> {
+    let there = facts.place(owner)?;
+    let own = there.link(there.addrs().find(|a| a.inet.addr == ip)?.link)?;
+    if !own.up {
+        return Some(format!("{} of {owner} is down", own.name));
+    }
+    let far = there.peers.get(&own.name)?;
+    let middle = facts.place(&far.place)?;
+    let port = middle.link(far.link)?;
+    if !port.up {
+        return Some(format!("{} of {}, the other end of {owner}'s {}, is down", far.link, far.place, own.name));
+    }
+    let loose = far.place == place && port.name != link && middle.bridge_of(port) != Some(link);
+    loose.then(|| format!("{}, the other end of {owner}'s {}, is not a port of {link}", far.link, own.name))
+}
+
 /// What hangs on a wire that has no other end in the facts: the hardware devices of all other places, taken as one underlay.
 pub fn underlay<F: Facts + ?Sized>(facts: &F, place: &str) -> Vec<Far> {
     let others = facts.places().into_iter().filter(|p| *p != place);

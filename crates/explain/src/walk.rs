@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use twill_core::host::{LinkKind, Neigh, Vxlan};
+use twill_core::host::{Link, LinkKind, Neigh, Vxlan};
 use twill_core::net::{LinkName, MacAddr};
 use twill_core::words;
 
@@ -148,7 +148,7 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
         let query = RouteQuery { dst: packet.dst, src: packet.src, iif };
         self.facts.route(place, &query).map_err(|refusal| match refusal {
             NoRoute::Refused { errno: ENETUNREACH, .. } => {
-                stop(Code::NoRoute, place, format!("no route covers {}", packet.dst))
+                stop(Code::NoRoute, place, format!("no route covers {}{}", packet.dst, self.devices_down(place)))
             }
             NoRoute::Refused { errno, text } => match (self.refusing_line(place, packet.dst), iif) {
                 (None, Some(iif)) if self.comes_back_elsewhere(place, packet, iif) => {
@@ -166,6 +166,14 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
                 stop(Code::LeavesTheFacts, place, format!("the kernel of {place} could not be asked: {why}"))
             }
         })
+    }
+
+    /// A device that is down takes its routes with it: says which are.
+    fn devices_down(&self, place: &str) -> String {
+        let links = self.facts.place(place).into_iter().flat_map(PlaceFacts::links);
+        let down = links.filter(|l| !l.up && l.name.as_str() != "lo").map(|l| l.name.to_string());
+        let down = down.collect::<Vec<_>>().join(", ");
+        if down.is_empty() { down } else { format!(" (a device that is down has no routes: {down})") }
     }
 
     /// True when a packet to `packet`'s source would not leave by `iif`. Asked when the kernel refuses an incoming packet: newer
@@ -254,7 +262,8 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
                 Err(stop_with(Code::NoNeighbour, place, why, line))
             }
             None => {
-                let why = format!("{ask} asks on {link} who has {next}, and nobody answers");
+                let silence = segment::why_silent(self.facts, place, link, next);
+                let why = format!("{ask} asks on {link} who has {next}, and nobody answers ({silence})");
                 Err(stop_with(Code::NobodyAnswers, place, why, line))
             }
         }
@@ -332,18 +341,23 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
         }
         match device.mac {
             Some(mac) if mac != frame.dst && frame.dst != MacAddr::BROADCAST => {
-                Err(self.not_ours(place, link, mac, frame.dst))
+                Err(self.not_ours(place, device, mac, frame.dst))
             }
             _ => Ok(Some(Step::Input { place: place.to_owned(), link, packet: frame.packet })),
         }
     }
 
-    fn not_ours(&self, place: &str, link: LinkName, mac: MacAddr, dst: MacAddr) -> Box<Verdict> {
-        let owner = match segment::owner_of_mac(self.facts, dst) {
+    fn not_ours(&self, place: &str, link: &Link, mac: MacAddr, dst: MacAddr) -> Box<Verdict> {
+        let tunnel = matches!(link.kind, LinkKind::Vxlan(_));
+        let cause = match segment::owner_of_mac(self.facts, dst) {
+            Some(far) if tunnel => {
+                format!("it belongs to {} of {}: the sender's FDB entry names the wrong host", far.link, far.place)
+            }
             Some(far) => format!("it belongs to {} of {}", far.link, far.place),
             None => "nobody has it: the sender's neighbour entry is stale".to_owned(),
         };
-        let why = format!("the frame is for MAC {dst}, {link} has {mac}: it is dropped without a word ({owner})");
+        let why =
+            format!("the frame is for MAC {dst}, {} has {mac}: it is dropped without a word ({cause})", link.name);
         stop(Code::MacNotOurs, place, why)
     }
 
@@ -374,7 +388,10 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
                 let mut ports = here.ports(bridge).map(|p| p.name).filter(|p| Some(*p) != from);
                 let leads = ports.find(|p| segment::who_is(self.facts, place, *p, frame.dst).is_some());
                 let port = leads.ok_or_else(|| {
-                    let why = format!("MAC {} is not in the CAM table of {bridge}, and no port leads to it", frame.dst);
+                    let why = format!(
+                        "MAC {} is not in the CAM table of {bridge}, and no port leads to it: the sender's neighbour entry is stale",
+                        frame.dst
+                    );
                     stop(Code::MacUnknown, place, why)
                 })?;
                 let says = format!(
