@@ -50,8 +50,8 @@ pub struct Hop {
     pub depth: usize,
     /// The decision in plain words.
     pub says: String,
-    /// The table line that it comes from, as `ip` or `bridge` prints it.
-    pub evidence: Option<String>,
+    /// The table lines that it comes from, as `ip` or `bridge` prints them; `hides: …` is a route that a better one hides.
+    pub evidence: Vec<String>,
 }
 
 /// What kind of thing decides at a hop.
@@ -88,8 +88,8 @@ pub enum Verdict {
         place: String,
         /// The cause in plain words.
         why: String,
-        /// The table line that shows it, where there is one.
-        evidence: Option<String>,
+        /// The table lines that show it, where there are any.
+        evidence: Vec<String>,
     },
 }
 
@@ -173,7 +173,7 @@ impl fmt::Display for Way {
             let indent = "  ".repeat(hop.depth);
             writeln!(f, "{:3}. {:place$}  {:9}  {indent}{}", number + 1, hop.place, hop.what.to_string(), hop.says)?;
             let margin = " ".repeat(5 + place + 2 + 9 + 2);
-            for line in hop.evidence.iter().flat_map(|e| e.lines()) {
+            for line in &hop.evidence {
                 writeln!(f, "{margin}{indent}  │ {line}")?;
             }
         }
@@ -181,7 +181,7 @@ impl fmt::Display for Way {
             Verdict::Arrives => writeln!(f, "  ✓  it arrives"),
             Verdict::Stops { code, place, why, evidence } => {
                 let mut text = format!("  ✗  it stops at {place}: {why} [{code}]");
-                for line in evidence.iter().flat_map(|e| e.lines()) {
+                for line in evidence {
                     let _ = write!(text, "\n       │ {line}");
                 }
                 writeln!(f, "{text}")

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use twill_core::host::{Link, LinkKind, Neigh, Vxlan};
+use twill_core::host::{Link, LinkKind, Neigh, PROTO_KERNEL, RouteEntry, Vxlan};
 use twill_core::net::{LinkName, MacAddr};
 use twill_core::words;
 
@@ -92,11 +92,12 @@ fn circle(step: &Step) -> Box<Verdict> {
 }
 
 fn stop(code: Code, place: &str, why: impl Into<String>) -> Box<Verdict> {
-    Box::new(Verdict::Stops { code, place: place.to_owned(), why: why.into(), evidence: None })
+    stop_with(code, place, why, None)
 }
 
 fn stop_with(code: Code, place: &str, why: impl Into<String>, line: Option<String>) -> Box<Verdict> {
-    Box::new(Verdict::Stops { code, place: place.to_owned(), why: why.into(), evidence: line })
+    let evidence = line.into_iter().collect();
+    Box::new(Verdict::Stops { code, place: place.to_owned(), why: why.into(), evidence })
 }
 
 struct Walk<'f, F: ?Sized> {
@@ -121,13 +122,13 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
     }
 
     fn hop(&mut self, place: &str, what: What, link: Option<LinkName>, depth: usize, says: String) {
-        self.hops.push(Hop { place: place.to_owned(), what, link, depth, says, evidence: None });
+        self.hops.push(Hop { place: place.to_owned(), what, link, depth, says, evidence: Vec::new() });
     }
 
-    /// Puts the table line under the last hop.
-    fn evidence(&mut self, line: Option<String>) {
+    /// Puts table lines under the last hop.
+    fn evidence(&mut self, lines: impl IntoIterator<Item = String>) {
         if let Some(hop) = self.hops.last_mut() {
-            hop.evidence = line;
+            hop.evidence.extend(lines);
         }
     }
 
@@ -203,12 +204,10 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
             None => format!("{verb}{} is on the network of {link} itself", packet.dst),
         };
         let line = here.line_of(packet.dst, answer);
-        let shadowed = line.and_then(|(key, _)| shadowed(here, packet.dst, key.dst.len()));
+        let shadowed = line.and_then(|(_, entry)| shadowed(here, packet.dst, entry));
         self.hop(place, What::Route, Some(link), depth, way);
-        self.evidence(line.map(|(key, entry)| match shadowed {
-            Some(other) => format!("{}\nhides: {other}", words::route_line(&key, entry)),
-            None => words::route_line(&key, entry),
-        }));
+        self.evidence(line.map(|(key, entry)| words::route_line(&key, entry)));
+        self.evidence(shadowed.map(|other| format!("hides: {other}")));
         let device = here
             .link(link)
             .ok_or_else(|| stop(Code::LinkMissing, place, format!("the route names {link}, which does not exist")))?;
@@ -323,7 +322,7 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
             frame.dst, vxlan.port, vxlan.vni
         );
         self.hop(place, What::Fdb, Some(link), frame.packet.depth(), says);
-        self.evidence(Some(words::fdb_line(entry)));
+        self.evidence(words::fdb_line(entry).lines().map(str::to_owned));
         let inner = Some(Box::new(Wrapped { vxlan: vxlan.clone(), frame }));
         let packet = Packet { src: vxlan.local, dst: host, inner };
         Ok(Some(Step::Send { place: place.to_owned(), packet }))
@@ -381,7 +380,7 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
             Some((entry, port)) => {
                 let says = format!("the CAM table of {bridge} maps MAC {} to port {port}", frame.dst);
                 self.hop(place, What::Bridge, Some(bridge), depth, says);
-                self.evidence(Some(words::fdb_line(entry)));
+                self.evidence(words::fdb_line(entry).lines().map(str::to_owned));
                 port
             }
             None => {
@@ -463,13 +462,19 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
     }
 }
 
-/// A route of ours (or flannel's) to `dst` that a longer prefix hides.
-fn shadowed(here: &PlaceFacts, dst: IpAddr, len: u8) -> Option<String> {
-    let ours = here.routes().filter(|r| r.key.dst.contains(dst) && r.key.dst.len() < len && r.key.dst.len() > 0);
-    let tunnel = |dev: LinkName| here.link(dev).is_some_and(|l| matches!(l.kind, LinkKind::Vxlan(_) | LinkKind::Tun));
-    ours.flat_map(|r| r.entries.as_slice().iter().map(|e| (r.key, e)))
-        .find(|(_, e)| e.dev.is_some_and(tunnel))
-        .map(|(key, entry)| words::route_line(&key, entry))
+/// The tunnel's route to `dst` that `chosen`, which leads elsewhere, hides: by a longer prefix, a lower metric, an earlier place among
+/// its twins, or a table that a rule asks first.
+fn shadowed(here: &PlaceFacts, dst: IpAddr, chosen: &RouteEntry) -> Option<String> {
+    let tunnel = |e: &RouteEntry| {
+        let device = e.dev.and_then(|dev| here.link(dev));
+        e.protocol != PROTO_KERNEL && device.is_some_and(|l| matches!(l.kind, LinkKind::Vxlan(_) | LinkKind::Tun))
+    };
+    if tunnel(chosen) {
+        return None;
+    }
+    let covering = here.routes().filter(|r| r.key.dst.contains(dst) && r.key.dst.len() > 0);
+    let entries = covering.flat_map(|r| r.entries.as_slice().iter().map(|e| (r.key, e)));
+    entries.filter(|(_, e)| tunnel(e)).max_by_key(|(k, _)| k.dst.len()).map(|(k, e)| words::route_line(&k, e))
 }
 
 /// The MAC of an entry that the kernel would use (NUD_VALID: everything but NONE, INCOMPLETE and FAILED).

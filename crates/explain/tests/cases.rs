@@ -414,6 +414,7 @@ fn the_json_shape_is_kept() {
     assert_eq!(json["verdict"]["code"], "no-fdb-entry");
     assert_eq!(json["hops"][0]["what"], "route");
     assert_eq!(json["hops"][0]["link"], "eth0");
+    assert_eq!(json["hops"][0]["evidence"], serde_json::json!(["default via 10.1.15.1 dev eth0"]));
     assert!(facts.places().contains(&"underlay"));
 }
 

@@ -217,6 +217,22 @@ fn each_entry_altered_by_hand_changes_the_explanation() {
         net.run("node2", "ip neigh replace 10.1.15.0 lladdr 5e:f8:4f:00:e3:01 dev flannel.1 nud permanent");
         net.arrives();
     }
+    for (hide, show) in [
+        ("route prepend 10.1.16.0/24 dev docker0", "route del 10.1.16.0/24 dev docker0"),
+        ("route add 10.1.16.0/24 dev docker0 table 77", "route flush table 77"),
+    ] {
+        net.ip("node1", "rule add to 10.1.16.0/24 lookup 77 priority 99");
+        net.ip("node1", hide);
+        let explanation = net.explain("container-1", "container-2", false).to_string();
+        assert!(
+            explanation.contains("hides: 10.1.16.0/24 via 10.1.16.0 dev flannel.1 proto 116 onlink"),
+            "{explanation}"
+        );
+        net.stops(Code::NobodyAnswers, "node1");
+        net.ip("node1", show);
+        net.ip("node1", "rule del priority 99");
+        net.arrives();
+    }
     net.sysctl("node2", "net/ipv4/ip_forward", "0");
     net.stops(Code::ForwardingOff, "node2");
     net.sysctl("node2", "net/ipv4/ip_forward", "1");
