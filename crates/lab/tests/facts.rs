@@ -1,4 +1,5 @@
-//! An explanation from live kernel state: alter one entry by hand, and the explanation changes.
+//! An explanation from live kernel state: alter one entry by hand, and the explanation changes; it stops where a real packet gets
+//! no answer, and arrives where one does.
 //!
 //! ```text
 //!  container-1 10.1.15.2          container-2 10.1.16.3
@@ -138,7 +139,13 @@ impl Net {
         explain(&facts, &from, &to)
     }
 
-    /// The way there stops for this cause at this place.
+    /// One real packet from container-1 to container-2, and its answer.
+    fn ping(&self) -> bool {
+        let words = ["-c", "1", "-W", "1", "10.1.16.3"];
+        self.netns("container-1").run(|| Command::new("ping").args(words).output().unwrap()).unwrap().status.success()
+    }
+
+    /// The way there stops for this cause at this place, and a real packet gets no answer.
     fn stops(&self, code: Code, at: &str) {
         let explanation = self.explain("container-1", "container-2", false);
         match &explanation.there.verdict {
@@ -147,11 +154,14 @@ impl Net {
             }
             Verdict::Arrives => panic!("it arrives\n{explanation}"),
         }
+        assert!(!self.ping(), "a real packet is answered\n{explanation}");
     }
 
+    /// Both ways arrive, and a real packet is answered (as soon as ARP has asked again).
     fn arrives(&self) {
         let explanation = self.explain("container-1", "container-2", false);
         assert!(explanation.arrives(), "{explanation}");
+        assert!((0..20).any(|_| self.ping()), "no real packet is answered\n{explanation}");
     }
 }
 
@@ -174,7 +184,7 @@ const ENTRIES: [(&str, &str, &str, Code, &str); 8] = [
     (
         "node1",
         "ip neigh del 10.1.16.0 dev flannel.1",
-        "ip neigh add 10.1.16.0 lladdr 5e:f8:4f:00:e3:02 dev flannel.1 nud permanent",
+        "ip neigh replace 10.1.16.0 lladdr 5e:f8:4f:00:e3:02 dev flannel.1 nud permanent",
         Code::NoNeighbour,
         "node1",
     ),
