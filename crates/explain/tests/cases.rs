@@ -442,3 +442,23 @@ fn no_single_loss_goes_without_an_end() {
         assert!(stopped.contains(code), "{code} among {stopped:?}");
     }
 }
+
+/// The underlay may be IPv6 as well: the outer packet takes the same steps.
+#[test]
+fn an_ipv6_underlay_carries_ipv4_containers() {
+    let mut facts = healthy();
+    for n in 1..=3u8 {
+        let place = facts.place_mut(&format!("node{n}")).unwrap();
+        place.addr("eth0", &format!("fd00:168::{}/64", n + 1));
+        for peer in (1..=3).filter(|p| *p != n) {
+            place.vtep(mac(0xf0 + peer), &format!("fd00:168::{}", peer + 1));
+        }
+        edit_link(&mut facts, &format!("node{n}"), "flannel.1", |l| {
+            if let LinkKind::Vxlan(v) = &mut l.kind {
+                v.local = Some(ip(&format!("fd00:168::{}", n + 1)));
+            }
+        });
+    }
+    let explanation = run(&facts, "container-1", "container-2", false);
+    assert!(explanation.arrives() && explanation.to_string().contains("behind host fd00:168::3"), "{explanation}");
+}

@@ -13,7 +13,7 @@
 //! - [`ethernet`], [`vlan`], [`arp`]: the link
 //! - [`ipv4`], [`ipv6`], [`icmp`], [`icmpv6`], [`udp`], [`tcp`]: the packet
 //! - [`vxlan`]: the overlay
-//! - [`decode`]: a whole frame, layer by layer, with byte offsets
+//! - [`mod@decode`]: a whole frame, layer by layer, with byte offsets
 //! - [`checksum`]: the internet checksum
 
 mod bytes;

@@ -1,9 +1,9 @@
 //! Routing netlink: bytes, sockets, and the way between messages and objects.
 //!
 //! - [`wire`]: headers and attributes
-//! - [`socket`]: requests that are answered, dumps, notifications
-//! - [`names`]: ifindex ⇄ name; the index never leaves this crate
-//! - [`decode`], [`encode`]: messages ⇄ objects
+//! - `socket`: requests that are answered, dumps, notifications
+//! - `names`: ifindex ⇄ name; the index never leaves this crate
+//! - `decode`, `encode`: messages ⇄ objects
 
 pub(crate) mod decode;
 pub(crate) mod encode;
