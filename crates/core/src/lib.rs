@@ -5,10 +5,12 @@
 //! - [`lease`]: who holds which subnet; [`backend`]: what that means for the kernel
 //! - [`host`]: the state of a network namespace, as wanted and as found
 //! - [`reconcile`]: from wanted and found to steps
+//! - [`attach`]: containers on a bridge
 //! - [`ipcalc`]: address arithmetic for people
 //! - [`words`]: kernel numbers and table lines as `ip` and `bridge` print them
 
 pub mod alloc;
+pub mod attach;
 pub mod backend;
 pub mod config;
 pub mod flannel;

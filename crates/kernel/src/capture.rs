@@ -7,7 +7,9 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{RecvFlags, recv};
+use rustix::net::netdevice::name_to_index;
+use rustix::net::{AddressFamily, RecvFlags, SocketType, recv};
+use twill_core::net::LinkName;
 
 /// Frames of one device, both directions.
 #[derive(Debug)]
@@ -17,6 +19,12 @@ pub struct Capture {
 }
 
 impl Capture {
+    /// Opens the device `name` of the calling thread's namespace.
+    pub fn on(name: LinkName) -> io::Result<Self> {
+        let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+        Self::open(name_to_index(&socket, name.as_str())?)
+    }
+
     /// Opens device number `index` of the calling thread's namespace.
     pub fn open(index: u32) -> io::Result<Self> {
         let protocol = (libc::ETH_P_ALL as u16).to_be();

@@ -86,3 +86,9 @@ pub fn enter_user(path: &Path) -> io::Result<()> {
     let file = File::open(path)?;
     Ok(move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::User))?)
 }
+
+/// Enters the PID namespace of a process: children from now on are in it, the caller itself is not.
+pub fn enter_pid(path: &Path) -> io::Result<()> {
+    let file = File::open(path)?;
+    Ok(move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::ProcessID))?)
+}

@@ -1,0 +1,134 @@
+//! A host's agent: a real `twill agent` process, and what is done to it.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use twill_core::net::Mtu;
+
+use crate::children::Children;
+use crate::error::{Act, LabError};
+use crate::home::LabDir;
+use crate::lab::Host;
+use crate::layout::Spec;
+use crate::notify::Notify;
+use crate::proto::AgentState;
+use crate::start::own_program;
+
+/// How long an agent may take to have its subnet, or to end.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// An agent that was started.
+#[derive(Debug)]
+pub(crate) struct AgentProcess {
+    pid: u32,
+    held: bool,
+}
+
+/// Starts the agent of a host and waits until it has its subnet.
+pub(crate) fn start(spec: &Spec, dir: &LabDir, host: &Host, children: &Children) -> Result<AgentProcess, LabError> {
+    let name = &host.plan.name;
+    let folder = dir.node(name);
+    let (env, log) = (folder.join("subnet.env"), folder.join("agent.log"));
+    // The file of an earlier run would look as if this one were ready.
+    let before = fs::metadata(&env).and_then(|m| m.modified()).ok();
+    let notify = Notify::bind(&folder.join("notify.sock")).act(|| format!("listen for the agent of {name}"))?;
+    let store = spec.store_address().act(|| "plan the store".into())?;
+    let mut command = own_program()?;
+    command.arg("agent").args(["--store", &format!("http://{store}")]).args(["--iface", "eth0"]);
+    command.args(["--subnet", &host.plan.subnet.to_string()]);
+    command.arg("--state-dir").arg(folder.join("state")).arg("--run-dir").arg(folder.join("run"));
+    command.arg("--subnet-file").arg(&env).env("NOTIFY_SOCKET", notify.path()).env_remove("XDG_RUNTIME_DIR");
+    let pid = children
+        .spawn(&host.place.netns, &mut command, &log)
+        .act(|| format!("start the agent of {name}"))?;
+    let written = || fs::metadata(&env).and_then(|m| m.modified()).ok() != before;
+    if !notify.wait(PATIENCE, || children.is_alive(pid), written) {
+        let said = fs::read_to_string(&log).unwrap_or_default();
+        let last = said.lines().rfind(|line| line.starts_with("error:")).or(said.lines().last());
+        let last = last.unwrap_or("it said nothing");
+        return Err(LabError::new("agent-failed", format!("the agent of {name} is not ready: {last}")));
+    }
+    Ok(AgentProcess { pid, held: false })
+}
+
+impl AgentProcess {
+    /// The MTU that its containers are to have, as subnet.env says.
+    pub(crate) fn mtu(&self, folder: &Path) -> Result<Option<Mtu>, LabError> {
+        let path = folder.join("subnet.env");
+        let text = fs::read_to_string(&path).act(|| format!("read {}", path.display()))?;
+        let value = text.lines().find_map(|line| line.strip_prefix("FLANNEL_MTU="));
+        value.map(|value| value.parse().act(|| format!("read {}", path.display()))).transpose()
+    }
+
+    pub(crate) fn is_alive(&self, children: &Children) -> bool {
+        children.is_alive(self.pid)
+    }
+
+    pub(crate) fn state(&self, children: &Children) -> AgentState {
+        match (self.is_alive(children), self.held) {
+            (false, _) => AgentState::Stopped,
+            (true, true) => AgentState::Held,
+            (true, false) => AgentState::Running,
+        }
+    }
+
+    /// Asks it to end, and waits.
+    pub(crate) fn stop(&mut self, children: &Children) -> Result<(), LabError> {
+        self.end(children, Signal::TERM)
+    }
+
+    /// Ends it without a word.
+    pub(crate) fn kill(&mut self, children: &Children) -> Result<(), LabError> {
+        self.end(children, Signal::KILL)
+    }
+
+    fn end(&mut self, children: &Children, signal: Signal) -> Result<(), LabError> {
+        children.signal(self.pid, signal).act(|| "signal the agent".into())?;
+        if !children.wait(self.pid, PATIENCE) {
+            return Err(LabError::new("agent-failed", "the agent does not end"));
+        }
+        self.held = false;
+        Ok(())
+    }
+
+    /// It keeps running, and repairs nothing.
+    pub(crate) fn hold(&mut self, folder: &Path, children: &Children) -> Result<(), LabError> {
+        if !self.is_alive(children) {
+            return Err(LabError::new("agent-failed", "the agent is stopped").hint("start it before"));
+        }
+        post(folder, "/v1/hold")?;
+        self.held = true;
+        Ok(())
+    }
+
+    /// It repairs again.
+    pub(crate) fn release(&mut self, folder: &Path) -> Result<(), LabError> {
+        if self.held {
+            post(folder, "/v1/release")?;
+            self.held = false;
+        }
+        Ok(())
+    }
+}
+
+/// One request to an agent's control API (HTTP/1.1 over its unix socket).
+fn post(folder: &Path, path: &str) -> Result<(), LabError> {
+    let socket = folder.join("run/twill.sock");
+    let act = || format!("ask the agent at {} for {path}", socket.display());
+    let mut stream = UnixStream::connect(&socket).act(act)?;
+    stream.set_read_timeout(Some(PATIENCE)).act(act)?;
+    let request = format!("POST {path} HTTP/1.1\r\nHost: twill\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).act(act)?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).act(act)?;
+    let status = answer.split_whitespace().nth(1).unwrap_or_default();
+    if status.starts_with('2') {
+        Ok(())
+    } else {
+        Err(LabError::new("agent-failed", format!("{}: {}", act(), answer.lines().next().unwrap_or("no answer"))))
+    }
+}

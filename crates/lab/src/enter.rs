@@ -1,0 +1,75 @@
+//! Going into a lab's namespaces from outside.
+
+use std::ffi::OsString;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Command, ExitStatus};
+
+use twill_kernel::netns::{self, Netns};
+use twill_kernel::process;
+
+use crate::error::{Act, LabError};
+use crate::proto::LabState;
+use crate::start::own_program;
+
+/// Enters the lab's user namespace, where it has one: from then on its network namespaces may be entered.
+/// The process must not have a second thread.
+pub fn user(state: &LabState) -> Result<(), LabError> {
+    if !state.user_namespace {
+        return Ok(());
+    }
+    let path = format!("/proc/{}/ns/user", state.pid);
+    netns::enter_user(Path::new(&path)).act(|| "enter the lab's user namespace".into())
+}
+
+/// Opens a place's network namespace; [`user`] comes before.
+pub fn open(state: &LabState, place: &str) -> Result<Netns, LabError> {
+    let path = state.netns(place)?;
+    Netns::open(Path::new(&path)).act(|| format!("open the network namespace of {place}"))
+}
+
+/// Opens every place's network namespace; [`user`] comes before.
+pub fn open_all(state: &LabState) -> Result<Vec<(String, Netns)>, LabError> {
+    state.places().into_iter().map(|(place, _)| Ok((place.clone(), open(state, &place)?))).collect()
+}
+
+/// Runs a command in a place, with this process's own stdin, stdout and stderr. It ends with the lab.
+/// The process must not have a second thread, and stays in the place.
+pub fn exec(state: &LabState, place: &str, words: &[OsString]) -> Result<ExitStatus, LabError> {
+    let mut command = inside(state, place)?;
+    let mut child = command.args(words).spawn().act(|| format!("start a command in {place}"))?;
+    child.wait().act(|| format!("wait for the command in {place}"))
+}
+
+/// What a command in a place prints; as [`exec`].
+pub fn output(state: &LabState, place: &str, words: &[OsString]) -> Result<std::process::Output, LabError> {
+    inside(state, place)?.args(words).output().act(|| format!("run a command in {place}"))
+}
+
+/// `lab inside -- …`, to be run in a place.
+fn inside(state: &LabState, place: &str) -> Result<Command, LabError> {
+    user(state)?;
+    let netns = open(state, place)?;
+    let path = format!("/proc/{}/ns/pid", state.pid);
+    netns::enter_pid(Path::new(&path)).act(|| "enter the lab's PID namespace".into())?;
+    netns.enter().act(|| format!("enter the network namespace of {place}"))?;
+    let mut command = own_program()?;
+    command.args(["lab", "inside", "--"]);
+    Ok(command)
+}
+
+/// Becomes the command that [`exec`] was asked for; it ends with the client. Only comes back when that fails.
+#[expect(clippy::disallowed_methods, reason = "it is the user's own command that becomes this process")]
+pub fn become_command(words: &[OsString]) -> std::io::Error {
+    process::die_with_parent();
+    match words.split_first() {
+        Some((program, rest)) => Command::new(program).args(rest).exec(),
+        None => std::io::Error::from(std::io::ErrorKind::InvalidInput),
+    }
+}
+
+/// The exit code that a shell would give: a signal is 128 and its number.
+pub fn exit_code(status: ExitStatus) -> u8 {
+    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(1);
+    u8::try_from(code).unwrap_or(1)
+}

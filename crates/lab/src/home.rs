@@ -1,0 +1,157 @@
+//! Where labs keep their state, and what they leave in the file system.
+//!
+//! ```text
+//! $XDG_RUNTIME_DIR/twill  (else /tmp/twill-<uid>; 0700, owner checked)
+//!   └─ lab-<name>/  control.sock  supervisor.log  store/  node1/{agent.log, state/, run/, subnet.env} …
+//! /run/netns/twill-<name>-<where> → /proc/PID/fd/N         root only
+//! ```
+
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Act, LabError};
+use crate::layout::{LabName, UNDERLAY};
+
+/// Where `ip netns` looks.
+const NETNS_DIR: &str = "/run/netns";
+
+/// The folder of all labs of this user.
+#[derive(Debug, Clone)]
+pub struct Home(PathBuf);
+
+impl Home {
+    /// Finds the folder, and makes it when it is missing. One that somebody else owns, or may look into, is refused.
+    pub fn open() -> Result<Self, LabError> {
+        let uid = rustix::process::geteuid().as_raw();
+        let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty()).map(PathBuf::from);
+        let usable = runtime.filter(|dir| fs::metadata(dir).is_ok_and(|m| m.is_dir() && m.uid() == uid));
+        let path = usable.map_or_else(|| PathBuf::from(format!("/tmp/twill-{uid}")), |dir| dir.join("twill"));
+        match DirBuilder::new().mode(0o700).create(&path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(refusal(&path, &error.to_string())),
+        }
+        let found = fs::symlink_metadata(&path).map_err(|error| refusal(&path, &error.to_string()))?;
+        if !found.is_dir() || found.uid() != uid {
+            return Err(refusal(&path, "it belongs to somebody else"));
+        }
+        if found.mode() & 0o022 != 0 {
+            return Err(refusal(&path, "others may write to it"));
+        }
+        Ok(Self(path))
+    }
+
+    /// The folder of one lab; it need not exist.
+    pub fn lab(&self, name: &LabName) -> LabDir {
+        LabDir { path: self.0.join(format!("lab-{name}")), name: name.clone() }
+    }
+
+    /// Names of all labs that have a folder, sorted.
+    pub fn labs(&self) -> Result<Vec<LabName>, LabError> {
+        let entries = fs::read_dir(&self.0).act(|| format!("list {}", self.0.display()))?;
+        let names = entries.flatten().filter_map(|e| e.file_name().to_str()?.strip_prefix("lab-")?.parse().ok());
+        let mut names: Vec<LabName> = names.collect();
+        names.sort();
+        Ok(names)
+    }
+}
+
+fn refusal(path: &Path, why: &str) -> LabError {
+    LabError::new("lab-home", format!("use {}: {why}", path.display()))
+        .hint("set XDG_RUNTIME_DIR to a folder of your own with mode 0700")
+}
+
+/// The folder of one lab.
+#[derive(Debug, Clone)]
+pub struct LabDir {
+    path: PathBuf,
+    name: LabName,
+}
+
+impl LabDir {
+    /// The lab's name.
+    pub fn name(&self) -> &LabName {
+        &self.name
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the supervisor listens.
+    pub fn socket(&self) -> PathBuf {
+        self.path.join("control.sock")
+    }
+
+    /// A node's folder.
+    pub fn node(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Makes the folder, which must not exist.
+    pub fn create(&self) -> Result<(), LabError> {
+        let socket = self.node("node16").join("run/twill.sock");
+        if socket.as_os_str().len() > LONGEST_SOCKET {
+            return Err(LabError::new("lab-home", format!("{} is too long for a socket's path", socket.display()))
+                .hint("take a shorter XDG_RUNTIME_DIR or a shorter --name"));
+        }
+        DirBuilder::new().mode(0o700).create(&self.path).act(|| format!("make {}", self.path.display()))
+    }
+
+    /// Removes every trace in the file system: names for `ip netns`, and the folder. True when there was one.
+    pub fn remove(&self) -> Result<bool, LabError> {
+        let links = self.netns_links();
+        for link in &links {
+            gone(fs::remove_file(link)).act(|| format!("remove {}", link.display()))?;
+        }
+        let was = fs::symlink_metadata(&self.path).is_ok();
+        gone(fs::remove_dir_all(&self.path)).act(|| format!("remove {}", self.path.display()))?;
+        Ok(was || !links.is_empty())
+    }
+
+    /// The name of a place for `ip netns`.
+    pub fn netns_name(&self, place: &str) -> String {
+        format!("twill-{}-{place}", self.name)
+    }
+
+    /// Gives a namespace a name for `ip netns`: a symbolic link, never a bind mount, which would keep the namespace alive.
+    pub fn link_netns(&self, place: &str, target: &str) -> io::Result<PathBuf> {
+        DirBuilder::new().mode(0o755).recursive(true).create(NETNS_DIR)?;
+        let link = Path::new(NETNS_DIR).join(self.netns_name(place));
+        gone(fs::remove_file(&link))?;
+        symlink(target, &link)?;
+        Ok(link)
+    }
+
+    fn netns_links(&self) -> Vec<PathBuf> {
+        let prefix = format!("twill-{}-", self.name);
+        let entries = fs::read_dir(NETNS_DIR).into_iter().flatten().flatten();
+        let ours = entries.filter(|entry| {
+            let name = entry.file_name();
+            let place = name.to_str().and_then(|name| name.strip_prefix(&prefix));
+            // Another lab's name may begin with ours: what is left must be a place, and a link into /proc.
+            place.is_some_and(is_place) && fs::read_link(entry.path()).is_ok_and(|to| to.starts_with("/proc"))
+        });
+        ours.map(|entry| entry.path()).collect()
+    }
+}
+
+/// `sun_path` of sockaddr_un, less its closing zero.
+const LONGEST_SOCKET: usize = 107;
+
+/// True for `underlay`, `node1` …, `container-1` ….
+pub(crate) fn is_place(text: &str) -> bool {
+    let number = text.strip_prefix("node").or_else(|| text.strip_prefix("container-"));
+    text == UNDERLAY || number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// What is not there need not be removed.
+fn gone(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}

@@ -1,0 +1,228 @@
+//! Which addresses a lab uses: fixed by its scenario, the same on every run.
+//!
+//! ```text
+//!            underlay 10.168.0.0/24, gateway 10.168.0.1
+//!        ┌───────────────┴───────────────┐
+//!   node1 eth0 10.168.0.2           node2 eth0 10.168.0.3
+//!   subnet 10.1.15.0/24             subnet 10.1.16.0/24
+//!   container-1 10.1.15.2           container-2 10.1.16.3
+//! ```
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr};
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use twill_core::net::{BadValue, Inet, LinkName, Prefix};
+
+/// Most nodes of a lab.
+pub const MOST_NODES: u8 = 16;
+/// Most containers of a node.
+pub const MOST_CONTAINERS: u8 = 4;
+/// The store's port on the underlay gateway.
+pub const STORE_PORT: u16 = 2379;
+/// The name of the namespace between the hosts.
+pub const UNDERLAY: &str = "underlay";
+
+/// A lab's name: 1 to 32 of `a-z`, `0-9` and `-`, not starting with `-`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct LabName(String);
+
+impl FromStr for LabName {
+    type Err = BadValue;
+
+    fn from_str(s: &str) -> Result<Self, BadValue> {
+        let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        if s.is_empty() || s.len() > 32 || s.starts_with('-') || !s.chars().all(fits) {
+            return Err(BadValue::new(s, "a lab's name of 1 to 32 characters from a-z, 0-9 and '-'"));
+        }
+        Ok(Self(s.to_owned()))
+    }
+}
+
+impl TryFrom<String> for LabName {
+    type Error = BadValue;
+    fn try_from(text: String) -> Result<Self, BadValue> {
+        text.parse()
+    }
+}
+
+impl From<LabName> for String {
+    fn from(name: LabName) -> String {
+        name.0
+    }
+}
+
+impl fmt::Display for LabName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+/// The networks of the source document.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Scenario {
+    /// One host, containers on its bridge, no agent.
+    Bridge,
+    /// Hosts joined by flannel's VXLAN backend.
+    Vxlan,
+}
+
+/// Which store the agents use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StoreKind {
+    /// `twill store serve`.
+    #[default]
+    Embedded,
+    /// The `etcd` program.
+    Etcd,
+}
+
+/// What a lab is to be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Spec {
+    /// Its name.
+    pub name: LabName,
+    /// `None`: the plain lab, which has the addresses of `vxlan`.
+    pub scenario: Option<Scenario>,
+    /// 1 to [`MOST_NODES`].
+    pub nodes: u8,
+    /// On each node; 1 to [`MOST_CONTAINERS`].
+    pub containers: u8,
+    /// Where leases are kept.
+    pub store: StoreKind,
+}
+
+/// One host to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodePlan {
+    /// `node1` …
+    pub name: String,
+    /// On the underlay.
+    pub address: Inet,
+    /// Its containers' subnet.
+    pub subnet: Prefix,
+    /// The containers' bridge.
+    pub bridge: LinkName,
+    /// The bridge's address.
+    pub gateway: Inet,
+    /// Its containers.
+    pub containers: Vec<ContainerPlan>,
+}
+
+/// One container to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContainerPlan {
+    /// `container-1` …, counted over all nodes.
+    pub name: String,
+    /// In its node's subnet.
+    pub address: Inet,
+    /// The host's end of its veth pair.
+    pub host_device: LinkName,
+}
+
+impl Spec {
+    /// True when an agent runs on every node.
+    pub fn has_agents(&self) -> bool {
+        self.scenario != Some(Scenario::Bridge)
+    }
+
+    /// The underlay's own address, every node's gateway.
+    pub fn underlay(&self) -> Result<Inet, BadValue> {
+        Inet::new(v4(10, 168, 0, 1), 24)
+    }
+
+    /// The store as agents are told.
+    pub fn store_address(&self) -> Result<String, BadValue> {
+        Ok(format!("{}:{STORE_PORT}", self.underlay()?.addr))
+    }
+
+    /// The whole network that agents share.
+    pub fn network(&self) -> Result<Prefix, BadValue> {
+        Prefix::strict(v4(10, 1, 0, 0), 16)
+    }
+
+    /// Node number `number`, counted from 1.
+    pub fn node(&self, number: u8) -> Result<NodePlan, BadValue> {
+        if number == 0 || number > MOST_NODES {
+            return Err(BadValue::new(number, "a node from 1 to 16"));
+        }
+        let (subnet, first) = match self.scenario {
+            Some(Scenario::Bridge) => (Prefix::strict(v4(172, 17, 0, 0), 16)?, 3),
+            Some(Scenario::Vxlan) | None => (Prefix::strict(v4(10, 1, 14 + number, 0), 24)?, 2),
+        };
+        let containers = (1..=self.containers).map(|local| {
+            // Counted over all nodes, addresses too: the source has container-2 at .3 of its subnet.
+            let count = (number - 1) * self.containers + local;
+            let host = u128::from(first + count - 1);
+            let address = subnet.nth(host).ok_or_else(|| BadValue::new(host, "an address of the subnet"))?;
+            Ok(ContainerPlan {
+                name: format!("container-{count}"),
+                address: Inet::new(address, subnet.len())?,
+                host_device: format!("veth{count}").parse()?,
+            })
+        });
+        Ok(NodePlan {
+            name: format!("node{number}"),
+            address: Inet::new(v4(10, 168, 0, 1 + number), 24)?,
+            subnet,
+            bridge: if self.scenario.is_some() { "docker0" } else { "cni0" }.parse()?,
+            gateway: Inet::new(subnet.nth(1).unwrap_or(subnet.addr()), subnet.len())?,
+            containers: containers.collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+const fn v4(a: u8, b: u8, c: u8, d: u8) -> IpAddr {
+    IpAddr::V4(Ipv4Addr::new(a, b, c, d))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(scenario: Option<Scenario>, containers: u8) -> Spec {
+        let name = "lab".parse().unwrap();
+        Spec { name, scenario, nodes: 2, containers, store: StoreKind::Embedded }
+    }
+
+    #[test]
+    fn the_vxlan_scenario_has_the_addresses_of_the_source() {
+        let spec = spec(Some(Scenario::Vxlan), 1);
+        let (one, two) = (spec.node(1).unwrap(), spec.node(2).unwrap());
+        assert_eq!(one.address.to_string(), "10.168.0.2/24");
+        assert_eq!((one.subnet.to_string(), two.subnet.to_string()), ("10.1.15.0/24".into(), "10.1.16.0/24".into()));
+        assert_eq!(one.containers[0].address.to_string(), "10.1.15.2/24");
+        assert_eq!(two.containers[0].address.to_string(), "10.1.16.3/24");
+        assert_eq!(one.bridge.as_str(), "docker0");
+    }
+
+    #[test]
+    fn the_bridge_scenario_has_the_addresses_of_the_source() {
+        let node = spec(Some(Scenario::Bridge), 2).node(1).unwrap();
+        let addresses: Vec<_> = node.containers.iter().map(|c| c.address.addr.to_string()).collect();
+        assert_eq!(addresses, ["172.17.0.3", "172.17.0.4"]);
+        assert_eq!(node.gateway.to_string(), "172.17.0.1/16");
+    }
+
+    #[test]
+    fn the_largest_lab_has_no_name_or_address_twice() {
+        let spec = spec(None, MOST_CONTAINERS);
+        let nodes: Vec<_> = (1..=MOST_NODES).map(|n| spec.node(n).unwrap()).collect();
+        let containers: Vec<_> = nodes.iter().flat_map(|n| &n.containers).collect();
+        let names: std::collections::BTreeSet<_> = containers.iter().map(|c| &c.name).collect();
+        let addresses: std::collections::BTreeSet<_> = containers.iter().map(|c| c.address).collect();
+        assert_eq!((names.len(), addresses.len()), (64, 64));
+        assert!(nodes.iter().all(|n| n.containers.iter().all(|c| n.subnet.contains(c.address.addr))));
+    }
+
+    #[test]
+    fn names_that_could_leave_their_folder_are_refused() {
+        for bad in ["", ".", "../x", "a/b", "A", "-x", "a b", &"x".repeat(33)] {
+            assert!(bad.parse::<LabName>().is_err(), "{bad}");
+        }
+    }
+}

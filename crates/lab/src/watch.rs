@@ -1,0 +1,85 @@
+//! Watching a host learn the way to another: route, neighbour, forwarding entry.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use twill_core::host::{HostState, Object, TABLE_MAIN};
+use twill_kernel::{Interest, Kernel, LinuxKernel};
+
+use crate::error::{Act, LabError};
+use crate::lab::{Host, Progress};
+use crate::layout::NodePlan;
+
+/// How long entries may take to appear.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Waits until `host` has what it takes to reach every one of `others`; each entry is told once, as it appears.
+pub(crate) fn knows(host: &Host, others: &[&NodePlan], progress: Progress<'_>) -> Result<(), LabError> {
+    let name = &host.plan.name;
+    let watched = host.place.netns.run(|| {
+        let mut kernel = LinuxKernel::open(Interest::default()).act(|| format!("look into {name}"))?;
+        let end = Instant::now() + PATIENCE;
+        let mut told = BTreeSet::new();
+        loop {
+            let mut missing = Vec::new();
+            for other in others {
+                let entries = entries(kernel.mirror(), other);
+                for entry in &entries.found {
+                    if told.insert(entry.clone()) {
+                        progress(format!("{name}: {entry}"));
+                    }
+                }
+                missing.extend(entries.missing.map(|what| format!("{what} for {}", other.name)));
+            }
+            if missing.is_empty() {
+                return Ok(());
+            }
+            let Some(left) = end.checked_duration_since(Instant::now()) else {
+                return Err(LabError::new("agent-failed", format!("{name} has no {}", missing.join(", no "))));
+            };
+            kernel.changes(Some(left)).act(|| format!("watch {name}"))?;
+        }
+    });
+    watched.act(|| format!("enter {name}"))?
+}
+
+/// What a host has of the way to another.
+struct Entries {
+    /// As lines.
+    found: Vec<String>,
+    /// The first thing that is missing.
+    missing: Option<&'static str>,
+}
+
+fn entries(state: &HostState, other: &NodePlan) -> Entries {
+    let mut entries = Entries { found: Vec::new(), missing: None };
+    let route = state.iter().find_map(|(_, object)| match object {
+        Object::Route(route) if route.key.table == TABLE_MAIN && route.key.dst == other.subnet => {
+            Some((object, route.entries.first()?))
+        }
+        _ => None,
+    });
+    let Some((object, route)) = route else {
+        entries.missing = Some("route");
+        return entries;
+    };
+    entries.found.push(object.to_string());
+    let Some((dev, via)) = route.dev.zip(route.via) else { return entries };
+    let neigh = state.iter().find_map(|(_, object)| match object {
+        Object::Neigh(neigh) if (neigh.link, neigh.ip) == (dev, via) && neigh.permanent => Some((object, neigh.mac?)),
+        _ => None,
+    });
+    let Some((object, mac)) = neigh else {
+        entries.missing = Some("neighbour");
+        return entries;
+    };
+    entries.found.push(object.to_string());
+    let fdb = state.iter().map(|(_, object)| object).find(|object| {
+        matches!(object, Object::Fdb(fdb) if (fdb.link, fdb.mac) == (dev, mac) && fdb.dst.first() == Some(&other.address.addr))
+    });
+    match fdb {
+        Some(object) => entries.found.push(object.to_string()),
+        None => entries.missing = Some("forwarding entry"),
+    }
+    entries
+}

@@ -1,0 +1,293 @@
+//! `twill lab`: whole networks on one machine.
+
+mod look;
+mod show;
+mod whole;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand, ValueEnum};
+use twill_lab::layout::{MOST_CONTAINERS, MOST_NODES};
+use twill_lab::{AgentAct, Home, LabError, LabName, LabState, Request, Scenario, Spec, StoreKind, ask, enter, start};
+
+use crate::output::{Failure, Output, USAGE, progress};
+
+/// Whole networks on this machine: hosts, agents, containers in network namespaces. No root needed
+///
+/// Without a subcommand: two hosts, an agent on each, a container on each, who reaches whom, one path explained, and everything removed
+/// again.
+#[derive(Debug, Args)]
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "Examples:\n  twill lab\n  twill lab up --scenario vxlan\n  twill lab exec node1 -- ip route\n  twill lab explain container-1 container-2\n  twill lab down"
+)]
+pub(crate) struct Lab {
+    #[command(subcommand)]
+    command: Option<LabCommand>,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Debug, Subcommand)]
+enum LabCommand {
+    /// Make a lab that stays until `down`
+    #[command(after_help = "Examples:\n  twill lab up\n  twill lab up --scenario bridge\n  twill lab up --nodes 16 --containers 4")]
+    Up(Up),
+    /// All labs of this user
+    #[command(after_help = "Example:\n  twill lab list -o json")]
+    List,
+    /// Hosts, agents and containers of a lab
+    #[command(after_help = "Example:\n  twill lab status --name lab")]
+    Status(Named),
+    /// Run a command in a host or container
+    #[command(after_help = "Examples:\n  twill lab exec node1 -- ip route\n  twill lab exec container-1 -- sh")]
+    Exec(Exec),
+    /// Ping between every pair of containers; exit code 3 when a pair fails
+    #[command(after_help = "Example:\n  twill lab ping -o json")]
+    Ping(Named),
+    /// Explain the path between two containers or hosts, from the kernel's own tables; exit code 3 when it ends on the way
+    #[command(after_help = "Example:\n  twill lab explain container-1 container-2")]
+    Explain(look::Explain),
+    /// Show packets as they pass a device, layer by layer
+    #[command(after_help = "Examples:\n  twill lab capture node1 eth0\n  twill lab capture node1 flannel.1 --count 2")]
+    Capture(look::Capture),
+    /// Add a host, and show what the others learn
+    #[command(subcommand, after_help = "Example:\n  twill lab node add")]
+    Node(Node),
+    /// Stop, start, restart, kill or hold the agent of a host
+    #[command(after_help = "Examples:\n  twill lab agent hold node1\n  twill lab agent start node1")]
+    Agent(Agent),
+    /// End a lab, and remove every trace of it
+    #[command(after_help = "Example:\n  twill lab down --name lab")]
+    Down(Named),
+    #[command(hide = true)]
+    Supervise(Supervise),
+    #[command(hide = true)]
+    Inside(Words),
+}
+
+/// Which lab.
+#[derive(Debug, Clone, Args)]
+struct Named {
+    /// The lab's name
+    #[arg(long, default_value = "lab")]
+    name: LabName,
+}
+
+#[derive(Debug, Args)]
+struct Up {
+    #[command(flatten)]
+    named: Named,
+    /// A network of the source document, with its very addresses
+    #[arg(long, value_enum)]
+    scenario: Option<Network>,
+    /// How many hosts [default: 2; bridge: 1]
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=i64::from(MOST_NODES)))]
+    nodes: Option<u8>,
+    /// How many containers on each host [default: 1; bridge: 2]
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=i64::from(MOST_CONTAINERS)))]
+    containers: Option<u8>,
+    /// How packets are carried between hosts
+    #[arg(long, default_value = "vxlan")]
+    backend: String,
+    /// Where the agents keep their leases
+    #[arg(long, value_enum, default_value = "embedded")]
+    store: Store,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Network {
+    /// One host, its containers on docker0, no agent
+    Bridge,
+    /// Hosts joined by VXLAN: flannel.1, docker0
+    Vxlan,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Store {
+    /// `twill store serve`
+    Embedded,
+    /// The programs etcd and etcdctl
+    Etcd,
+}
+
+#[derive(Debug, Args)]
+struct Exec {
+    #[command(flatten)]
+    named: Named,
+    /// node1 …, container-1 …, or underlay
+    place: String,
+    /// The command and its arguments, after `--`
+    #[arg(last = true, required = true)]
+    command: Vec<OsString>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Node {
+    /// One more host, with an agent and containers
+    Add(Named),
+}
+
+#[derive(Debug, Args)]
+struct Agent {
+    #[command(flatten)]
+    named: Named,
+    /// What to do
+    #[arg(value_enum)]
+    act: Act,
+    /// node1 …
+    node: String,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Act {
+    /// Ask it to end
+    Stop,
+    /// Start it, or let a held one go on
+    Start,
+    /// Stop and start
+    Restart,
+    /// End it without a word
+    Kill,
+    /// It keeps running, and repairs nothing
+    Hold,
+}
+
+#[derive(Debug, Args)]
+struct Supervise {
+    #[arg(long)]
+    inner: bool,
+    #[arg(long)]
+    user_namespace: bool,
+    spec: String,
+}
+
+#[derive(Debug, Args)]
+struct Words {
+    #[arg(last = true, required = true)]
+    words: Vec<OsString>,
+}
+
+impl From<LabError> for Failure {
+    fn from(error: LabError) -> Self {
+        Failure { code: error.code(), message: error.message, hint: error.hint, exit: 1 }
+    }
+}
+
+impl Lab {
+    pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
+        let output = self.output;
+        let Some(command) = self.command else { return whole::run(output) };
+        match command {
+            LabCommand::Up(up) => return up.run(output),
+            LabCommand::List => output.print(&show::list()?, show::list_text)?,
+            LabCommand::Status(named) => show::print(output, &state(&named)?)?,
+            LabCommand::Exec(exec) => return exec.run(),
+            LabCommand::Ping(named) => return look::ping(&named, output),
+            LabCommand::Explain(explain) => return explain.run(output),
+            LabCommand::Capture(capture) => return capture.run(output),
+            LabCommand::Node(Node::Add(named)) => {
+                let state = ask(&home()?.lab(&named.name), &Request::NodeAdd, |text| progress(text)).map_err(Failure::from)?;
+                show::print(output, &state)?;
+            }
+            LabCommand::Agent(agent) => agent.run(output)?,
+            LabCommand::Down(named) => down(&named)?,
+            LabCommand::Supervise(it) if it.inner => return Ok(ended(start::supervise(&it.spec, it.user_namespace))),
+            LabCommand::Supervise(it) => return Ok(ended(start::launch(&it.spec))),
+            LabCommand::Inside(it) => {
+                let error = enter::become_command(&it.words);
+                let program = it.words.first().map(|word| word.to_string_lossy().into_owned()).unwrap_or_default();
+                return Err(Failure::new("cannot-run", format!("run {program}: {error}")).exit(127).into());
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// What the supervisor's processes could not do, they have said on stdout.
+fn ended(result: Result<(), LabError>) -> ExitCode {
+    if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn home() -> Result<Home, Failure> {
+    Ok(Home::open()?)
+}
+
+/// A running lab.
+fn state(named: &Named) -> Result<LabState, Failure> {
+    Ok(ask(&home()?.lab(&named.name), &Request::Status, |_| ())?)
+}
+
+impl Up {
+    fn run(self, output: Output) -> anyhow::Result<ExitCode> {
+        let spec = self.spec()?;
+        let started = start::up(&home()?, &spec, |text| progress(text)).map_err(Failure::from)?;
+        let state = started.stay().map_err(Failure::from)?;
+        let shown = match spec.scenario {
+            Some(scenario) => crate::cli::lab::show::scenario(scenario, &state)?,
+            None => Vec::new(),
+        };
+        show::print_with(output, &state, shown)?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn spec(&self) -> Result<Spec, Failure> {
+        if self.backend != "vxlan" {
+            return Err(Failure::new("backend-not-built", format!("backend {:?} is not built yet", self.backend))
+                .hint("take --backend vxlan")
+                .exit(USAGE));
+        }
+        let scenario = self.scenario.map(|network| match network {
+            Network::Bridge => Scenario::Bridge,
+            Network::Vxlan => Scenario::Vxlan,
+        });
+        let bridge = scenario == Some(Scenario::Bridge);
+        if bridge && self.nodes.is_some_and(|nodes| nodes != 1) {
+            return Err(Failure::new("bad-lab", "the scenario bridge has one host").hint("leave --nodes away").exit(USAGE));
+        }
+        let (nodes, containers) = if bridge { (1, 2) } else { (2, 1) };
+        let store = match self.store {
+            Store::Embedded => StoreKind::Embedded,
+            Store::Etcd => StoreKind::Etcd,
+        };
+        Ok(Spec {
+            name: self.named.name.clone(),
+            scenario,
+            nodes: self.nodes.unwrap_or(nodes),
+            containers: self.containers.unwrap_or(containers),
+            store,
+        })
+    }
+}
+
+impl Exec {
+    fn run(self) -> anyhow::Result<ExitCode> {
+        let state = state(&self.named)?;
+        let status = enter::exec(&state, &self.place, &self.command).map_err(Failure::from)?;
+        Ok(ExitCode::from(enter::exit_code(status)))
+    }
+}
+
+impl Agent {
+    fn run(self, output: Output) -> anyhow::Result<()> {
+        let act = match self.act {
+            Act::Stop => AgentAct::Stop,
+            Act::Start => AgentAct::Start,
+            Act::Restart => AgentAct::Restart,
+            Act::Kill => AgentAct::Kill,
+            Act::Hold => AgentAct::Hold,
+        };
+        let request = Request::Agent { act, node: self.node };
+        let state = ask(&home()?.lab(&self.named.name), &request, |text| progress(text)).map_err(Failure::from)?;
+        show::print(output, &state)
+    }
+}
+
+fn down(named: &Named) -> Result<(), Failure> {
+    if !start::down(&home()?.lab(&named.name))? {
+        return Err(Failure::new("no-such-lab", format!("there is no lab {:?}", named.name.to_string()))
+            .hint("`twill lab list` shows those that are"));
+    }
+    Ok(())
+}

@@ -1,0 +1,103 @@
+//! What `lab` prints of a lab.
+
+use serde::Serialize;
+use serde_json::{Value, json};
+use twill_lab::start::{self, Listed};
+use twill_lab::{AgentState, LabState, Scenario};
+
+use crate::output::{Failure, Output, columns};
+
+/// One thing that a scenario shows.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Section {
+    /// What it is.
+    pub(super) title: String,
+    /// As lines.
+    pub(super) lines: Vec<String>,
+}
+
+/// A lab, for programs: {"name","nodes":[{"name","address","subnet","netns","containers":[…]}]}.
+fn value(state: &LabState) -> Value {
+    let nodes = state.hosts.iter().map(|host| {
+        let containers = host.containers.iter().map(|c| json!({"name": c.name, "address": c.address, "netns": c.netns}));
+        json!({
+            "name": host.name,
+            "address": host.address,
+            "subnet": host.subnet,
+            "netns": host.netns,
+            "agent": host.agent,
+            "containers": containers.collect::<Vec<_>>(),
+        })
+    });
+    json!({
+        "name": state.spec.name,
+        "nodes": nodes.collect::<Vec<_>>(),
+        "scenario": state.spec.scenario,
+        "store": state.spec.store,
+        "pid": state.pid,
+        "user_namespace": state.user_namespace,
+    })
+}
+
+/// Prints a lab.
+pub(super) fn print(output: Output, state: &LabState) -> anyhow::Result<()> {
+    print_with(output, state, Vec::new())
+}
+
+/// Prints a lab and what its scenario shows.
+pub(super) fn print_with(output: Output, state: &LabState, shown: Vec<Section>) -> anyhow::Result<()> {
+    let mut value = value(state);
+    if !shown.is_empty() {
+        value["shown"] = serde_json::to_value(&shown)?;
+    }
+    output.print(&value, || {
+        let sections = shown.iter().map(|s| format!("\n\n{}\n  {}", s.title, s.lines.join("\n  ")));
+        format!("{}{}", text(state), sections.collect::<String>())
+    })
+}
+
+/// A lab, for people.
+fn text(state: &LabState) -> String {
+    let header = ["PLACE", "ADDRESS", "SUBNET", "AGENT"];
+    let rows = state.hosts.iter().flat_map(|host| {
+        let agent = match host.agent {
+            AgentState::None => "-",
+            AgentState::Running => "running",
+            AgentState::Held => "held",
+            AgentState::Stopped => "stopped",
+        };
+        let row = [host.name.clone(), host.address.to_string(), host.subnet.to_string(), agent.to_owned()];
+        let containers = host.containers.iter().map(|c| {
+            [format!("  {}", c.name), c.address.to_string(), String::new(), String::new()]
+        });
+        std::iter::once(row).chain(containers).collect::<Vec<_>>()
+    });
+    columns(&header, rows)
+}
+
+/// All labs, for programs.
+pub(super) fn list() -> Result<Value, Failure> {
+    let labs = start::list(&super::home()?)?;
+    let labs = labs.iter().map(|lab| match &lab.state {
+        Some(state) => json!({
+            "name": lab.name, "state": "running", "nodes": state.hosts.len(), "containers": state.containers().count(),
+        }),
+        None => json!({"name": lab.name, "state": "killed", "nodes": 0, "containers": 0}),
+    });
+    Ok(json!({"labs": labs.collect::<Vec<_>>()}))
+}
+
+/// All labs, for people.
+pub(super) fn list_text(labs: &[Listed]) -> String {
+    let rows = labs.iter().map(|lab| match &lab.state {
+        Some(state) => [lab.name.to_string(), "running".into(), state.hosts.len().to_string(), state.containers().count().to_string()],
+        None => [lab.name.to_string(), "killed (`lab down` removes what is left)".into(), "-".into(), "-".into()],
+    });
+    columns(&["LAB", "STATE", "NODES", "CONTAINERS"], rows)
+}
+
+/// What a scenario shows.
+pub(super) fn scenario(scenario: Scenario, state: &LabState) -> Result<Vec<Section>, Failure> {
+    let _ = (scenario, state);
+    Ok(Vec::new())
+}
