@@ -42,9 +42,7 @@ pub(crate) fn start(spec: &Spec, dir: &LabDir, host: &Host, children: &Children)
     command.args(["--subnet", &host.plan.subnet.to_string()]);
     command.arg("--state-dir").arg(folder.join("state")).arg("--run-dir").arg(folder.join("run"));
     command.arg("--subnet-file").arg(&env).env("NOTIFY_SOCKET", notify.path()).env_remove("XDG_RUNTIME_DIR");
-    let pid = children
-        .spawn(&host.place.netns, &mut command, &log)
-        .act(|| format!("start the agent of {name}"))?;
+    let pid = children.spawn(&host.place.netns, &mut command, &log).act(|| format!("start the agent of {name}"))?;
     let written = || fs::metadata(&env).and_then(|m| m.modified()).ok() != before;
     if !notify.wait(PATIENCE, || children.is_alive(pid), written) {
         let said = fs::read_to_string(&log).unwrap_or_default();

@@ -89,7 +89,8 @@ impl Children {
 
     /// Ends all children at once, and waits for them.
     pub(crate) fn end_all(&self, patience: Duration) {
-        let pids: Vec<u32> = self.lock().iter().filter(|(_, life)| **life == Life::Alive).map(|(pid, _)| *pid).collect();
+        let pids: Vec<u32> =
+            self.lock().iter().filter(|(_, life)| **life == Life::Alive).map(|(pid, _)| *pid).collect();
         for pid in &pids {
             let _ = self.signal(*pid, Signal::KILL);
         }

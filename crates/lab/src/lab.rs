@@ -13,9 +13,9 @@ use crate::error::{Act, LabError};
 use crate::home::LabDir;
 use crate::layout::{MOST_NODES, NodePlan, Spec, UNDERLAY};
 use crate::proto::{AgentAct, AgentState, ContainerInfo, HostInfo, LabState};
+use crate::store;
 use crate::watch;
 use crate::wiring::{self, Place};
-use crate::store;
 
 /// Tells a person who waits what happens.
 pub(crate) type Progress<'a> = &'a (dyn Fn(String) + Sync);
@@ -149,7 +149,10 @@ impl Lab {
             return Err(LabError::new("lab-full", format!("a lab has at most {MOST_NODES} nodes")));
         }
         if !self.spec.has_agents() {
-            return Err(LabError::new("no-agent", "the scenario bridge has one host, and no agent that another could join"));
+            return Err(LabError::new(
+                "no-agent",
+                "the scenario bridge has one host, and no agent that another could join",
+            ));
         }
         let mut host = self.make_host(number)?;
         let plan = host.plan.clone();
@@ -219,11 +222,16 @@ impl Lab {
             subnet: host.plan.subnet,
             netns: host.place.path(self.pid),
             agent: host.agent.as_ref().map_or(AgentState::None, |agent| agent.state(&self.children)),
-            containers: host.containers.iter().zip(&host.plan.containers).map(|(place, plan)| ContainerInfo {
-                name: plan.name.clone(),
-                address: plan.address.addr,
-                netns: place.path(self.pid),
-            }).collect(),
+            containers: host
+                .containers
+                .iter()
+                .zip(&host.plan.containers)
+                .map(|(place, plan)| ContainerInfo {
+                    name: plan.name.clone(),
+                    address: plan.address.addr,
+                    netns: place.path(self.pid),
+                })
+                .collect(),
         });
         LabState {
             spec: self.spec.clone(),

@@ -72,13 +72,15 @@ pub fn matrix(state: &LabState) -> Result<Matrix, LabError> {
         let threads: Vec<_> = sources
             .iter()
             .map(|(from, netns)| {
-                let targets: Vec<&ContainerInfo> = containers.iter().copied().filter(|to| to.name != from.name).collect();
+                let targets: Vec<&ContainerInfo> =
+                    containers.iter().copied().filter(|to| to.name != from.name).collect();
                 (*from, scope.spawn(move || ask_all(netns, &targets)))
             })
             .collect();
         threads.into_iter().map(|(from, thread)| (from, thread.join())).collect::<Vec<_>>()
     });
-    let mut matrix = Matrix { pairs: 0, reachable: 0, failed: Vec::new(), rtt_us: Rtt::default(), answered: BTreeMap::new() };
+    let mut matrix =
+        Matrix { pairs: 0, reachable: 0, failed: Vec::new(), rtt_us: Rtt::default(), answered: BTreeMap::new() };
     for (from, results) in asked {
         let results = results.map_err(|_| LabError::new("lab-failed", "a thread that pings panicked"))?;
         for (to, result) in results.act(|| format!("ping from {}", from.name))? {

@@ -111,7 +111,10 @@ fn supervised(dir: &LabDir, spec: &Spec, heard: impl FnMut(&str)) -> Result<Star
 }
 
 /// This program, to be started again.
-#[expect(clippy::disallowed_methods, reason = "a lab starts real processes of this very program: supervisor, store, agents")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a lab starts real processes of this very program: supervisor, store, agents"
+)]
 pub(crate) fn own_program() -> Result<Command, LabError> {
     // /proc/self/exe stays right when the file is replaced under a running lab.
     let path = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe"));

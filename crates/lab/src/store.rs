@@ -32,15 +32,21 @@ pub(crate) struct StoreProcess {
 }
 
 /// Starts the store.
-pub(crate) fn start(spec: &Spec, dir: &LabDir, underlay: &Place, children: &Children) -> Result<StoreProcess, LabError> {
+pub(crate) fn start(
+    spec: &Spec,
+    dir: &LabDir,
+    underlay: &Place,
+    children: &Children,
+) -> Result<StoreProcess, LabError> {
     let (log, data) = (dir.path().join("store.log"), dir.path().join("store"));
     let notify = Notify::bind(&dir.path().join("store.sock")).act(|| "listen for the store".into())?;
     let address = spec.store_address().act(|| "plan the store".into())?;
-    let config = NetworkConfig::default_json(spec.network().act(|| "plan the network".into())?);
+    let network = spec.network().act(|| "plan the network".into())?;
     let mut command = match spec.store {
         StoreKind::Embedded => {
             let mut command = own_program()?;
-            command.args(["store", "serve", "--listen", &address, "--insecure", "--config", &config]);
+            command.args(["store", "serve", "--listen", &address, "--insecure"]);
+            command.args(["--network", &network.to_string()]);
             command.arg("--data").arg(data);
             command
         }
@@ -54,7 +60,7 @@ pub(crate) fn start(spec: &Spec, dir: &LabDir, underlay: &Place, children: &Chil
     };
     command.env("NOTIFY_SOCKET", notify.path());
     let pid = children.spawn(&underlay.netns, &mut command, &log).map_err(|error| missing(spec.store, &error))?;
-    Ok(StoreProcess { pid, notify, log, address, config })
+    Ok(StoreProcess { pid, notify, log, address, config: NetworkConfig::default_json(network) })
 }
 
 impl StoreProcess {
@@ -90,7 +96,9 @@ fn missing(store: StoreKind, error: &std::io::Error) -> LabError {
     let failed = LabError::new("store-failed", format!("start the store: {error}"));
     match store {
         StoreKind::Embedded => failed,
-        StoreKind::Etcd => failed.hint("--store etcd needs the programs etcd and etcdctl (Debian: etcd-server, etcd-client)"),
+        StoreKind::Etcd => {
+            failed.hint("--store etcd needs the programs etcd and etcdctl (Debian: etcd-server, etcd-client)")
+        }
     }
 }
 

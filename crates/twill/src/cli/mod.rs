@@ -2,6 +2,7 @@
 
 mod completions;
 mod ip;
+mod lab;
 mod show;
 mod store;
 
@@ -26,6 +27,8 @@ enum Command {
     Completions(completions::Completions),
     /// Calculate with addresses, plan a network
     Ip(ip::Ip),
+    /// Make whole networks on this machine: hosts, agents, containers; no root needed
+    Lab(lab::Lab),
     /// Show the kernel's tables: neighbours, forwarding entries, bridges, routes
     Show(show::Show),
     /// Serve the embedded store, look into any store
@@ -44,6 +47,7 @@ pub(crate) fn run() -> ExitCode {
     let result: anyhow::Result<ExitCode> = match cli.command {
         Command::Completions(args) => args.run(),
         Command::Ip(args) => args.run(),
+        Command::Lab(args) => args.run(),
         Command::Show(args) => args.run(),
         Command::Store(args) => args.run(),
     };

@@ -77,6 +77,8 @@ pub(super) fn matrix_text(state: &LabState, matrix: &Matrix) -> String {
     )
 }
 
+/// The wait begins again after it.
+const AN_HOUR: Duration = Duration::from_secs(3600);
 /// Most containers that are drawn as a matrix.
 const WIDEST: usize = 8;
 
@@ -94,8 +96,9 @@ impl Explain {
 pub(super) fn explain(state: &LabState, from: &str, to: &str) -> Result<twill_explain::Explanation, Failure> {
     let facts = twill_lab::facts::LiveFacts::read(enter::open_all(state)?)
         .map_err(|error| Failure::new("lab-failed", format!("{error}: {}", error.source)))?;
-    let (from, to) = twill_explain::ends(&facts, from, to)
-        .map_err(|error| Failure::new("no-such-place", error.to_string()).hint("`twill lab status` lists the places"))?;
+    let (from, to) = twill_explain::ends(&facts, from, to, false).map_err(|error| {
+        Failure::new("no-such-place", error.to_string()).hint("`twill lab status` lists the places")
+    })?;
     Ok(twill_explain::explain(&facts, &from, &to))
 }
 
@@ -112,13 +115,15 @@ impl Capture {
         crate::output::progress(format_args!("listening on {} in {}", self.device, self.place));
         let mut number = 0;
         while self.count.is_none_or(|count| number < count) {
-            let Some(frame) = capture.next(Duration::MAX)? else { continue };
+            let Some(frame) = capture.next(AN_HOUR)? else { continue };
             number += 1;
             let layers = decode(frame);
             if output.format == Format::Table {
                 print_text(&format!("packet {number}, {} bytes\n{}", frame.len(), render(&layers)));
             } else {
-                let layers = layers.iter().map(|layer| json!({"offset": layer.offset, "depth": layer.depth, "meaning": layer.header.meaning()}));
+                let layers = layers.iter().map(
+                    |layer| json!({"offset": layer.offset, "depth": layer.depth, "meaning": layer.header.meaning()}),
+                );
                 let value = json!({"number": number, "length": frame.len(), "layers": layers.collect::<Vec<_>>()});
                 output.print(&value, String::new)?;
             }

@@ -32,7 +32,9 @@ pub(crate) struct Lab {
 #[derive(Debug, Subcommand)]
 enum LabCommand {
     /// Make a lab that stays until `down`
-    #[command(after_help = "Examples:\n  twill lab up\n  twill lab up --scenario bridge\n  twill lab up --nodes 16 --containers 4")]
+    #[command(
+        after_help = "Examples:\n  twill lab up\n  twill lab up --scenario bridge\n  twill lab up --nodes 16 --containers 4"
+    )]
     Up(Up),
     /// All labs of this user
     #[command(after_help = "Example:\n  twill lab list -o json")]
@@ -181,14 +183,15 @@ impl Lab {
         let Some(command) = self.command else { return whole::run(output) };
         match command {
             LabCommand::Up(up) => return up.run(output),
-            LabCommand::List => output.print(&show::list()?, show::list_text)?,
+            LabCommand::List => show::list(output)?,
             LabCommand::Status(named) => show::print(output, &state(&named)?)?,
             LabCommand::Exec(exec) => return exec.run(),
             LabCommand::Ping(named) => return look::ping(&named, output),
             LabCommand::Explain(explain) => return explain.run(output),
             LabCommand::Capture(capture) => return capture.run(output),
             LabCommand::Node(Node::Add(named)) => {
-                let state = ask(&home()?.lab(&named.name), &Request::NodeAdd, |text| progress(text)).map_err(Failure::from)?;
+                let state =
+                    ask(&home()?.lab(&named.name), &Request::NodeAdd, |text| progress(text)).map_err(Failure::from)?;
                 show::print(output, &state)?;
             }
             LabCommand::Agent(agent) => agent.run(output)?,
@@ -244,7 +247,9 @@ impl Up {
         });
         let bridge = scenario == Some(Scenario::Bridge);
         if bridge && self.nodes.is_some_and(|nodes| nodes != 1) {
-            return Err(Failure::new("bad-lab", "the scenario bridge has one host").hint("leave --nodes away").exit(USAGE));
+            return Err(Failure::new("bad-lab", "the scenario bridge has one host")
+                .hint("leave --nodes away")
+                .exit(USAGE));
         }
         let (nodes, containers) = if bridge { (1, 2) } else { (2, 1) };
         let store = match self.store {

@@ -19,7 +19,8 @@ pub(super) struct Section {
 /// A lab, for programs: {"name","nodes":[{"name","address","subnet","netns","containers":[…]}]}.
 fn value(state: &LabState) -> Value {
     let nodes = state.hosts.iter().map(|host| {
-        let containers = host.containers.iter().map(|c| json!({"name": c.name, "address": c.address, "netns": c.netns}));
+        let containers =
+            host.containers.iter().map(|c| json!({"name": c.name, "address": c.address, "netns": c.netns}));
         json!({
             "name": host.name,
             "address": host.address,
@@ -67,30 +68,36 @@ fn text(state: &LabState) -> String {
             AgentState::Stopped => "stopped",
         };
         let row = [host.name.clone(), host.address.to_string(), host.subnet.to_string(), agent.to_owned()];
-        let containers = host.containers.iter().map(|c| {
-            [format!("  {}", c.name), c.address.to_string(), String::new(), String::new()]
-        });
+        let containers = host
+            .containers
+            .iter()
+            .map(|c| [format!("  {}", c.name), c.address.to_string(), String::new(), String::new()]);
         std::iter::once(row).chain(containers).collect::<Vec<_>>()
     });
     columns(&header, rows)
 }
 
-/// All labs, for programs.
-pub(super) fn list() -> Result<Value, Failure> {
-    let labs = start::list(&super::home()?)?;
-    let labs = labs.iter().map(|lab| match &lab.state {
+/// Prints all labs of this user.
+pub(super) fn list(output: Output) -> anyhow::Result<()> {
+    let labs = start::list(&super::home()?).map_err(Failure::from)?;
+    let values = labs.iter().map(|lab| match &lab.state {
         Some(state) => json!({
             "name": lab.name, "state": "running", "nodes": state.hosts.len(), "containers": state.containers().count(),
         }),
         None => json!({"name": lab.name, "state": "killed", "nodes": 0, "containers": 0}),
     });
-    Ok(json!({"labs": labs.collect::<Vec<_>>()}))
+    output.print(&json!({"labs": values.collect::<Vec<_>>()}), || list_text(&labs))
 }
 
 /// All labs, for people.
-pub(super) fn list_text(labs: &[Listed]) -> String {
+fn list_text(labs: &[Listed]) -> String {
     let rows = labs.iter().map(|lab| match &lab.state {
-        Some(state) => [lab.name.to_string(), "running".into(), state.hosts.len().to_string(), state.containers().count().to_string()],
+        Some(state) => [
+            lab.name.to_string(),
+            "running".into(),
+            state.hosts.len().to_string(),
+            state.containers().count().to_string(),
+        ],
         None => [lab.name.to_string(), "killed (`lab down` removes what is left)".into(), "-".into(), "-".into()],
     });
     columns(&["LAB", "STATE", "NODES", "CONTAINERS"], rows)
