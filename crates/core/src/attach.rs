@@ -65,6 +65,19 @@ impl Request {
         Desired { host, claim: Claim::default() }
     }
 
+    /// What the container's namespace holds before the pair is there. Without an IPv6 address IPv6 is off, as docker has it: else the
+    /// container would speak on the bridge before anybody asked it.
+    pub fn container_before(&self) -> Desired {
+        let mut host: HostState = loopback().into_iter().collect();
+        if self.addresses.iter().all(|inet| inet.addr.is_ipv4()) {
+            host.extend(["all", "default"].map(|which| Object::Sysctl {
+                path: format!("net/ipv6/conf/{which}/disable_ipv6").into(),
+                value: "1".into(),
+            }));
+        }
+        Desired { host, claim: Claim::default() }
+    }
+
     /// What the container's namespace holds, once the pair is there: loopback, the device, its addresses, the way out.
     pub fn container_side(&self) -> Desired {
         let mut host = HostState::new();

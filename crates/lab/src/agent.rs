@@ -33,18 +33,21 @@ pub(crate) fn start(spec: &Spec, dir: &LabDir, host: &Host, children: &Children)
     let name = &host.plan.name;
     let folder = dir.node(name);
     let (env, log) = (folder.join("subnet.env"), folder.join("agent.log"));
-    // The file of an earlier run would look as if this one were ready.
-    let before = fs::metadata(&env).and_then(|m| m.modified()).ok();
+    // At first it is ready with its subnet; later, when it says so: the file of an earlier run may stay as it is.
+    let again = env.exists();
+    // Nothing of this machine's own settings is for the lab.
+    let settings = folder.join("agent.toml");
+    fs::write(&settings, "version = 1\n").act(|| format!("write {}", settings.display()))?;
     let notify = Notify::bind(&folder.join("notify.sock")).act(|| format!("listen for the agent of {name}"))?;
-    let store = spec.store_address().act(|| "plan the store".into())?;
+    let store = spec.store_url().act(|| "plan the store".into())?;
     let mut command = own_program()?;
-    command.arg("agent").args(["--store", &format!("http://{store}")]).args(["--iface", "eth0"]);
+    command.arg("agent").arg("--config").arg(&settings).args(["--store", &store]).args(["--iface", "eth0"]);
     command.args(["--subnet", &host.plan.subnet.to_string()]);
     command.arg("--state-dir").arg(folder.join("state")).arg("--run-dir").arg(folder.join("run"));
-    command.arg("--subnet-file").arg(&env).env("NOTIFY_SOCKET", notify.path()).env_remove("XDG_RUNTIME_DIR");
+    command.arg("--subnet-file").arg(&env).env("NOTIFY_SOCKET", notify.path());
     let pid = children.spawn(&host.place.netns, &mut command, &log).act(|| format!("start the agent of {name}"))?;
-    let written = || fs::metadata(&env).and_then(|m| m.modified()).ok() != before;
-    if !notify.wait(PATIENCE, || children.is_alive(pid), written) {
+    let ready = |said: bool| if again { said } else { env.exists() };
+    if !notify.wait(PATIENCE, || children.is_alive(pid), ready) {
         let said = fs::read_to_string(&log).unwrap_or_default();
         let last = said.lines().rfind(|line| line.starts_with("error:")).or(said.lines().last());
         let last = last.unwrap_or("it said nothing");

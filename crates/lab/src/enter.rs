@@ -41,9 +41,16 @@ pub fn exec(state: &LabState, place: &str, words: &[OsString]) -> Result<ExitSta
     child.wait().act(|| format!("wait for the command in {place}"))
 }
 
-/// What a command in a place prints; as [`exec`].
-pub fn output(state: &LabState, place: &str, words: &[OsString]) -> Result<std::process::Output, LabError> {
-    inside(state, place)?.args(words).output().act(|| format!("run a command in {place}"))
+/// What this very program prints in a place.
+pub fn output(netns: &Netns, words: &[&str]) -> Result<String, LabError> {
+    let mut command = own_program()?;
+    let act = || format!("run twill {}", words.join(" "));
+    let ran = netns.run(|| command.args(words).output()).and_then(|ran| ran).act(act)?;
+    if !ran.status.success() {
+        let said = String::from_utf8_lossy(&ran.stderr);
+        return Err(LabError::new("lab-failed", format!("{}: {}", act(), said.trim_end())));
+    }
+    Ok(String::from_utf8_lossy(&ran.stdout).into_owned())
 }
 
 /// `lab inside -- …`, to be run in a place.

@@ -135,9 +135,14 @@ impl Spec {
         Inet::new(v4(10, 168, 0, 1), 24)
     }
 
-    /// The store as agents are told.
+    /// Where the store listens: `ADDR:PORT`.
     pub fn store_address(&self) -> Result<String, BadValue> {
         Ok(format!("{}:{STORE_PORT}", self.underlay()?.addr))
+    }
+
+    /// The same as a URL.
+    pub fn store_url(&self) -> Result<String, BadValue> {
+        self.store_address().map(|address| format!("http://{address}"))
     }
 
     /// The whole network that agents share.

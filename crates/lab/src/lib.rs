@@ -10,13 +10,15 @@
 //!
 //! - [`layout`]: which addresses a lab uses; [`home`]: where it keeps its state
 //! - [`start`]: making a lab, and the processes that become it; [`proto`]: talking to it
-//! - [`enter`]: going into its namespaces; [`ping`]: who reaches whom; [`facts`]: live facts for an explanation
+//! - [`enter`]: going into its namespaces; [`ping`]: who reaches whom; [`frames`]: what passes meanwhile
+//! - [`facts`]: live facts for an explanation
 
 mod agent;
 mod children;
 pub mod enter;
 pub mod error;
 pub mod facts;
+pub mod frames;
 pub mod home;
 mod lab;
 pub mod layout;

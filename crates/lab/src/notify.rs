@@ -32,21 +32,20 @@ impl Notify {
         &self.path
     }
 
-    /// Waits until READY=1 comes or `done` is true; false when `alive` is no longer, or patience ends.
-    pub(crate) fn wait(&self, patience: Duration, alive: impl Fn() -> bool, done: impl Fn() -> bool) -> bool {
+    /// Waits until `ready` is true, which is told whether READY=1 has come; false when `alive` is no longer, or patience ends.
+    pub(crate) fn wait(&self, patience: Duration, alive: impl Fn() -> bool, ready: impl Fn(bool) -> bool) -> bool {
         let end = Instant::now() + patience;
         let mut buf = [0; 4096];
+        let mut said = false;
         while Instant::now() < end {
-            if let Ok(len) = self.socket.recv(&mut buf)
-                && buf[..len].split(|byte| *byte == b'\n').any(|line| line == b"READY=1")
-            {
-                return true;
-            }
-            if done() {
+            if ready(said) {
                 return true;
             }
             if !alive() {
                 return false;
+            }
+            if let Ok(len) = self.socket.recv(&mut buf) {
+                said |= buf[..len].split(|byte| *byte == b'\n').any(|line| line == b"READY=1");
             }
         }
         false

@@ -72,8 +72,8 @@ pub fn matrix(state: &LabState) -> Result<Matrix, LabError> {
         let threads: Vec<_> = sources
             .iter()
             .map(|(from, netns)| {
-                let targets: Vec<&ContainerInfo> =
-                    containers.iter().copied().filter(|to| to.name != from.name).collect();
+                let others = containers.iter().filter(|to| to.name != from.name);
+                let targets: Vec<Target> = others.map(|to| (to.name.clone(), to.address)).collect();
                 (*from, scope.spawn(move || ask_all(netns, &targets)))
             })
             .collect();
@@ -100,16 +100,25 @@ pub fn matrix(state: &LabState) -> Result<Matrix, LabError> {
     Ok(matrix)
 }
 
+/// One address from one namespace: the time of its answer, or what was heard instead.
+pub fn one(from: &Netns, to: IpAddr) -> Result<Duration, String> {
+    let answers = ask_all(from, &[(to.to_string(), to)]).map_err(|error| error.to_string())?;
+    answers.into_iter().next().map_or_else(|| Err("no answer".to_owned()), |(_, answer)| answer)
+}
+
 /// The nearest-rank percentile of sorted values; 0 of none.
 fn percentile(sorted: &[u64], percent: usize) -> u64 {
     let rank = (sorted.len() * percent).div_ceil(100);
     sorted.get(rank.saturating_sub(1)).copied().unwrap_or(0)
 }
 
+/// A name and its address.
+type Target = (String, IpAddr);
+/// What came of each target, by name.
 type Answers = Vec<(String, Result<Duration, String>)>;
 
 /// From one namespace to every target, one after the other.
-fn ask_all(netns: &Netns, targets: &[&ContainerInfo]) -> io::Result<Answers> {
+fn ask_all(netns: &Netns, targets: &[Target]) -> io::Result<Answers> {
     netns.run(|| {
         let mut asker = Asker::open(targets)?;
         for round in 0..ROUNDS {
@@ -128,7 +137,7 @@ fn ask_all(netns: &Netns, targets: &[&ContainerInfo]) -> io::Result<Answers> {
             Some(rtt) => Ok(rtt),
             None => Err(asker.instead[number].clone().unwrap_or_else(|| "no answer".to_owned())),
         };
-        Ok(targets.iter().enumerate().map(|(number, to)| (to.name.clone(), word(number))).collect())
+        Ok(targets.iter().enumerate().map(|(number, to)| (to.0.clone(), word(number))).collect())
     })?
 }
 
@@ -143,14 +152,14 @@ struct Asker {
 }
 
 impl Asker {
-    fn open(targets: &[&ContainerInfo]) -> io::Result<Self> {
+    fn open(targets: &[Target]) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::INET, SocketType::RAW, flags, Some(ipproto::ICMP))?;
         let v4 = |ip: IpAddr| match ip {
             IpAddr::V4(ip) => Ok(ip),
             IpAddr::V6(ip) => Err(io::Error::new(ErrorKind::Unsupported, format!("{ip} is not IPv4"))),
         };
-        let addresses = targets.iter().map(|to| v4(to.address)).collect::<io::Result<Vec<_>>>()?;
+        let addresses = targets.iter().map(|to| v4(to.1)).collect::<io::Result<Vec<_>>>()?;
         let ident = std::process::id() as u16;
         let (heard, instead) = (vec![None; targets.len()], vec![None; targets.len()]);
         Ok(Self { socket, ident, targets: addresses, sent: BTreeMap::new(), heard, instead })

@@ -125,6 +125,11 @@ impl LabState {
         hosts.chain(containers).chain([underlay]).collect()
     }
 
+    /// The store, as agents are told.
+    pub fn store_url(&self) -> Result<String, LabError> {
+        self.spec.store_url().act(|| "plan the store".into())
+    }
+
     /// All containers of all hosts.
     pub fn containers(&self) -> impl Iterator<Item = &ContainerInfo> {
         self.hosts.iter().flat_map(|h| &h.containers)

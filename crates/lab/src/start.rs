@@ -118,7 +118,12 @@ fn supervised(dir: &LabDir, spec: &Spec, heard: impl FnMut(&str)) -> Result<Star
 pub(crate) fn own_program() -> Result<Command, LabError> {
     // /proc/self/exe stays right when the file is replaced under a running lab.
     let path = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe"));
-    Ok(Command::new(path))
+    let mut command = Command::new(path);
+    // What this machine's own daemon is told is not for the lab.
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"TWILL_")) {
+        command.env_remove(name);
+    }
+    Ok(command)
 }
 
 /// The launcher: goes into the namespaces, starts the supervisor there, and ends. `text` is a [`Spec`] as JSON.

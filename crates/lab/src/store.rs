@@ -51,7 +51,7 @@ pub(crate) fn start(
             command
         }
         StoreKind::Etcd => {
-            let url = format!("http://{address}");
+            let url = spec.store_url().act(|| "plan the store".into())?;
             let mut command = program("etcd");
             command.arg("--data-dir").arg(data).args(["--listen-client-urls", &url, "--advertise-client-urls", &url]);
             command.args(["--listen-peer-urls", "http://127.0.0.1:2380"]);
@@ -66,15 +66,15 @@ pub(crate) fn start(
 impl StoreProcess {
     /// Waits until it answers and has the network config; gives its address.
     pub(crate) fn ready(self, spec: &Spec, underlay: &Place, children: &Children) -> Result<String, LabError> {
-        let answers = || {
+        let answers = |said: bool| {
             let connected = underlay.netns.run(|| TcpStream::connect(&self.address).is_ok());
-            connected.unwrap_or(false)
+            said || connected.unwrap_or(false)
         };
         if !self.notify.wait(PATIENCE, || children.is_alive(self.pid), answers) {
             return Err(self.failed("the store does not answer"));
         }
         if spec.store == StoreKind::Etcd {
-            let url = format!("http://{}", self.address);
+            let url = spec.store_url().act(|| "plan the store".into())?;
             let mut put = program("etcdctl");
             put.env("ETCDCTL_API", "3").args(["--endpoints", &url, "put", CONFIG_KEY, &self.config]);
             let pid = children.spawn(&underlay.netns, &mut put, &self.log).map_err(|e| missing(spec.store, &e))?;

@@ -6,10 +6,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use twill_core::attach::{self, Request};
+use twill_core::host::Key;
 use twill_core::net::{Inet, LinkName, Mtu};
 use twill_core::reconcile::{Caps, Claim, Desired, Op, Scope, plan};
 use twill_kernel::netns::Netns;
-use twill_kernel::{Interest, Kernel, LinuxKernel, files};
+use twill_kernel::{Interest, Kernel, LinuxKernel, files, sysctl};
 
 use crate::error::{Act, LabError};
 use crate::layout::{ContainerPlan, NodePlan};
@@ -41,7 +42,7 @@ impl Place {
     /// Brings the namespace to what is wanted.
     pub(crate) fn make(&self, want: &Desired) -> Result<(), LabError> {
         let sysctls = want.host.iter().filter_map(|(key, _)| match key {
-            twill_core::host::Key::Sysctl(path) => Some(path.clone()),
+            Key::Sysctl(path) => Some(path.clone()),
             _ => None,
         });
         let interest = Interest { sysctls: sysctls.collect(), ..Interest::default() };
@@ -111,6 +112,10 @@ pub(crate) fn join_container(
         mtu,
         forward: true,
     };
+    let mut before = request.container_before();
+    // A kernel without IPv6 has no such file.
+    before.host.retain(|key, _| !matches!(key, Key::Sysctl(path) if sysctl::read(path).is_err()));
+    container.make(&before)?;
     attach(host, container, &request)?;
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").act(|| "read the boot's id".into())?;
     let inode = fs::metadata(container.own_path()).act(|| format!("look at the namespace of {}", plan.name))?.ino();

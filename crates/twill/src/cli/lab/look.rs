@@ -9,6 +9,7 @@ use twill_core::net::LinkName;
 use twill_kernel::capture;
 use twill_lab::ping::{Matrix, matrix};
 use twill_lab::{LabState, enter};
+use twill_packet::decode::Value;
 use twill_packet::{decode, render};
 
 use super::{Named, state};
@@ -121,9 +122,14 @@ impl Capture {
             if output.format == Format::Table {
                 print_text(&format!("packet {number}, {} bytes\n{}", frame.len(), render(&layers)));
             } else {
-                let layers = layers.iter().map(
-                    |layer| json!({"offset": layer.offset, "depth": layer.depth, "meaning": layer.header.meaning()}),
-                );
+                let layers = layers.iter().map(|layer| {
+                    let fields = layer.header.fields().into_iter().map(|(name, value)| match value {
+                        Value::Number(number) => (name.to_owned(), json!(number)),
+                        Value::Text(text) => (name.to_owned(), json!(text)),
+                    });
+                    let fields: serde_json::Map<_, _> = fields.collect();
+                    json!({"layer": layer.name(), "offset": layer.offset, "depth": layer.depth, "fields": fields})
+                });
                 let value = json!({"number": number, "length": frame.len(), "layers": layers.collect::<Vec<_>>()});
                 output.print(&value, String::new)?;
             }

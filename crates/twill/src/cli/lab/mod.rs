@@ -1,6 +1,7 @@
 //! `twill lab`: whole networks on one machine.
 
 mod look;
+mod scenario;
 mod show;
 mod whole;
 
@@ -228,7 +229,10 @@ impl Up {
         let started = start::up(&home()?, &spec, |text| progress(text)).map_err(Failure::from)?;
         let state = started.stay().map_err(Failure::from)?;
         let shown = match spec.scenario {
-            Some(scenario) => crate::cli::lab::show::scenario(scenario, &state)?,
+            Some(scenario) => {
+                enter::user(&state).map_err(Failure::from)?;
+                scenario::show(scenario, &state).map_err(Failure::from)?
+            }
             None => Vec::new(),
         };
         show::print_with(output, &state, shown)?;

@@ -1,20 +1,11 @@
 //! What `lab` prints of a lab.
 
-use serde::Serialize;
 use serde_json::{Value, json};
 use twill_lab::start::{self, Listed};
-use twill_lab::{AgentState, LabState, Scenario};
+use twill_lab::{AgentState, LabState};
 
+use super::scenario::Section;
 use crate::output::{Failure, Output, columns};
-
-/// One thing that a scenario shows.
-#[derive(Debug, Clone, Serialize)]
-pub(super) struct Section {
-    /// What it is.
-    pub(super) title: String,
-    /// As lines.
-    pub(super) lines: Vec<String>,
-}
 
 /// A lab, for programs: {"name","nodes":[{"name","address","subnet","netns","containers":[…]}]}.
 fn value(state: &LabState) -> Value {
@@ -101,10 +92,4 @@ fn list_text(labs: &[Listed]) -> String {
         None => [lab.name.to_string(), "killed (`lab down` removes what is left)".into(), "-".into(), "-".into()],
     });
     columns(&["LAB", "STATE", "NODES", "CONTAINERS"], rows)
-}
-
-/// What a scenario shows.
-pub(super) fn scenario(scenario: Scenario, state: &LabState) -> Result<Vec<Section>, Failure> {
-    let _ = (scenario, state);
-    Ok(Vec::new())
 }

@@ -1,0 +1,85 @@
+//! What passes several devices of one namespace while something happens.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use twill_core::net::LinkName;
+use twill_kernel::capture::Capture;
+use twill_kernel::netns::Netns;
+use twill_packet::{Header, decode, icmp};
+
+use crate::error::{Act, LabError};
+
+/// After what happened has ended, and nothing passed for so long, nothing more is waited for.
+const QUIET: Duration = Duration::from_millis(500);
+
+/// A frame that passed a device.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    /// Which.
+    pub device: LinkName,
+    /// When.
+    pub at: Instant,
+    /// Its bytes, from the Ethernet header on.
+    pub bytes: Vec<u8>,
+}
+
+impl Seen {
+    /// True for an echo reply, also inside a tunnel.
+    pub fn is_echo_reply(&self) -> bool {
+        decode(&self.bytes).iter().any(|layer| matches!(layer.header, Header::Icmp(icmp::Repr::EchoReply { .. })))
+    }
+
+    /// What it says at last, in one line: the innermost header that is not mere data.
+    pub fn says(&self) -> String {
+        let layers = decode(&self.bytes);
+        let last = layers.iter().rfind(|layer| !matches!(layer.header, Header::Data(_)));
+        last.map_or_else(String::new, |layer| format!("{} {}", layer.name(), layer.header.meaning()))
+    }
+}
+
+/// Does `act` (a ping) while every frame that passes the devices is kept, up to and with the first echo reply on each; in order of time.
+pub fn during<T>(netns: &Netns, devices: &[LinkName], act: impl FnOnce() -> T) -> Result<(Vec<Seen>, T), LabError> {
+    let opened = netns.run(|| {
+        devices
+            .iter()
+            .map(|&device| Ok((device, Capture::on(device).act(|| format!("capture on {device}"))?)))
+            .collect::<Result<Vec<_>, LabError>>()
+    });
+    let captures = opened.act(|| "enter the network namespace".into())??;
+    let over = AtomicBool::new(false);
+    let (seen, did) = thread::scope(|scope| {
+        let over = &over;
+        let threads: Vec<_> =
+            captures.into_iter().map(|(device, capture)| scope.spawn(move || keep(device, capture, over))).collect();
+        let did = act();
+        over.store(true, Ordering::Relaxed);
+        let kept: Vec<_> = threads.into_iter().map(thread::ScopedJoinHandle::join).collect();
+        (kept, did)
+    });
+    let mut all = Vec::new();
+    for kept in seen {
+        all.extend(kept.map_err(|_| LabError::new("lab-failed", "a thread that captures panicked"))?);
+    }
+    all.sort_by_key(|seen: &Seen| seen.at);
+    Ok((all, did))
+}
+
+fn keep(device: LinkName, mut capture: Capture, over: &AtomicBool) -> Vec<Seen> {
+    let mut kept = Vec::new();
+    loop {
+        match capture.next(QUIET) {
+            Ok(Some(frame)) => {
+                let seen = Seen { device, at: Instant::now(), bytes: frame.to_vec() };
+                let last = seen.is_echo_reply();
+                kept.push(seen);
+                if last {
+                    return kept;
+                }
+            }
+            Ok(None) if !over.load(Ordering::Relaxed) => {}
+            Ok(None) | Err(_) => return kept,
+        }
+    }
+}

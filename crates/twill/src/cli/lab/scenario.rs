@@ -1,0 +1,118 @@
+//! What the scenarios show: the tables of the source document, from the kernel, and packets as they pass.
+
+use serde::Serialize;
+use twill_core::net::{BadValue, LinkName};
+use twill_kernel::netns::Netns;
+use twill_lab::frames::{self, Seen};
+use twill_lab::layout::{STORE_PORT, UNDERLAY};
+use twill_lab::proto::ContainerInfo;
+use twill_lab::{LabError, LabState, Scenario, enter, ping};
+use twill_packet::{Header, decode, render};
+
+/// One thing that a scenario shows.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Section {
+    /// What it is.
+    pub(super) title: String,
+    /// As lines.
+    pub(super) lines: Vec<String>,
+}
+
+/// What a scenario shows; [`enter::user`] comes before.
+pub(super) fn show(scenario: Scenario, state: &LabState) -> Result<Vec<Section>, LabError> {
+    match scenario {
+        Scenario::Bridge => bridge(state),
+        Scenario::Vxlan => vxlan(state),
+    }
+}
+
+/// Containers on one bridge: ARP by broadcast, then the CAM table.
+fn bridge(state: &LabState) -> Result<Vec<Section>, LabError> {
+    let node = enter::open(state, "node1")?;
+    let containers: Vec<&ContainerInfo> = state.containers().collect();
+    let ports = (1..=containers.len()).map(|number| name(&format!("veth{number}"))).collect::<Result<Vec<_>, _>>()?;
+    let mut sections = vec![table("CAM table of docker0 before (MAC → port)", &node, &["show", "bridge"])?];
+    let (first, last) = ends(&containers)?;
+    let from = enter::open(state, &last.name)?;
+    let (seen, answer) = frames::during(&node, &ports, || ping::one(&from, first.address))?;
+    let title =
+        format!("{} pings {}: who has the address is asked at every port, the rest goes to one", last.name, first.name);
+    sections
+        .push(Section { title, lines: told(&seen, &ports).into_iter().chain([answered(first, &answer)]).collect() });
+    sections.push(table("CAM table of docker0 after", &node, &["show", "bridge"])?);
+    for container in [first, last] {
+        let netns = enter::open(state, &container.name)?;
+        sections.push(table(&format!("ARP table of {}", container.name), &netns, &["show", "arp"])?);
+    }
+    Ok(sections)
+}
+
+/// Hosts joined by VXLAN: route, neighbour, forwarding entry, and a packet taken apart.
+fn vxlan(state: &LabState) -> Result<Vec<Section>, LabError> {
+    let node = enter::open(state, "node1")?;
+    let mut sections = vec![
+        table("routes of node1, as `route -n` prints them", &node, &["show", "routes", "--classic"])?,
+        table("neighbours of node1: no ARP is sent for PERMANENT entries", &node, &["show", "arp"])?,
+        table("forwarding entries of node1: MAC → host", &node, &["show", "fdb"])?,
+    ];
+    let store = state.store_url()?;
+    let underlay = enter::open(state, UNDERLAY)?;
+    let keys = ["store", "ls", "/coreos.com/network/subnets", "--store", &store];
+    sections.push(table(&format!("the store's keys (port {STORE_PORT} of the underlay)"), &underlay, &keys)?);
+    let containers: Vec<&ContainerInfo> = state.containers().collect();
+    let (first, last) = ends(&containers)?;
+    let from = enter::open(state, &first.name)?;
+    let (eth0, flannel) = (name("eth0")?, name("flannel.1")?);
+    let (seen, answer) = frames::during(&node, &[eth0, flannel], || ping::one(&from, last.address))?;
+    let wrapped =
+        |seen: &&Seen| seen.device == eth0 && decode(&seen.bytes).iter().any(|l| matches!(l.header, Header::Vxlan(_)));
+    if let Some(packet) = seen.iter().find(wrapped) {
+        let lines = render(&decode(&packet.bytes)).lines().map(str::to_owned).collect();
+        let title = format!("{} pings {}: the packet on eth0 of node1, layer by layer", first.name, last.name);
+        sections.push(Section { title, lines });
+    }
+    let inside: Vec<&Seen> = seen.iter().filter(|seen| seen.device == flannel).collect();
+    let broadcast = inside.iter().filter(|seen| seen.bytes.starts_with(&[0xff; 6])).count();
+    let arp = inside.iter().filter(|s| decode(&s.bytes).iter().any(|l| matches!(l.header, Header::Arp(_)))).count();
+    let counted = format!("{} frames, {broadcast} of them broadcast, {arp} of them ARP", inside.len());
+    let lines = inside.iter().map(|seen| seen.says()).chain([counted, answered(last, &answer)]).collect();
+    sections.push(Section { title: "what crossed flannel.1 of node1 meanwhile".into(), lines });
+    Ok(sections)
+}
+
+/// Each frame once, in the order in which the pinging container's port saw them, with the ports that it passed.
+fn told(seen: &[Seen], ports: &[LinkName]) -> Vec<String> {
+    let whole = seen.iter().filter(|seen| Some(&seen.device) == ports.last());
+    let line = |frame: &Seen| {
+        let passed =
+            ports.iter().rev().filter(|port| seen.iter().any(|s| s.device == **port && s.bytes == frame.bytes));
+        let passed: Vec<&str> = passed.map(|port| port.as_str()).collect();
+        format!("{:<48}  passes {}", frame.says(), passed.join(", "))
+    };
+    whole.map(line).collect()
+}
+
+fn answered(to: &ContainerInfo, answer: &Result<std::time::Duration, String>) -> String {
+    match answer {
+        Ok(rtt) => format!("{} answered within {} µs", to.name, rtt.as_micros()),
+        Err(error) => format!("{} did not answer: {error}", to.name),
+    }
+}
+
+fn ends<'a>(containers: &[&'a ContainerInfo]) -> Result<(&'a ContainerInfo, &'a ContainerInfo), LabError> {
+    match containers {
+        [first, .., last] => Ok((first, last)),
+        _ => Err(LabError::new("no-such-place", "the scenario needs two containers")
+            .hint("leave --nodes and --containers away")),
+    }
+}
+
+fn name(text: &str) -> Result<LinkName, LabError> {
+    text.parse().map_err(|error: BadValue| LabError::new("lab-failed", error.to_string()))
+}
+
+/// What this program prints of a place.
+fn table(title: &str, netns: &Netns, words: &[&str]) -> Result<Section, LabError> {
+    let out = enter::output(netns, words)?;
+    Ok(Section { title: title.to_owned(), lines: out.lines().map(str::to_owned).collect() })
+}
