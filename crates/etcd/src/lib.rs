@@ -11,6 +11,8 @@
 #[allow(
     missing_docs,
     clippy::all,
+    clippy::too_many_lines,
+    clippy::too_many_lines,
     clippy::allow_attributes_without_reason,
     unreachable_pub,
     reason = "generated; documented by etcd"
@@ -23,6 +25,8 @@ pub mod rpc {
 #[allow(
     missing_docs,
     clippy::all,
+    clippy::too_many_lines,
+    clippy::too_many_lines,
     clippy::allow_attributes_without_reason,
     unreachable_pub,
     reason = "generated; documented by etcd"

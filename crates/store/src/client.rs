@@ -1,6 +1,6 @@
 //! The client: several endpoints, certificates, a user, deadlines; every write is a compare-and-swap.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use tonic::metadata::MetadataValue;
@@ -59,7 +59,8 @@ impl std::fmt::Debug for StoreConfig {
 #[derive(Debug)]
 pub struct EtcdStore {
     config: StoreConfig,
-    channels: Vec<Channel>,
+    /// Made when first used: a channel belongs to the runtime that drives it.
+    channels: Vec<(Endpoint, OnceLock<Channel>)>,
     /// The endpoint that answered last.
     current: Mutex<usize>,
     token: Mutex<Option<MetadataValue<tonic::metadata::Ascii>>>,
@@ -90,7 +91,7 @@ impl EtcdStore {
                 .keep_alive_while_idle(true);
             let endpoint =
                 if plain { endpoint } else { endpoint.tls_config(tls(&config)).map_err(|e| bad(&what, &e))? };
-            Ok(endpoint.connect_lazy())
+            Ok((endpoint, OnceLock::new()))
         };
         let channels = config.endpoints.iter().map(channel).collect::<Result<_, _>>()?;
         Ok(Self { config, channels, current: Mutex::new(0), token: Mutex::new(None) })
@@ -335,7 +336,7 @@ impl EtcdStore {
         // One more turn than endpoints: a token that has expired costs one.
         for _ in 0..=self.channels.len() {
             let at = self.current.lock().map_or(0, |at| *at);
-            let channel = self.channels[at % self.channels.len()].clone();
+            let channel = self.channel(at);
             let result = match self.token(&channel).await {
                 Ok(token) => call(channel, token).await,
                 Err(status) => Err(status),
@@ -370,7 +371,7 @@ impl EtcdStore {
         F: Future<Output = Result<A, Status>>,
     {
         let at = self.current.lock().map_or(0, |at| *at);
-        let channel = self.channels[at % self.channels.len()].clone();
+        let channel = self.channel(at);
         let token = self.token(&channel).await.map_err(|status| self.error(act, &status))?;
         call(channel, token).await.map_err(|status| {
             if let (true, Ok(mut current)) = (is_away(&status), self.current.lock()) {
@@ -378,6 +379,11 @@ impl EtcdStore {
             }
             self.error(act, &status)
         })
+    }
+
+    fn channel(&self, at: usize) -> Channel {
+        let (endpoint, channel) = &self.channels[at % self.channels.len()];
+        channel.get_or_init(|| endpoint.connect_lazy()).clone()
     }
 
     /// The token of our user, asked for when there is none.

@@ -1,11 +1,14 @@
 //! The `twill` binary: node agent, command line, store server and lab.
 //!
 //! - [`cli`]: one file for each command; each parses its arguments, calls the crate that knows, and prints
+//! - [`agent`]: the node daemon
 //! - [`stores`]: which store, and our own
 //! - [`output`]: tables, JSON, YAML, and how an error meets its user
 
+mod agent;
 mod cli;
 mod output;
+mod probe;
 mod stores;
 
 use std::process::ExitCode;

@@ -1,8 +1,12 @@
 //! The command line: what users type, and which file answers it.
 
+mod agent;
+mod ask;
+mod check;
 mod completions;
 mod ip;
 mod lab;
+mod offline;
 mod show;
 mod store;
 
@@ -23,6 +27,22 @@ struct Cli {
 /// Every command; none is listed before it works.
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run the node daemon
+    Agent(Box<agent::Agent>),
+    /// Show this node: subnet, underlay, store, findings, repairs
+    Status(ask::Status),
+    /// Show the peers; with --probe ask each of them
+    Peers(ask::PeersArgs),
+    /// List the leases in the store
+    Leases(Box<offline::Leases>),
+    /// Show what the agent would change right now
+    Plan(Box<offline::PlanArgs>),
+    /// Accept a strange listing of the store
+    Resync(ask::Resync),
+    /// Give the subnet back and remove everything from this node
+    Leave(ask::Leave),
+    /// Remove everything that Twill owns on this host; the lease stays
+    Clean(offline::Clean),
     /// Print a completion script for a shell
     Completions(completions::Completions),
     /// Calculate with addresses, plan a network
@@ -45,6 +65,14 @@ pub(crate) fn command() -> clap::Command {
 pub(crate) fn run() -> ExitCode {
     let cli = Cli::parse();
     let result: anyhow::Result<ExitCode> = match cli.command {
+        Command::Agent(args) => args.run(),
+        Command::Status(args) => args.run(),
+        Command::Peers(args) => args.run(),
+        Command::Leases(args) => args.run(),
+        Command::Plan(args) => args.run(),
+        Command::Resync(args) => args.run(),
+        Command::Leave(args) => args.run(),
+        Command::Clean(args) => args.run(),
         Command::Completions(args) => args.run(),
         Command::Ip(args) => args.run(),
         Command::Lab(args) => args.run(),

@@ -1,0 +1,158 @@
+//! The node daemon.
+//!
+//! - [`settings`]: flags, environment, file
+//! - [`session`]: the node's life in the store (async)
+//! - [`reconciler`]: the thread that owns the kernel
+//! - [`compose`]: from leases and facts to what is wanted
+//! - [`control`], [`view`]: the control API and what it shows
+
+pub(crate) mod compose;
+pub(crate) mod control;
+pub(crate) mod reconciler;
+pub(crate) mod session;
+pub(crate) mod settings;
+pub(crate) mod view;
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use anyhow::Context;
+use tokio::sync::{mpsc, watch};
+use twill_core::config::{self, NetworkConfig};
+use twill_core::host::HostState;
+use twill_core::net::NodeId;
+use twill_core::state_file::State;
+use twill_kernel::{files, process};
+
+use self::control::Control;
+use self::reconciler::Reconciler;
+use self::session::Session;
+use self::settings::Settings;
+use self::view::{StoreView, View};
+use crate::output::Failure;
+use crate::stores;
+
+/// Runs the agent until it is told to end. Everything stays in the kernel.
+pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
+    let _lock = lock(&settings)?;
+    refuse_beside_flannel()?;
+    let state = load_state(&settings.state_dir)?;
+    let store = settings.store.connect()?;
+    let view = Arc::new(Mutex::new(View {
+        node: state.node.to_string(),
+        state: "starting".into(),
+        store: StoreView { endpoints: store.endpoints(), state: "away".into(), revision: 0, open: store.is_open() },
+        ..View::default()
+    }));
+    let (host_sender, host) = watch::channel(Arc::new(HostState::new()));
+    let reconciler = Reconciler::new(host_sender, Arc::clone(&view)).context("look at this host's network")?;
+    let (waker, (orders, receiver)) = (reconciler.waker(), std::sync::mpsc::channel());
+    let thread = std::thread::Builder::new().name("reconciler".into());
+    let thread = thread.spawn(move || reconciler.run(&receiver)).context("start the reconciler")?;
+    let result = crate::runtime()?.block_on(async {
+        let listener =
+            control::listen(&settings.run_dir).with_context(|| format!("listen in {}", settings.run_dir.display()))?;
+        if let Some(address) = settings.serve_store {
+            serve_store(&settings, address, &host.borrow().clone()).await?;
+        } else if store.is_open()
+            && !settings.store.store.iter().all(|url| url.contains("127.0.0.1") || url.contains("[::1]"))
+        {
+            tracing::warn!(endpoints = store.endpoints(), "nothing authenticates the store to us, nor us to the store");
+        }
+        let (commands, command_receiver) = mpsc::channel(16);
+        let control = Control { view: Arc::clone(&view), orders: orders.clone(), waker: waker.clone(), commands };
+        let session =
+            Session::new(settings.clone(), store, orders.clone(), waker.clone(), host, view, command_receiver, state);
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        tokio::select! {
+            () = session.run() => tracing::info!("the node has left"),
+            () = control::serve(control, listener) => {}
+            () = crate::terminated() => tracing::info!("ending; devices, routes and lease stay"),
+            () = watchdog() => {}
+        }
+        anyhow::Ok(())
+    });
+    // The orders' end is the reconciler's.
+    drop(orders);
+    waker.wake();
+    let _ = thread.join();
+    let _ = std::fs::remove_file(settings.run_dir.join("twill.sock"));
+    result
+}
+
+/// One agent for each state folder.
+fn lock(settings: &Settings) -> anyhow::Result<files::Lock> {
+    let path = settings.state_dir.join("agent.lock");
+    let lock = files::Lock::try_exclusive(&path).map_err(|e| {
+        let message = format!("lock {}: {e}", path.display());
+        Failure::new("state-unwritable", message).hint("run as root, or name another folder with --state-dir")
+    })?;
+    lock.ok_or_else(|| {
+        Failure::new("agent-running", "another agent runs on this state")
+            .hint("stop it first: systemctl stop twill")
+            .into()
+    })
+}
+
+/// Two daemons on one device would undo each other's work.
+pub(crate) fn refuse_beside_flannel() -> Result<(), Failure> {
+    match process::neighbours_named("flanneld").first() {
+        None => Ok(()),
+        Some(pid) => {
+            let message = format!("flanneld (pid {pid}) runs in this network namespace");
+            Err(Failure::new("flanneld-running", message)
+                .hint("stop it first; its devices, routes and lease are taken over in place"))
+        }
+    }
+}
+
+/// Identity and memory. A machine that was cloned is another node.
+pub(crate) fn load_state(dir: &Path) -> anyhow::Result<State> {
+    let path = dir.join("state.json");
+    let machine = files::machine_id();
+    if let Some(bytes) = files::read_limited(&path, 1 << 20).with_context(|| format!("read {}", path.display()))? {
+        let state = State::parse(&bytes).map_err(|e| {
+            Failure::new("bad-state", format!("{}: {e}", path.display())).hint("move it away to begin as a new node")
+        })?;
+        if state.machine == machine {
+            return Ok(state);
+        }
+        tracing::warn!(file = %path.display(), "the state was made on another machine: this node gets an identity of its own");
+    }
+    Ok(State::new(NodeId(files::random_bytes().context("make an identity")?), machine))
+}
+
+/// The embedded store, with a network config where there is none, and the line to type on the next host.
+async fn serve_store(settings: &Settings, address: std::net::SocketAddr, host: &HostState) -> anyhow::Result<()> {
+    stores::check_listen(address, settings.insecure)?;
+    let (server, listener) = stores::open(address, &settings.state_dir.join("store")).await?;
+    tokio::spawn(async move {
+        if let Err(error) = server.serve(listener, std::future::pending()).await {
+            tracing::error!(%error, "the store ended");
+        }
+    });
+    let store = settings.store.connect()?;
+    if store.config().await.map_err(Failure::from)?.is_none() {
+        if let Some(clash) = config::overlaps(&[settings.network], host, &[], &[]).first() {
+            let message = format!("the network {} overlaps what this host has: {clash}", settings.network);
+            return Err(Failure::new("network-overlap", message).hint("choose another with --network PREFIX").into());
+        }
+        let text = NetworkConfig::default_json(settings.network);
+        store.create_config(text.as_bytes()).await.map_err(Failure::from)?;
+        tracing::info!(config = text, "wrote the network config");
+    }
+    if !address.ip().is_loopback() {
+        tracing::info!("on the next host type: twill agent --store http://{address}");
+    }
+    Ok(())
+}
+
+/// Tells systemd that we live, where it asks.
+async fn watchdog() {
+    let Some(every) = sd_notify::watchdog_enabled() else { return std::future::pending().await };
+    let mut beat = tokio::time::interval(every / 2);
+    loop {
+        beat.tick().await;
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+    }
+}

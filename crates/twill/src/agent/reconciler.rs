@@ -1,0 +1,330 @@
+//! The thread that owns the kernel: it waits for orders, for the kernel's word, and for time to pass, and after each plans and applies.
+//!
+//! ```text
+//!   session (async) ──Order──▶ ┌────────────┐ ──apply──▶ kernel
+//!   control API     ──Order──▶ │ Reconciler │ ◀─changes─ kernel
+//!                              └────────────┘ ──host facts, status──▶ session, control API
+//! ```
+
+use std::collections::BTreeSet;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::{oneshot, watch};
+use twill_core::host::{HostState, Key, Object, PROTO_TWILL};
+use twill_core::reconcile::{Caps, Claim, Healer, Journal, Plan, Scope, Wanted, plan, shadowed};
+use twill_kernel::{Interest, Kernel, KernelError, LinuxKernel};
+
+use super::view::{PlanView, Repairs, View};
+
+/// Sysctls announce nothing: they are read again this often.
+const SYSCTLS: Duration = Duration::from_millis(125);
+/// Everything is read again this often.
+const AUDIT: Duration = Duration::from_secs(60);
+/// Findings are looked for when nothing has happened for so long.
+const QUIET: Duration = Duration::from_millis(100);
+/// Changes that are logged one by one.
+const LOGGED: usize = 8;
+/// Repairs that `status` shows.
+const SHOWN_REPAIRS: usize = 20;
+
+/// What the reconciler is told.
+pub(crate) enum Order {
+    /// The node's own objects, what is claimed, and what to watch. Answered when applied.
+    Base { base: HostState, claim: Claim, prune: bool, done: oneshot::Sender<()> },
+    /// Peers' objects by name; none: the peer is gone.
+    Peers(Vec<(String, Vec<Object>)>),
+    /// What is not wanted may be removed now.
+    Prune,
+    /// Repair nothing (true), or go on (false).
+    Hold(bool),
+    /// What would be changed now.
+    Plan(oneshot::Sender<PlanView>),
+    /// Remove everything that is ours. Answered when applied.
+    Clear(oneshot::Sender<()>),
+}
+
+/// The thread's state.
+pub(crate) struct Reconciler {
+    kernel: LinuxKernel,
+    wanted: Wanted,
+    healer: Healer,
+    journal: Journal,
+    start: Instant,
+    held: bool,
+    prune: bool,
+    /// Looked at in the next round: by order, or since the kernel changed.
+    ordered: BTreeSet<Key>,
+    drifted: BTreeSet<Key>,
+    all: bool,
+    /// The whole state was applied once: what differs from now on is drift.
+    settled: bool,
+    wake: Option<Duration>,
+    audit: Duration,
+    sysctls: Duration,
+    findings: Option<Duration>,
+    trim: bool,
+    host: watch::Sender<Arc<HostState>>,
+    view: Arc<Mutex<View>>,
+}
+
+impl Reconciler {
+    pub(crate) fn new(host: watch::Sender<Arc<HostState>>, view: Arc<Mutex<View>>) -> Result<Self, KernelError> {
+        let kernel = LinuxKernel::open(Interest { devices: Some(BTreeSet::new()), ..Interest::default() })?;
+        let mut reconciler = Self {
+            kernel,
+            wanted: Wanted::default(),
+            healer: Healer::default(),
+            journal: Journal::default(),
+            start: Instant::now(),
+            held: false,
+            prune: true,
+            ordered: BTreeSet::new(),
+            drifted: BTreeSet::new(),
+            all: false,
+            settled: false,
+            wake: None,
+            audit: AUDIT,
+            sysctls: SYSCTLS,
+            findings: None,
+            trim: false,
+            host,
+            view,
+        };
+        reconciler.publish_host();
+        Ok(reconciler)
+    }
+
+    pub(crate) fn waker(&self) -> twill_kernel::Waker {
+        self.kernel.waker()
+    }
+
+    /// Works until the orders end. What was applied stays in the kernel.
+    pub(crate) fn run(mut self, orders: &Receiver<Order>) {
+        loop {
+            let changes = match self.kernel.changes(Some(self.timeout())) {
+                Ok(changes) => changes,
+                Err(error) => {
+                    tracing::error!(%error, cause = ?error.source, "the kernel cannot be asked");
+                    return;
+                }
+            };
+            let facts =
+                changes.all || changes.dirty.iter().any(|k| matches!(k, Key::Link(_) | Key::Addr(..) | Key::Route(_)));
+            self.all |= changes.all;
+            if facts && changes.dirty.iter().chain(self.ordered.iter()).any(|k| !self.is_ours(k)) || changes.all {
+                self.publish_host();
+            }
+            self.drifted.extend(changes.dirty);
+            self.on_time();
+            let mut answers = Vec::new();
+            loop {
+                match orders.try_recv() {
+                    Ok(order) => self.on_order(order, &mut answers),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => return,
+                }
+            }
+            self.reconcile();
+            for done in answers {
+                // Whoever asked may have gone.
+                let _ = done.send(());
+            }
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// Until the next thing that time alone brings.
+    fn timeout(&self) -> Duration {
+        let sysctls = (!self.kernel.interest().sysctls.is_empty()).then_some(self.sysctls);
+        let next = [self.wake, sysctls, self.findings, Some(self.audit)].into_iter().flatten().min().unwrap_or(AUDIT);
+        next.saturating_sub(self.now())
+    }
+
+    fn on_time(&mut self) {
+        let now = self.now();
+        if now >= self.sysctls {
+            self.sysctls = now + SYSCTLS;
+            let dirty = self.kernel.poll_sysctls();
+            self.drifted.extend(dirty);
+        }
+        if self.wake.is_some_and(|at| now >= at) {
+            self.wake = None;
+            self.all = true;
+        }
+        if now >= self.audit {
+            self.audit = now + AUDIT;
+            self.healer.settle(now);
+            if let Err(error) = self.kernel.read(Scope::All) {
+                tracing::warn!(%error, "audit");
+            }
+            self.all = true;
+        }
+        if self.findings.is_some_and(|at| now >= at) {
+            self.findings = None;
+            self.publish_status();
+            if std::mem::take(&mut self.trim) {
+                twill_kernel::process::trim_heap();
+            }
+        }
+    }
+
+    fn on_order(&mut self, order: Order, answers: &mut Vec<oneshot::Sender<()>>) {
+        match order {
+            Order::Base { base, claim, prune, done } => {
+                let devices =
+                    base.iter().filter_map(|(key, _)| if let Key::Link(name) = key { Some(*name) } else { None });
+                let devices = devices.chain(claim.devices.iter().copied()).collect();
+                let sysctls =
+                    base.iter().filter_map(|(k, _)| if let Key::Sysctl(path) = k { Some(path.clone()) } else { None });
+                let interest = Interest { devices: Some(devices), sysctls: sysctls.collect() };
+                if let Err(error) = self.kernel.set_interest(interest) {
+                    tracing::warn!(%error, "watch the tunnel device");
+                }
+                self.wanted.set_claim(claim);
+                let dirty = self.wanted.set_base(base);
+                self.ordered.extend(dirty);
+                self.all = true;
+                self.settled = false;
+                self.prune = prune;
+                answers.push(done);
+            }
+            Order::Peers(peers) => {
+                for (name, objects) in peers {
+                    let dirty = self.wanted.set_peer(&name, objects);
+                    self.ordered.extend(dirty);
+                }
+            }
+            Order::Prune => {
+                self.prune = true;
+                self.all = true;
+                self.settled = false;
+            }
+            Order::Hold(held) => {
+                self.held = held;
+                self.all |= !held;
+                self.findings = Some(self.now());
+            }
+            Order::Plan(reply) => drop(reply.send(PlanView::from(&self.plan(Scope::All)))),
+            Order::Clear(done) => {
+                let names: Vec<String> = self.wanted.peer_names().map(str::to_owned).collect();
+                names.iter().for_each(|name| drop(self.wanted.set_peer(name, Vec::new())));
+                self.wanted.set_base(HostState::new());
+                (self.all, self.prune, self.settled) = (true, true, false);
+                answers.push(done);
+            }
+        }
+    }
+
+    fn plan(&self, scope: Scope<'_>) -> Plan {
+        let mut plan = plan(self.wanted.desired(), self.kernel.mirror(), &Caps::default(), scope);
+        if !self.prune {
+            plan.steps.retain(|step| !matches!(step.op, twill_core::reconcile::Op::Delete(_)));
+        }
+        plan
+    }
+
+    /// Plans what is dirty, applies it, and notes what came of it.
+    fn reconcile(&mut self) {
+        let idle = !self.all && self.ordered.is_empty() && self.drifted.is_empty();
+        if idle || self.held || self.wanted.desired().claim == Claim::default() {
+            return;
+        }
+        let ordered = std::mem::take(&mut self.ordered);
+        let mut dirty = std::mem::take(&mut self.drifted);
+        dirty.extend(ordered.iter().cloned());
+        let todo = if std::mem::take(&mut self.all) { self.plan(Scope::All) } else { self.plan(Scope::Keys(&dirty)) };
+        let (todo, wake) = self.healer.filter(todo, self.now());
+        self.wake = [self.wake, wake].into_iter().flatten().min();
+        self.findings = Some(self.now() + QUIET);
+        if todo.steps.is_empty() {
+            self.settled = true;
+            return;
+        }
+        let outcome = self.kernel.apply(&todo);
+        let now = self.now();
+        let (mut failed, mut repairs) = (false, 0);
+        for (step, result) in todo.steps.iter().zip(&outcome.steps) {
+            let repair = self.settled && !ordered.contains(&step.op.object().key());
+            self.healer.record(step, result, repair, now);
+            if repair && result.is_ok() {
+                self.journal.note(step, unix_ms());
+                repairs += 1;
+            }
+            failed |= result.is_err();
+        }
+        log(&todo, &outcome.steps, repairs > 0);
+        self.trim |= todo.steps.len() > 1000;
+        // Look again: at what failed when its time comes, and at what this plan could not see.
+        self.wake = Some(self.wake.unwrap_or(now + QUIET).min(now + QUIET)).filter(|_| failed).or(self.wake);
+        self.settled |= !failed;
+    }
+
+    fn is_ours(&self, key: &Key) -> bool {
+        self.wanted.desired().host.get(key).is_some()
+    }
+
+    /// Tells the session what this host looks like, without our own peers.
+    fn publish_host(&mut self) {
+        let ours =
+            |o: &Object| matches!(o, Object::Route(r) if r.entries.first().is_some_and(|e| e.protocol == PROTO_TWILL));
+        let facts = self.kernel.mirror().iter().map(|(_, o)| o).filter(|o| match o {
+            Object::Link(_) | Object::Addr(_) => true,
+            Object::Route(_) => !ours(o),
+            _ => false,
+        });
+        let facts: HostState = facts.cloned().collect();
+        self.host.send_if_modified(|old| {
+            let differs = **old != facts;
+            if differs {
+                *old = Arc::new(facts);
+            }
+            differs
+        });
+    }
+
+    fn publish_status(&mut self) {
+        let mut findings = shadowed(self.wanted.desired(), self.kernel.mirror());
+        findings.extend(self.healer.findings());
+        let recent =
+            self.journal.repairs().rev().take(SHOWN_REPAIRS).cloned().collect::<Vec<_>>().into_iter().rev().collect();
+        if let Ok(mut view) = self.view.lock() {
+            view.findings.retain(|f| f.code.starts_with("session:") || !KERNEL_CODES.contains(&f.code.as_str()));
+            view.findings.extend(findings);
+            view.repairs = Repairs { total: self.journal.total(), recent };
+            view.peers = self.wanted.peer_count();
+            if self.held {
+                view.state = "held".into();
+            } else if view.state == "held" {
+                view.state = "running".into();
+            }
+        }
+    }
+}
+
+/// Findings that come from here; the others are the session's.
+const KERNEL_CODES: [&str; 3] = ["route-shadowed", "fought-over", "kernel-refused"];
+
+/// One line for each change, or one for all when there are many.
+fn log(plan: &Plan, results: &[Result<(), twill_core::reconcile::StepError>], drift: bool) {
+    let act = if drift { "repaired" } else { "changed" };
+    let failed = results.iter().filter(|r| r.is_err()).count();
+    if plan.steps.len() > LOGGED {
+        tracing::info!(steps = plan.steps.len(), failed, "{act} many objects, the first: {}", plan.steps[0]);
+    }
+    for (n, (step, result)) in plan.steps.iter().zip(results).enumerate() {
+        match result {
+            Err(error) if failed <= LOGGED || n == 0 => tracing::warn!("{step}: {error}"),
+            Ok(()) if plan.steps.len() <= LOGGED => tracing::info!("{act}: {step}"),
+            _ => {}
+        }
+    }
+}
+
+fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+}

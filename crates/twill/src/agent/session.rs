@@ -1,0 +1,827 @@
+//! The life of a node in the store: read the config, take a lease, follow everybody's leases, and tell the reconciler.
+//!
+//! ```text
+//!   underlay ─▶ config ─▶ listing ─▶ own lease ─▶ base ─▶ peers ─▶ watch ──▶ (store away: list again)
+//!      ▲           │                    │                            │
+//!      └───────────┴── waits and tries again, the data path stays ───┘
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep, timeout};
+use twill_core::alloc::{self, Choice};
+use twill_core::config::{self, NetworkConfig};
+use twill_core::flannel::subnet_env::SubnetEnv;
+use twill_core::host::HostState;
+use twill_core::iface;
+use twill_core::lease::{Lease, LeaseKey};
+use twill_core::lease_set::LeaseSet;
+use twill_core::reconcile::Finding;
+use twill_core::state_file::State;
+use twill_kernel::{Waker, files};
+use twill_store::{EtcdStore, Listing, RawConfig, StoreError, Swap, WatchEvent};
+
+use super::compose::{self, Network};
+use super::reconciler::Order;
+use super::settings::Settings;
+use super::view::{PeerView, UnderlayView, View};
+use crate::output::Failure;
+
+/// flannel's time to live of a lease, in seconds.
+const TTL: i64 = 86_400;
+/// How often our etcd lease is kept alive.
+const KEEPALIVE: Duration = Duration::from_secs(600);
+/// First and longest wait for a store that is away, or for anything else that waiting cures.
+const WAIT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+/// A listing that lacks so many known peers, and more than half of them, withdraws nothing.
+const MISSING: usize = 10;
+
+/// What users ask of a running agent.
+pub(crate) enum Command {
+    Peers(oneshot::Sender<Vec<PeerView>>),
+    /// Accept the last listing as it is.
+    Accept(oneshot::Sender<usize>),
+    /// Give the subnet back and remove everything.
+    Leave(oneshot::Sender<Result<(), Failure>>),
+}
+
+/// How a round of the session ended.
+enum End {
+    /// Begin again at once: the config or the own lease changed.
+    Again,
+    /// The store went away.
+    Away(StoreError),
+    /// The node has left.
+    Left,
+}
+
+pub(crate) struct Session {
+    settings: Settings,
+    store: EtcdStore,
+    orders: Sender<Order>,
+    waker: Waker,
+    host: watch::Receiver<Arc<HostState>>,
+    view: Arc<Mutex<View>>,
+    commands: mpsc::Receiver<Command>,
+    state: State,
+    leases: LeaseSet,
+    faults: BTreeMap<String, Finding>,
+    /// Leases that a strange listing lacked: kept until it is accepted.
+    withheld: BTreeSet<String>,
+    seen: Option<(u64, i64)>,
+    /// The first listing may prune what an earlier run left; a strange one may not.
+    prune: bool,
+    last_wait: String,
+}
+
+impl Session {
+    #[expect(clippy::too_many_arguments, reason = "made once, by the agent that owns all of these")]
+    pub(crate) fn new(
+        settings: Settings,
+        store: EtcdStore,
+        orders: Sender<Order>,
+        waker: Waker,
+        host: watch::Receiver<Arc<HostState>>,
+        view: Arc<Mutex<View>>,
+        commands: mpsc::Receiver<Command>,
+        state: State,
+    ) -> Self {
+        Self {
+            settings,
+            store,
+            orders,
+            waker,
+            host,
+            view,
+            commands,
+            state,
+            leases: LeaseSet::default(),
+            faults: BTreeMap::new(),
+            withheld: BTreeSet::new(),
+            seen: None,
+            prune: true,
+            last_wait: String::new(),
+        }
+    }
+
+    /// Runs until the node leaves; ends early only when its future is dropped.
+    pub(crate) async fn run(mut self) {
+        let mut wait = WAIT.0;
+        loop {
+            let started = Instant::now();
+            match self.round().await {
+                Ok(End::Again) => wait = WAIT.0,
+                Ok(End::Left) => return,
+                Ok(End::Away(error)) | Err(error) => {
+                    self.say_away(&error);
+                    if started.elapsed() > WAIT.1 {
+                        wait = WAIT.0;
+                    }
+                    self.pause(wait).await;
+                    wait = (wait * 2).min(WAIT.1);
+                }
+            }
+        }
+    }
+
+    /// From the underlay to the end of a watch.
+    async fn round(&mut self) -> Result<End, StoreError> {
+        let (network, config) = self.network().await?;
+        let Some(mut network) = network else { return Ok(End::Again) };
+        let listing = self.store.list().await?;
+        let revision = listing.revision;
+        self.say_up(revision);
+        let concerned = self.take_listing(listing, &network);
+        let Some(own) = self.acquire(&mut network, &config).await? else { return Ok(End::Again) };
+        self.establish(&network, &own).await;
+        let all: BTreeSet<String> = self.leases.names().map(str::to_owned).chain(concerned).collect();
+        self.send_peers(&network, &own, all);
+        self.set_state("running");
+        self.follow(network, config, own, revision).await
+    }
+
+    /// Underlay and config; `None`: something is wrong, was said, and was waited for.
+    async fn network(&mut self) -> Result<(Option<Network>, NetworkConfig), StoreError> {
+        loop {
+            let host = self.host.borrow_and_update().clone();
+            let chosen = match iface::choose(&host, &self.settings.wishes) {
+                Ok(chosen) => chosen,
+                Err(refusal) => {
+                    self.wait_for(refusal.code, &refusal.message, &refusal.hint).await;
+                    continue;
+                }
+            };
+            self.show_underlay(&chosen);
+            let Some(raw) = self.store.config().await? else {
+                let hint = "write one: etcdctl put PREFIX/config '{\"Network\":\"10.244.0.0/16\",\"Backend\":{\"Type\":\"vxlan\"}}'";
+                self.wait_for("config-missing", "the store has no network config", hint).await;
+                continue;
+            };
+            let (config, ignored) = match NetworkConfig::parse(&raw.value) {
+                Ok(parsed) => parsed,
+                Err(fault) => {
+                    self.wait_for("bad-config", &fault.to_string(), "correct it in the store; it is read again").await;
+                    continue;
+                }
+            };
+            self.show_ignored(&ignored);
+            let network = match Network::new(&config, chosen.underlay, &host, &self.state) {
+                Ok(network) => network,
+                Err(refusal) => {
+                    self.wait_for(refusal.code, &refusal.message, &refusal.hint).await;
+                    continue;
+                }
+            };
+            let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
+            let own = self.remembered();
+            let clashes = config::overlaps(&config.networks(), &host, &devices, &own);
+            if let Some(clash) = clashes.first() {
+                let message = format!("the network {:?} overlaps what this host has: {clash}", config.networks());
+                self.wait_for("network-overlap", &message, "choose another Network, or remove what clashes").await;
+                continue;
+            }
+            return Ok((Some(network), config));
+        }
+    }
+
+    /// Subnets that were ours before.
+    fn remembered(&self) -> Vec<twill_core::net::Prefix> {
+        let mut own = self.state.subnets.clone();
+        own.extend(twill_core::flannel::subnet_env::subnets(&self.subnet_env()));
+        own
+    }
+
+    fn subnet_env(&self) -> String {
+        std::fs::read_to_string(&self.settings.subnet_file).unwrap_or_default()
+    }
+
+    /// Takes a listing in. One that is strange withdraws nothing until it is accepted.
+    fn take_listing(&mut self, listing: Listing, network: &Network) -> BTreeSet<String> {
+        let listed: BTreeSet<&str> = listing.entries.iter().map(|e| e.name.as_str()).collect();
+        let known: Vec<String> = if self.seen.is_some() {
+            self.leases.names().map(str::to_owned).collect()
+        } else {
+            self.left_in_kernel(network)
+        };
+        let lacking: Vec<String> = known.iter().filter(|name| !listed.contains(name.as_str())).cloned().collect();
+        let backwards = self.seen.is_some_and(|(cluster, rev)| cluster != listing.cluster_id || rev > listing.revision);
+        let emptied = listed.is_empty() && !known.is_empty();
+        let halved = lacking.len() >= MISSING && lacking.len() * 2 > known.len();
+        let first = self.seen.is_none();
+        self.seen = Some((listing.cluster_id, listing.revision));
+        if !lacking.is_empty() && (backwards || emptied || halved) {
+            let evidence = format!(
+                "the store lists {} leases and lacks {} of {} known ones",
+                listed.len(),
+                lacking.len(),
+                known.len()
+            );
+            tracing::warn!("{evidence}: nothing is withdrawn until `twill resync --accept`");
+            self.find("strange-listing", "leases", &evidence, "if this is right: twill resync --accept");
+            self.prune &= !first;
+            self.withheld.extend(lacking);
+            return listing.entries.into_iter().flat_map(|raw| self.leases.put(raw)).collect();
+        }
+        self.withheld.clear();
+        self.unfind("strange-listing");
+        self.prune = true;
+        self.leases.reset(listing.entries)
+    }
+
+    /// Lease names of the peers that an earlier run left in the kernel.
+    fn left_in_kernel(&self, network: &Network) -> Vec<String> {
+        let devices = network.cx.networks.iter().flat_map(|n| network.backend.devices(&[*n])).collect::<Vec<_>>();
+        let Ok(kernel) = twill_kernel::LinuxKernel::open(twill_kernel::Interest {
+            devices: Some(BTreeSet::new()),
+            ..Default::default()
+        }) else {
+            return Vec::new();
+        };
+        let on_ours = |dst: &twill_core::host::Route| {
+            dst.entries.first().is_some_and(|e| e.via.is_some() && e.dev.is_some_and(|d| devices.contains(&d)))
+        };
+        let routes = twill_kernel::Kernel::mirror(&kernel).iter().filter_map(|(_, o)| match o {
+            twill_core::host::Object::Route(r) if on_ours(r) => Some(r.key.dst),
+            _ => None,
+        });
+        routes.map(|dst| format!("{}-{}", dst.addr(), dst.len())).collect()
+    }
+
+    /// Our lease: kept, taken again, or taken anew. `None`: none is to be had yet, which was said and waited for.
+    async fn acquire(&mut self, network: &mut Network, config: &NetworkConfig) -> Result<Option<Lease>, StoreError> {
+        let mut seed = files::random_bytes().map_or(u64::from(std::process::id()), u64::from_ne_bytes);
+        loop {
+            let host = self.host.borrow().clone();
+            let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
+            let me = compose::me(
+                &self.state,
+                &network.cx.underlay,
+                &host,
+                &self.subnet_env(),
+                &devices,
+                &self.settings.subnet,
+            );
+            match alloc::choose(config, &self.leases, &me, seed) {
+                Choice::Keep(lease) => {
+                    network.take(&lease.key, Some(&lease));
+                    return self.refresh(network, *lease).await;
+                }
+                Choice::GiveBack(lease) => {
+                    let name = lease.key.to_string();
+                    tracing::info!(lease = name, "our lease no longer fits the config or lost a collision: given back");
+                    self.store.delete(&name, lease.mod_rev).await?;
+                    self.leases.delete(&name);
+                    self.state.subnets.retain(|s| !lease.key.subnets().any(|gone| gone == *s));
+                }
+                Choice::Create(key) => {
+                    network.take(&key, None);
+                    if let Some(lease) = self.create(network, key).await? {
+                        return Ok(Some(lease));
+                    }
+                }
+                Choice::Refuse(reason) => {
+                    self.wait_for("no-free-subnet", &reason, "free one with `etcdctl del`, or enlarge the Network")
+                        .await;
+                    return Ok(None);
+                }
+            }
+            seed = seed.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+        }
+    }
+
+    /// Takes a free subnet by compare-and-swap; `None`: somebody was faster, and is known now.
+    async fn create(&mut self, network: &Network, key: LeaseKey) -> Result<Option<Lease>, StoreError> {
+        let mut attrs = network.backend.attrs(&network.cx);
+        attrs.node = Some(self.state.node);
+        let name = key.to_string();
+        match self.store.create(&name, &attrs.to_json(), TTL).await? {
+            Swap::Done { revision, etcd_lease } => {
+                tracing::info!(subnet = name, "leased");
+                let lease = Lease { key, attrs, create_rev: revision, mod_rev: revision, etcd_lease };
+                self.put_own(&lease);
+                Ok(Some(lease))
+            }
+            Swap::Lost(Some(other)) => {
+                self.leases.put(other);
+                Ok(None)
+            }
+            Swap::Lost(None) => Ok(None),
+        }
+    }
+
+    /// Keeps a lease that is ours: its time starts anew, and its value says what is true now.
+    async fn refresh(&mut self, network: &Network, lease: Lease) -> Result<Option<Lease>, StoreError> {
+        let name = lease.key.to_string();
+        let mut etcd_lease = lease.etcd_lease;
+        if etcd_lease != 0 && self.store.keep_alive(etcd_lease).await?.is_none() {
+            etcd_lease = self.store.grant(TTL).await?;
+        }
+        let mut attrs = network.backend.attrs(&network.cx);
+        attrs.node = Some(self.state.node);
+        attrs.twill_extra = lease.attrs.twill_extra.clone();
+        if attrs == lease.attrs && etcd_lease == lease.etcd_lease {
+            return Ok(Some(lease));
+        }
+        match self.store.update(&name, &attrs.to_json(), lease.mod_rev, etcd_lease).await? {
+            Swap::Done { revision, etcd_lease } => {
+                tracing::info!(subnet = name, "lease taken again, its value brought up to date");
+                let lease = Lease { attrs, mod_rev: revision, etcd_lease, ..lease };
+                self.put_own(&lease);
+                Ok(Some(lease))
+            }
+            Swap::Lost(now) => {
+                match now {
+                    Some(raw) => drop(self.leases.put(raw)),
+                    None => drop(self.leases.delete(&name)),
+                }
+                Ok(None)
+            }
+        }
+    }
+
+    fn put_own(&mut self, lease: &Lease) {
+        let (name, value) = (lease.key.to_string(), lease.attrs.to_json());
+        let (create_rev, mod_rev, etcd_lease) = (lease.create_rev, lease.mod_rev, lease.etcd_lease);
+        self.leases.put(twill_core::lease::RawLease { name, value, create_rev, mod_rev, etcd_lease });
+    }
+
+    /// Device, address, sysctls; then the files that say so.
+    async fn establish(&mut self, network: &Network, own: &Lease) {
+        let old: Vec<_> = self.state.devices.keys().copied().collect();
+        for device in network.devices() {
+            self.state.devices.insert(device, network.cx.mac(device));
+        }
+        self.state.subnets = own.key.subnets().collect();
+        self.state.networks = network.cx.networks.clone();
+        self.save();
+        match network.backend.base(&network.cx) {
+            Ok(base) => {
+                let (done, applied) = oneshot::channel();
+                self.order(Order::Base { base, claim: network.claim(&self.state), prune: self.prune, done });
+                let _ = applied.await;
+                self.write_subnet_env(network, own);
+            }
+            Err(refusal) => self.find(refusal.code, "backend", &refusal.message, &refusal.hint),
+        }
+        // What an earlier config had is gone now.
+        if old.iter().any(|device| !network.devices().contains(device)) {
+            self.state.devices.retain(|device, _| network.devices().contains(device));
+            self.save();
+        }
+        self.show_network(network);
+    }
+
+    fn save(&mut self) {
+        let path = self.settings.state_dir.join("state.json");
+        let saved = self
+            .state
+            .to_json()
+            .map_err(std::io::Error::other)
+            .and_then(|bytes| files::write_atomic(&path, &bytes, 0o600));
+        match saved {
+            Ok(()) => self.unfind("state-unwritable"),
+            Err(e) => self.find(
+                "state-unwritable",
+                &path.display().to_string(),
+                &e.to_string(),
+                "make the folder writable, or name another with --state-dir",
+            ),
+        }
+    }
+
+    fn write_subnet_env(&mut self, network: &Network, own: &Lease) {
+        let Ok(mtu) = network.mtu() else { return };
+        let pair = |v4: bool| {
+            let network = network.cx.networks.iter().find(|n| n.is_v4() == v4)?;
+            Some((*network, own.key.subnets().find(|s| s.is_v4() == v4)?))
+        };
+        // Nothing masquerades yet: docker and the bridge plugin shall.
+        let env = SubnetEnv { v4: pair(true), v6: pair(false), mtu, ip_masq: false }.to_string();
+        let path: PathBuf = self.settings.subnet_file.clone();
+        if self.subnet_env() == env {
+            return;
+        }
+        match files::write_atomic(&path, env.as_bytes(), 0o644) {
+            Ok(()) => tracing::info!(file = %path.display(), "wrote the subnet for container runtimes"),
+            Err(e) => {
+                let fix = "make the folder writable, or name another file with --subnet-file";
+                self.find("subnet-env-unwritable", &path.display().to_string(), &e.to_string(), fix);
+            }
+        }
+    }
+
+    /// Tells the reconciler what these leases want.
+    fn send_peers(&mut self, network: &Network, own: &Lease, names: impl IntoIterator<Item = String>) {
+        let own_name = own.key.to_string();
+        let mut peers = Vec::new();
+        for name in names {
+            if name == own_name {
+                continue;
+            }
+            let objects = match network.peer(&self.leases, &name) {
+                None => Vec::new(),
+                Some(Ok(objects)) => {
+                    self.faults.remove(&name);
+                    peers.push((name, objects));
+                    continue;
+                }
+                Some(Err(fault)) => {
+                    let finding = Finding {
+                        code: fault.code.into(),
+                        object: format!("lease {name}"),
+                        evidence: fault.reason.clone(),
+                        fix: "correct or delete this key in the store; other peers are not disturbed".into(),
+                    };
+                    if self.faults.insert(name.clone(), finding.clone()) != Some(finding) {
+                        tracing::warn!(code = fault.code, "{fault}");
+                    }
+                    peers.push((name, Vec::new()));
+                    continue;
+                }
+            };
+            self.faults.remove(&name);
+            peers.push((name, objects));
+        }
+        if !peers.is_empty() {
+            self.order(Order::Peers(peers));
+        }
+        self.show_faults();
+    }
+
+    /// The watch, until something ends it.
+    async fn follow(
+        &mut self,
+        mut network: Network,
+        config: NetworkConfig,
+        mut own: Lease,
+        revision: i64,
+    ) -> Result<End, StoreError> {
+        let mut stream = self.store.watch(revision + 1).await?;
+        let mut keepalive = tokio::time::interval_at(Instant::now() + KEEPALIVE, KEEPALIVE);
+        loop {
+            tokio::select! {
+                told = stream.next() => {
+                    let (revision, events) = match told {
+                        Ok(told) => told,
+                        Err(error) => return Ok(End::Away(error)),
+                    };
+                    self.heard(revision);
+                    for event in events {
+                        if let Some(end) = self.on_event(event, &network, &config, &mut own) {
+                            return Ok(end);
+                        }
+                    }
+                }
+                _ = keepalive.tick(), if own.etcd_lease != 0 => {
+                    // A lease that has ended takes the key with it, and the watch says so.
+                    self.store.keep_alive(own.etcd_lease).await?;
+                }
+                changed = self.host.changed() => {
+                    if changed.is_err() {
+                        return Ok(End::Left);
+                    }
+                    if let Some(end) = self.on_host(&mut network, &mut own).await? {
+                        return Ok(end);
+                    }
+                }
+                Some(command) = self.commands.recv() => {
+                    if let Some(end) = self.on_command(command, &network, &own).await? {
+                        return Ok(end);
+                    }
+                }
+            }
+        }
+    }
+
+    fn on_event(
+        &mut self,
+        event: WatchEvent,
+        network: &Network,
+        config: &NetworkConfig,
+        own: &mut Lease,
+    ) -> Option<End> {
+        let own_name = own.key.to_string();
+        let concerned = match event {
+            WatchEvent::Config(raw) => return self.on_config(raw, config),
+            WatchEvent::Put(raw) => {
+                if raw.name == own_name && raw.mod_rev <= own.mod_rev {
+                    return None;
+                }
+                self.leases.put(raw)
+            }
+            // Seen in an unbroken watch: always honoured.
+            WatchEvent::Delete { name, revision } => {
+                if name == own_name && revision < own.mod_rev {
+                    return None;
+                }
+                self.withheld.remove(&name);
+                self.leases.delete(&name)
+            }
+        };
+        if concerned.contains(&own_name) {
+            match self.leases.verdict(&own_name) {
+                Some(Ok(lease)) if self.still_mine(&lease, network) => *own = lease,
+                _ => {
+                    tracing::warn!(
+                        lease = own_name,
+                        "our lease was deleted, taken or lost a collision: choosing again"
+                    );
+                    return Some(End::Again);
+                }
+            }
+        }
+        self.send_peers(network, own, concerned);
+        None
+    }
+
+    /// A rewrite by flannel drops our identity and keeps the address: still ours.
+    fn still_mine(&self, lease: &Lease, network: &Network) -> bool {
+        let addresses: Vec<_> = [true, false].into_iter().filter_map(|v4| network.cx.underlay.public(v4)).collect();
+        lease.attrs.node.map_or_else(|| lease.is_at(&addresses), |node| node == self.state.node)
+    }
+
+    fn on_config(&mut self, raw: Option<RawConfig>, config: &NetworkConfig) -> Option<End> {
+        let Some(raw) = raw else {
+            self.find(
+                "config-missing",
+                "network config",
+                "it was deleted from the store",
+                "the last good one stays in force; write it again",
+            );
+            return None;
+        };
+        match NetworkConfig::parse(&raw.value) {
+            Ok((new, ignored)) => {
+                self.unfind("bad-config");
+                self.unfind("config-missing");
+                self.show_ignored(&ignored);
+                if new == *config {
+                    return None;
+                }
+                if let Err(refusal) = twill_core::backend::build(&new.backend) {
+                    self.find(refusal.code, "network config", &refusal.message, "the last good config stays in force");
+                    return None;
+                }
+                tracing::info!("the network config has changed");
+                Some(End::Again)
+            }
+            Err(fault) => {
+                tracing::error!(code = "bad-config", "{fault}: the last good config stays in force");
+                self.find(
+                    "bad-config",
+                    "network config",
+                    &fault.to_string(),
+                    "correct it in the store; the last good one stays in force",
+                );
+                None
+            }
+        }
+    }
+
+    /// The underlay's address, MTU or device may have changed; the lease follows in place.
+    async fn on_host(&mut self, network: &mut Network, own: &mut Lease) -> Result<Option<End>, StoreError> {
+        let host = self.host.borrow_and_update().clone();
+        let chosen = match iface::choose(&host, &self.settings.wishes) {
+            Ok(chosen) => chosen,
+            Err(refusal) => {
+                self.find(refusal.code, "underlay", &refusal.message, &refusal.hint);
+                return Ok(None);
+            }
+        };
+        ["iface-missing", "iface-down", "iface-without-address"].iter().for_each(|code| self.unfind(code));
+        if chosen.underlay == network.cx.underlay {
+            return Ok(None);
+        }
+        tracing::info!(interface = %chosen.underlay.link, "the underlay has changed");
+        self.show_underlay(&chosen);
+        network.cx.underlay = chosen.underlay;
+        match self.refresh(network, own.clone()).await? {
+            Some(lease) => *own = lease,
+            None => return Ok(Some(End::Again)),
+        }
+        self.establish(network, own).await;
+        let all: Vec<String> = self.leases.names().map(str::to_owned).collect();
+        self.send_peers(network, own, all);
+        Ok(None)
+    }
+
+    async fn on_command(
+        &mut self,
+        command: Command,
+        network: &Network,
+        own: &Lease,
+    ) -> Result<Option<End>, StoreError> {
+        match command {
+            Command::Peers(reply) => drop(reply.send(self.peer_views(network, own))),
+            Command::Accept(reply) => {
+                let gone: Vec<String> = std::mem::take(&mut self.withheld).into_iter().collect();
+                let concerned: BTreeSet<String> = gone.iter().flat_map(|name| self.leases.delete(name)).collect();
+                self.send_peers(network, own, concerned);
+                self.unfind("strange-listing");
+                self.prune = true;
+                self.order(Order::Prune);
+                tracing::info!(peers = gone.len(), "the listing was accepted, what it lacks is withdrawn");
+                let _ = reply.send(gone.len());
+            }
+            Command::Leave(reply) => {
+                let name = own.key.to_string();
+                if let Swap::Lost(Some(_)) = self.store.delete(&name, own.mod_rev).await? {
+                    let _ =
+                        reply.send(Err(Failure::new("lease-changed", format!("lease {name} was changed meanwhile"))
+                            .hint("try again")));
+                    return Ok(None);
+                }
+                tracing::info!(subnet = name, "given back");
+                self.state.subnets.clear();
+                let (done, cleared) = oneshot::channel();
+                self.order(Order::Clear(done));
+                let _ = cleared.await;
+                self.state.devices.clear();
+                self.save();
+                let _ = std::fs::remove_file(&self.settings.subnet_file);
+                let _ = reply.send(Ok(()));
+                return Ok(Some(End::Left));
+            }
+        }
+        Ok(None)
+    }
+
+    fn peer_views(&self, network: &Network, own: &Lease) -> Vec<PeerView> {
+        let own_name = own.key.to_string();
+        let names = self.leases.names().filter(|name| *name != own_name);
+        let view = |name: &str| {
+            let lease = self.leases.lease(name).and_then(Result::ok);
+            let attrs = lease.as_ref().map(|l| &l.attrs);
+            let first = lease.as_ref().and_then(|l| l.key.subnets().next());
+            let mac = |data: &Option<serde_json::Value>| Some(data.as_ref()?.get("VtepMAC")?.as_str()?.to_owned());
+            PeerView {
+                lease: name.to_owned(),
+                subnets: lease.iter().flat_map(|l| l.key.subnets()).map(|s| s.to_string()).collect(),
+                address: attrs.and_then(|a| a.public_ip.map(Into::into).or(a.public_ipv6.map(Into::into))),
+                vtep: first.map(|s| s.addr()),
+                mac: attrs.and_then(|a| mac(&a.backend_data)),
+                node: attrs.and_then(|a| a.node).map(|n| n.to_string()),
+                fault: network.peer(&self.leases, name).and_then(Result::err).map(|f| f.reason),
+                probe: None,
+            }
+        };
+        names.map(view).collect()
+    }
+
+    fn order(&self, order: Order) {
+        // The reconciler ends only with the process.
+        let _ = self.orders.send(order);
+        self.waker.wake();
+    }
+}
+
+/// Waiting, and saying why.
+impl Session {
+    /// Says once what is missing, and waits until the host changes, or a while has passed.
+    async fn wait_for(&mut self, code: &'static str, message: &str, hint: &str) {
+        if self.last_wait != message {
+            tracing::warn!(code, hint, "{message}: waiting");
+            message.clone_into(&mut self.last_wait);
+        }
+        self.find(code, "node", message, hint);
+        self.set_state("waiting");
+        let _ = timeout(Duration::from_millis(500), self.host.changed()).await;
+        self.unfind(code);
+    }
+
+    /// Lets time pass, answering what needs no store.
+    async fn pause(&mut self, wait: Duration) {
+        let end = sleep(wait);
+        tokio::pin!(end);
+        loop {
+            tokio::select! {
+                () = &mut end => return,
+                Some(command) = self.commands.recv() => match command {
+                    Command::Peers(reply) => drop(reply.send(Vec::new())),
+                    Command::Accept(reply) => drop(reply.send(0)),
+                    Command::Leave(reply) => {
+                        let failure = Failure::new("store-away", "the store is away, the lease cannot be given back");
+                        drop(reply.send(Err(failure.hint("bring the store back, or remove everything here with: twill clean"))));
+                    }
+                },
+            }
+        }
+    }
+
+    fn say_away(&mut self, error: &StoreError) {
+        let message = error.to_string();
+        if self.last_wait != message {
+            tracing::warn!(code = error.code(), hint = error.hint(), "{message}: the data path keeps running");
+            self.last_wait.clone_from(&message);
+        }
+        if let Ok(mut view) = self.view.lock() {
+            view.store.state = "away".into();
+        }
+        self.find(error.code(), "store", &message, error.hint());
+    }
+
+    fn say_up(&mut self, revision: i64) {
+        self.last_wait.clear();
+        for code in ["store-away", "store-denied", "store-compacted", "config-missing", "bad-config"] {
+            self.unfind(code);
+        }
+        if let Ok(mut view) = self.view.lock() {
+            if view.store.state != "up" {
+                tracing::info!(endpoints = view.store.endpoints, "the store answers");
+            }
+            view.store.state = "up".into();
+            view.store.revision = revision;
+        }
+    }
+
+    fn heard(&mut self, revision: i64) {
+        if let Some((_, seen)) = &mut self.seen {
+            *seen = revision.max(*seen);
+        }
+        if let Ok(mut view) = self.view.lock() {
+            view.store.revision = revision;
+        }
+    }
+}
+
+/// What `status` shows.
+impl Session {
+    fn set_state(&self, state: &str) {
+        if let Ok(mut view) = self.view.lock()
+            && view.state != "held"
+        {
+            view.state = state.into();
+        }
+    }
+
+    fn find(&self, code: &str, object: &str, evidence: &str, fix: &str) {
+        if let Ok(mut view) = self.view.lock() {
+            view.findings.retain(|f| f.code != code);
+            view.findings.push(Finding {
+                code: code.into(),
+                object: object.into(),
+                evidence: evidence.into(),
+                fix: fix.into(),
+            });
+        }
+    }
+
+    fn unfind(&self, code: &str) {
+        if let Ok(mut view) = self.view.lock() {
+            view.findings.retain(|f| f.code != code);
+        }
+    }
+
+    /// Each once in the log, and in `status`.
+    fn show_ignored(&self, ignored: &[String]) {
+        let Ok(mut view) = self.view.lock() else { return };
+        let old: Vec<Finding> = view.findings.extract_if(.., |f| f.code == "config-key-ignored").collect();
+        for text in ignored {
+            if !old.iter().any(|f| f.evidence == *text) {
+                tracing::warn!(code = "config-key-ignored", "network config: {text}: ignored");
+            }
+            let (code, object, fix) =
+                ("config-key-ignored".into(), "network config".into(), "remove it, or correct its spelling".into());
+            view.findings.push(Finding { code, object, evidence: text.clone(), fix });
+        }
+    }
+
+    fn show_faults(&self) {
+        let Ok(mut view) = self.view.lock() else { return };
+        view.findings.retain(|f| !f.object.starts_with("lease "));
+        view.findings.extend(self.faults.values().cloned());
+    }
+
+    fn show_underlay(&self, chosen: &iface::Chosen) {
+        let underlay = &chosen.underlay;
+        let shown = UnderlayView {
+            interface: underlay.link.to_string(),
+            addresses: [true, false]
+                .into_iter()
+                .filter_map(|v4| underlay.public(v4))
+                .map(|ip| ip.to_string())
+                .collect(),
+            mtu: underlay.mtu.get(),
+            why: chosen.why.clone(),
+        };
+        let Ok(mut view) = self.view.lock() else { return };
+        if view.underlay.as_ref() != Some(&shown) {
+            tracing::info!(interface = shown.interface, addresses = ?shown.addresses, mtu = shown.mtu, "underlay: {}", shown.why);
+            view.underlay = Some(shown);
+        }
+    }
+
+    fn show_network(&self, network: &Network) {
+        let Ok(mut view) = self.view.lock() else { return };
+        view.subnets = network.cx.subnets.iter().map(ToString::to_string).collect();
+        view.networks = network.cx.networks.iter().map(ToString::to_string).collect();
+        view.backend = network.backend.lease_type().map(str::to_owned);
+        view.devices = network.devices().iter().map(ToString::to_string).collect();
+        view.mtu = network.mtu().ok().map(|mtu| mtu.get());
+    }
+}

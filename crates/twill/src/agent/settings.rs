@@ -1,0 +1,156 @@
+//! The agent's settings: flags, `TWILL_*`, and `/etc/twill/agent.toml`, in this order of precedence.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::Deserialize;
+use twill_core::iface::Wishes;
+use twill_core::net::Prefix;
+
+use crate::output::Failure;
+use crate::stores::{self, StoreArgs};
+
+/// Where the file is looked for when `--config` names none.
+const FILE: &str = "/etc/twill/agent.toml";
+
+/// What can be said on the command line.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct AgentArgs {
+    /// Settings file [default: /etc/twill/agent.toml, when it is there]
+    #[arg(long, value_name = "FILE", env = "TWILL_CONFIG")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    store: StoreArgs,
+    /// Serve the store as well; without an address on loopback only
+    #[arg(long, value_name = "ADDR:PORT", env = "TWILL_SERVE_STORE", num_args = 0..=1, default_missing_value = "127.0.0.1:2379")]
+    serve_store: Option<SocketAddr>,
+    /// Serve the store to other hosts although nothing authenticates them
+    #[arg(long)]
+    insecure: bool,
+    /// Network to configure where the served store has none [default: 10.244.0.0/16]
+    #[arg(long, value_name = "PREFIX", env = "TWILL_NETWORK", requires = "serve_store")]
+    network: Option<Prefix>,
+    /// Interface of the underlay, by name or address; repeat for a second choice
+    #[arg(long, value_name = "NAME|ADDR", env = "TWILL_IFACE", value_delimiter = ',')]
+    iface: Vec<String>,
+    /// Address that peers are told, when it is not the interface's own
+    #[arg(long, value_name = "ADDR", env = "TWILL_PUBLIC_IP", value_delimiter = ',')]
+    public_ip: Vec<IpAddr>,
+    /// Ask for this subnet
+    #[arg(long, value_name = "PREFIX", env = "TWILL_SUBNET", value_delimiter = ',')]
+    subnet: Vec<Prefix>,
+    /// File for container runtimes [default: /run/flannel/subnet.env]
+    #[arg(long, value_name = "FILE", env = "TWILL_SUBNET_FILE")]
+    subnet_file: Option<PathBuf>,
+    /// Folder that survives a reboot [default: /var/lib/twill]
+    #[arg(long, value_name = "DIR", env = "TWILL_STATE_DIR")]
+    pub(crate) state_dir: Option<PathBuf>,
+    /// Folder of the control socket [default: /run/twill]
+    #[arg(long, value_name = "DIR", env = "TWILL_RUN_DIR")]
+    pub(crate) run_dir: Option<PathBuf>,
+}
+
+/// The file, as it stands there.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    version: u32,
+    #[serde(default)]
+    store: Vec<String>,
+    prefix: Option<String>,
+    ca: Option<PathBuf>,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    user: Option<String>,
+    password_file: Option<PathBuf>,
+    serve_store: Option<SocketAddr>,
+    #[serde(default)]
+    insecure: bool,
+    network: Option<Prefix>,
+    #[serde(default)]
+    iface: Vec<String>,
+    #[serde(default)]
+    public_ip: Vec<IpAddr>,
+    #[serde(default)]
+    subnet: Vec<Prefix>,
+    subnet_file: Option<PathBuf>,
+    state_dir: Option<PathBuf>,
+    run_dir: Option<PathBuf>,
+}
+
+/// Settings, checked.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings {
+    pub(crate) store: StoreArgs,
+    pub(crate) serve_store: Option<SocketAddr>,
+    pub(crate) insecure: bool,
+    pub(crate) network: Prefix,
+    pub(crate) wishes: Wishes,
+    pub(crate) subnet: Vec<Prefix>,
+    pub(crate) subnet_file: PathBuf,
+    pub(crate) state_dir: PathBuf,
+    pub(crate) run_dir: PathBuf,
+}
+
+impl AgentArgs {
+    /// Flags over environment over file over defaults.
+    pub(crate) fn settings(self) -> Result<Settings, Failure> {
+        let file = match &self.config {
+            Some(path) => {
+                read(path)?.ok_or_else(|| Failure::new("bad-settings", format!("{} is not there", path.display())))?
+            }
+            None => read(Path::new(FILE))?.unwrap_or_default(),
+        };
+        let from_file = StoreArgs {
+            store: file.store,
+            prefix: file.prefix,
+            ca: file.ca,
+            cert: file.cert,
+            key: file.key,
+            user: file.user,
+            password_file: file.password_file,
+        };
+        let serve_store = self.serve_store.or(file.serve_store);
+        let mut store = self.store.or(from_file);
+        if let (Some(address), true) = (serve_store, store.store.is_empty()) {
+            store.store = vec![format!("http://{address}")];
+        }
+        let list = |flag: Vec<String>, file| if flag.is_empty() { file } else { flag };
+        let runtime_file =
+            || if rustix::process::geteuid().is_root() { "/run/flannel".into() } else { stores::run_dir() };
+        Ok(Settings {
+            store,
+            serve_store,
+            insecure: self.insecure || file.insecure,
+            network: match self.network.or(file.network) {
+                Some(network) => network,
+                None => "10.244.0.0/16".parse().map_err(|e| Failure::new("bad-settings", format!("{e}")))?,
+            },
+            wishes: Wishes {
+                iface: list(self.iface, file.iface),
+                public: if self.public_ip.is_empty() { file.public_ip } else { self.public_ip },
+            },
+            subnet: if self.subnet.is_empty() { file.subnet } else { self.subnet },
+            subnet_file: self.subnet_file.or(file.subnet_file).unwrap_or_else(|| runtime_file().join("subnet.env")),
+            state_dir: self.state_dir.or(file.state_dir).unwrap_or_else(stores::state_dir),
+            run_dir: self.run_dir.or(file.run_dir).unwrap_or_else(stores::run_dir),
+        })
+    }
+}
+
+/// The settings file; `None`: there is none.
+fn read(path: &Path) -> Result<Option<File>, Failure> {
+    let bad = |message: String| {
+        Failure::new("bad-settings", format!("{}: {message}", path.display()))
+            .hint("docs/guide/settings.md lists every key with what is allowed")
+    };
+    let bytes = twill_kernel::files::read_limited(path, 1 << 20).map_err(|e| bad(e.to_string()))?;
+    let Some(bytes) = bytes else { return Ok(None) };
+    let text = String::from_utf8(bytes).map_err(|e| bad(e.to_string()))?;
+    let file: File = toml::from_str(&text).map_err(|e| bad(e.to_string()))?;
+    if file.version != 1 {
+        return Err(bad(format!("version: {} is not 1", file.version)));
+    }
+    Ok(Some(file))
+}

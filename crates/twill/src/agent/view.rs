@@ -1,0 +1,123 @@
+//! What the agent shows of itself: the answers of the control API, and what `-o json` prints. Fields are only added.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+use twill_core::reconcile::{Finding, Repair};
+
+/// The whole state, as `status` shows it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct View {
+    /// The node's identity.
+    pub(crate) node: String,
+    /// `starting`, `waiting`, `running` or `held`.
+    pub(crate) state: String,
+    /// Own subnets.
+    pub(crate) subnets: Vec<String>,
+    /// The networks that they lie in.
+    pub(crate) networks: Vec<String>,
+    /// The backend's type, once the config is read.
+    pub(crate) backend: Option<String>,
+    /// Tunnel devices.
+    pub(crate) devices: Vec<String>,
+    /// MTU for containers.
+    pub(crate) mtu: Option<u32>,
+    /// The underlay, and why it was chosen.
+    pub(crate) underlay: Option<UnderlayView>,
+    /// The store.
+    pub(crate) store: StoreView,
+    /// Peers that are programmed.
+    pub(crate) peers: usize,
+    /// What a person should know.
+    pub(crate) findings: Vec<Finding>,
+    /// Repairs of drift.
+    pub(crate) repairs: Repairs,
+}
+
+/// The chosen underlay.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, PartialEq, Eq)]
+pub(crate) struct UnderlayView {
+    pub(crate) interface: String,
+    pub(crate) addresses: Vec<String>,
+    pub(crate) mtu: u32,
+    pub(crate) why: String,
+}
+
+/// The store as the agent sees it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct StoreView {
+    pub(crate) endpoints: String,
+    /// `up` or `away`.
+    pub(crate) state: String,
+    /// Newest revision that was heard of.
+    pub(crate) revision: i64,
+    /// True when nothing authenticates either side.
+    pub(crate) open: bool,
+}
+
+/// The journal.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct Repairs {
+    /// Since the agent's start.
+    pub(crate) total: u64,
+    /// The last ones, oldest first.
+    pub(crate) recent: Vec<Repair>,
+}
+
+/// `GET /v1/peers`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct Peers {
+    pub(crate) peers: Vec<PeerView>,
+}
+
+/// One peer.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct PeerView {
+    /// The store key's last part.
+    pub(crate) lease: String,
+    pub(crate) subnets: Vec<String>,
+    /// Its address on the underlay.
+    pub(crate) address: Option<IpAddr>,
+    /// Its VTEP's address on the overlay.
+    pub(crate) vtep: Option<IpAddr>,
+    pub(crate) mac: Option<String>,
+    pub(crate) node: Option<String>,
+    /// Why it is not programmed.
+    pub(crate) fault: Option<String>,
+    /// With `--probe`: which of the two answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) probe: Option<Probe>,
+}
+
+/// What a probe found.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Probe {
+    pub(crate) underlay: bool,
+    pub(crate) overlay: bool,
+    pub(crate) verdict: String,
+}
+
+/// `plan`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct PlanView {
+    pub(crate) steps: Vec<StepView>,
+}
+
+/// One step.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct StepView {
+    pub(crate) op: String,
+    pub(crate) object: String,
+    pub(crate) why: String,
+}
+
+impl From<&twill_core::reconcile::Plan> for PlanView {
+    fn from(plan: &twill_core::reconcile::Plan) -> Self {
+        let step = |s: &twill_core::reconcile::Step| StepView {
+            op: s.op.verb().into(),
+            object: s.op.object().to_string(),
+            why: s.why.words().into(),
+        };
+        PlanView { steps: plan.steps.iter().map(step).collect() }
+    }
+}

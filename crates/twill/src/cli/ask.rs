@@ -1,0 +1,241 @@
+//! Commands that ask the running agent: `status`, `peers`, `resync`, `leave`.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::agent::control;
+use crate::agent::view::{PeerView, Peers, Probe, View};
+use crate::output::{FINDINGS, Failure, Output, columns};
+use crate::{probe, stores};
+
+/// Where the agent listens, on every command that asks it.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Socket {
+    /// Folder of the agent's control socket [default: /run/twill]
+    #[arg(long, value_name = "DIR", env = "TWILL_RUN_DIR")]
+    run_dir: Option<PathBuf>,
+}
+
+impl Socket {
+    fn dir(&self) -> PathBuf {
+        self.run_dir.clone().unwrap_or_else(stores::run_dir)
+    }
+
+    /// The agent's answer; without an agent the error that says how to start one.
+    async fn ask<T: serde::de::DeserializeOwned>(&self, method: &str, path: &str) -> Result<T, Failure> {
+        let dir = self.dir();
+        control::call(&dir, method, path).await?.ok_or_else(|| {
+            Failure::new("no-agent", format!("no agent listens in {}", dir.display()))
+                .hint("start it: systemctl start twill, or: twill agent")
+        })
+    }
+}
+
+/// Show this node: subnet, underlay, store, findings, repairs.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  twill status\n  twill status -o json")]
+pub(crate) struct Status {
+    #[command(flatten)]
+    socket: Socket,
+    #[command(flatten)]
+    output: Output,
+}
+
+impl Status {
+    pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
+        let view: View = crate::runtime()?.block_on(self.socket.ask("GET", "/v1/status"))?;
+        self.output.print(&view, || describe(&view))?;
+        Ok(if view.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(FINDINGS) })
+    }
+}
+
+fn describe(view: &View) -> String {
+    let or_none = |list: &[String]| if list.is_empty() { "none yet".to_owned() } else { list.join(", ") };
+    let mut lines = vec![
+        format!("node      {} ({})", view.node, view.state),
+        format!("subnet    {} of {}", or_none(&view.subnets), or_none(&view.networks)),
+        format!(
+            "backend   {} on {}, MTU {}",
+            view.backend.as_deref().unwrap_or("none yet"),
+            or_none(&view.devices),
+            view.mtu.map_or_else(|| "unknown".into(), |mtu| mtu.to_string())
+        ),
+    ];
+    if let Some(underlay) = &view.underlay {
+        let (addresses, mtu) = (underlay.addresses.join(", "), underlay.mtu);
+        lines.push(format!("underlay  {} {addresses}, MTU {mtu}: {}", underlay.interface, underlay.why));
+    }
+    let open = if view.store.open { ", nothing authenticates" } else { "" };
+    lines.push(format!(
+        "store     {} {} at revision {}{open}",
+        view.store.endpoints, view.store.state, view.store.revision
+    ));
+    lines.push(format!("peers     {}", view.peers));
+    lines.push(format!("repairs   {}", view.repairs.total));
+    for repair in &view.repairs.recent {
+        let before = repair.before.as_ref().map_or(String::new(), |before| format!(" (was: {before})"));
+        lines.push(format!("  {} {} {}{before}", clock(repair.unix_ms), repair.op, repair.object));
+    }
+    if view.findings.is_empty() {
+        lines.push("findings  none".into());
+    }
+    for finding in &view.findings {
+        lines.push(format!("finding   {}: {}", finding.code, finding.object));
+        lines.push(format!("          {}", finding.evidence));
+        lines.push(format!("          fix: {}", finding.fix));
+    }
+    lines.join("\n")
+}
+
+/// Time of day, UTC.
+fn clock(unix_ms: u64) -> String {
+    let seconds = unix_ms / 1000 % 86_400;
+    format!("{:02}:{:02}:{:02}.{:03}Z", seconds / 3600, seconds / 60 % 60, seconds % 60, unix_ms % 1000)
+}
+
+/// Show the peers; with --probe ask each of them.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  twill peers\n  twill peers --probe      which of underlay and overlay answers; exit 3 when one does not"
+)]
+pub(crate) struct PeersArgs {
+    /// Ask each peer through the overlay and on the underlay
+    #[arg(long)]
+    probe: bool,
+    #[command(flatten)]
+    socket: Socket,
+    #[command(flatten)]
+    output: Output,
+}
+
+impl PeersArgs {
+    pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
+        let mut peers: Peers = crate::runtime()?.block_on(self.socket.ask("GET", "/v1/peers"))?;
+        if self.probe {
+            probe_all(&mut peers.peers)?;
+        }
+        let all_answer = peers.peers.iter().all(|p| p.probe.as_ref().is_none_or(|probe| probe.overlay));
+        self.output.print(&peers, || peers_table(&peers.peers))?;
+        Ok(if all_answer { ExitCode::SUCCESS } else { ExitCode::from(FINDINGS) })
+    }
+}
+
+fn peers_table(peers: &[PeerView]) -> String {
+    let text = |value: &Option<String>| value.clone().unwrap_or_else(|| "-".into());
+    let row = |p: &PeerView| {
+        let verdict = match (&p.fault, &p.probe) {
+            (Some(fault), _) => format!("left out: {fault}"),
+            (None, Some(probe)) => probe.verdict.clone(),
+            (None, None) => "programmed".into(),
+        };
+        [p.subnets.join(","), p.address.map_or_else(|| "-".into(), |ip| ip.to_string()), text(&p.mac), verdict]
+    };
+    columns(&["SUBNET", "ADDRESS", "VTEP MAC", "STATE"], peers.iter().map(row))
+}
+
+/// One echo each way to every peer, all at once.
+fn probe_all(peers: &mut [PeerView]) -> anyhow::Result<()> {
+    let targets =
+        peers.iter().filter(|p| p.fault.is_none()).flat_map(|p| [p.address, p.vtep]).flatten().collect::<Vec<_>>();
+    let answered = probe::echo(&targets, Duration::from_secs(1)).map_err(|e| {
+        Failure::new("probe-refused", format!("open a ping socket: {e}"))
+            .hint("run as root, or allow it: sysctl net.ipv4.ping_group_range='0 2147483647'")
+    })?;
+    for peer in peers.iter_mut().filter(|p| p.fault.is_none()) {
+        let answers = |ip: Option<std::net::IpAddr>| ip.is_some_and(|ip| answered.contains(&ip));
+        let (underlay, overlay) = (answers(peer.address), answers(peer.vtep));
+        let verdict = match (underlay, overlay) {
+            (true, true) => "both answer",
+            (true, false) => "the host answers, the overlay does not: is the tunnel's UDP port open in both firewalls?",
+            (false, true) => "the overlay answers; the host drops echo requests on the underlay",
+            (false, false) => "neither answers: is the host up?",
+        };
+        peer.probe = Some(Probe { underlay, overlay, verdict: verdict.into() });
+    }
+    Ok(())
+}
+
+/// Accept a strange listing of the store.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  twill resync --accept    withdraw the peers that the store's last listing lacked")]
+pub(crate) struct Resync {
+    /// The listing is right: withdraw what it lacks
+    #[arg(long, required = true)]
+    accept: bool,
+    #[command(flatten)]
+    socket: Socket,
+    #[command(flatten)]
+    output: Output,
+}
+
+impl Resync {
+    pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
+        let answer: Value = crate::runtime()?.block_on(self.socket.ask("POST", "/v1/resync"))?;
+        self.output.print(&answer, || format!("withdrew {} peers", answer["withdrawn"]))?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Give the subnet back and remove everything from this node.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  twill leave --dry-run\n  twill leave")]
+pub(crate) struct Leave {
+    /// Only say what would be done
+    #[arg(long)]
+    dry_run: bool,
+    /// Leave although containers are attached
+    #[arg(long)]
+    force: bool,
+    /// Folder of the agent's state [default: /var/lib/twill]
+    #[arg(long, value_name = "DIR", env = "TWILL_STATE_DIR")]
+    state_dir: Option<PathBuf>,
+    #[command(flatten)]
+    socket: Socket,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Serialize)]
+struct Left {
+    left: bool,
+    subnets: Vec<String>,
+    removes: Vec<String>,
+    attached: Vec<String>,
+}
+
+impl Leave {
+    pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
+        let state_dir = self.state_dir.clone().unwrap_or_else(stores::state_dir);
+        let attached = attachments(&state_dir);
+        if !attached.is_empty() && !self.force && !self.dry_run {
+            let message =
+                format!("refuse to leave: {} containers are attached: {}", attached.len(), attached.join(", "));
+            return Err(Failure::new("containers-attached", message).hint("stop them first, or add --force").into());
+        }
+        let runtime = crate::runtime()?;
+        let view: View = runtime.block_on(self.socket.ask("GET", "/v1/status"))?;
+        if !self.dry_run {
+            let _: Value = runtime.block_on(self.socket.ask("POST", "/v1/leave"))?;
+        }
+        let left = Left { left: !self.dry_run, subnets: view.subnets, removes: view.devices, attached };
+        self.output.print(&left, || {
+            let act = if left.left { "gave back" } else { "would give back" };
+            format!("{act} {}, with {}", left.subnets.join(", "), left.removes.join(", "))
+        })?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Names of the attachment files.
+fn attachments(state_dir: &Path) -> Vec<String> {
+    let files = std::fs::read_dir(state_dir.join("attachments")).into_iter().flatten().flatten();
+    let mut names: Vec<String> =
+        files.filter_map(|f| f.file_name().to_str()?.strip_suffix(".json").map(str::to_owned)).collect();
+    names.sort();
+    names
+}

@@ -1,0 +1,171 @@
+//! `twill agent --check`: what would be used, and what is in the way. Touches nothing.
+
+use std::process::ExitCode;
+
+use serde::Serialize;
+use twill_core::config;
+use twill_core::iface;
+use twill_core::reconcile::Finding;
+use twill_kernel::{Interest, Kernel, LinuxKernel, process};
+
+use super::offline::parse_config;
+use crate::agent::compose::Network;
+use crate::agent::settings::Settings;
+use crate::agent::{load_state, refuse_beside_flannel};
+use crate::output::{FINDINGS, Failure, Output};
+
+/// CAP_NET_ADMIN and CAP_NET_RAW (include/uapi/linux/capability.h).
+const NEEDED: [(u32, &str, &str); 2] =
+    [(12, "CAP_NET_ADMIN", "to make devices and routes"), (13, "CAP_NET_RAW", "to probe peers and capture frames")];
+
+#[derive(Debug, Default, Serialize)]
+struct Check {
+    interface: Option<String>,
+    why: Option<String>,
+    addresses: Vec<String>,
+    mtu: Option<u32>,
+    networks: Vec<String>,
+    backend: Option<String>,
+    ports: Vec<String>,
+    findings: Vec<Finding>,
+}
+
+impl Check {
+    fn find(&mut self, code: &str, object: &str, evidence: &str, fix: &str) {
+        let (code, object, evidence, fix) = (code.into(), object.into(), evidence.into(), fix.into());
+        self.findings.push(Finding { code, object, evidence, fix });
+    }
+
+    fn failure(&mut self, object: &str, failure: &Failure) {
+        self.find(failure.code, object, &failure.message, failure.hint.as_deref().unwrap_or("see the message"));
+    }
+}
+
+/// Looks, prints, and exits with 3 when something is in the way.
+pub(crate) fn run(settings: &Settings, output: Output) -> anyhow::Result<ExitCode> {
+    let mut check = Check::default();
+    capabilities(&mut check);
+    if let Err(failure) = refuse_beside_flannel() {
+        check.failure("host", &failure);
+    }
+    let kernel = LinuxKernel::open(Interest::default())?;
+    let host = kernel.mirror();
+    let chosen = match iface::choose(host, &settings.wishes) {
+        Ok(chosen) => Some(chosen),
+        Err(refusal) => {
+            check.find(refusal.code, "underlay", &refusal.message, &refusal.hint);
+            None
+        }
+    };
+    if let Some(chosen) = &chosen {
+        check.interface = Some(chosen.underlay.link.to_string());
+        check.why = Some(chosen.why.clone());
+        check.addresses =
+            [true, false].into_iter().filter_map(|v4| chosen.underlay.public(v4)).map(|ip| ip.to_string()).collect();
+    }
+    let text = match network_config(settings) {
+        Ok(text) => text,
+        Err(failure) => {
+            check.failure("store", &failure);
+            None
+        }
+    };
+    match parse_config(text) {
+        Ok((config, ignored)) => {
+            for key in ignored {
+                check.find("config-key-ignored", "network config", &key, "remove it, or correct its spelling");
+            }
+            check.networks = config.networks().iter().map(ToString::to_string).collect();
+            let state = load_state(&settings.state_dir)?;
+            let network = chosen.map(|chosen| Network::new(&config, chosen.underlay, host, &state));
+            match network {
+                Some(Ok(network)) => on_network(&mut check, &network, &config, host, &state),
+                Some(Err(refusal)) => check.find(refusal.code, "backend", &refusal.message, &refusal.hint),
+                None => {}
+            }
+        }
+        Err(error) => {
+            if let Some(failure) = error.downcast_ref::<Failure>() {
+                check.failure("network config", failure);
+            }
+        }
+    }
+    output.print(&check, || describe(&check))?;
+    Ok(if check.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(FINDINGS) })
+}
+
+fn capabilities(check: &mut Check) {
+    let have = process::effective_capabilities();
+    for (bit, name, what_for) in NEEDED {
+        if have & (1 << bit) == 0 {
+            check.find(
+                "capability-missing",
+                name,
+                &format!("this process lacks {name}, {what_for}"),
+                "run as root, or grant it in the unit",
+            );
+        }
+    }
+}
+
+/// The config of the store; of a store that we are to serve ourselves, the one that we would write.
+fn network_config(settings: &Settings) -> Result<Option<twill_store::RawConfig>, Failure> {
+    if settings.serve_store.is_some() {
+        let value = config::NetworkConfig::default_json(settings.network).into_bytes();
+        return Ok(Some(twill_store::RawConfig { value, mod_rev: 0 }));
+    }
+    let store = settings.store.connect()?;
+    let runtime = crate::runtime().map_err(|e| Failure::new("failed", e.to_string()))?;
+    runtime.block_on(store.config()).map_err(Failure::from)
+}
+
+fn on_network(
+    check: &mut Check,
+    network: &Network,
+    config: &config::NetworkConfig,
+    host: &twill_core::host::HostState,
+    state: &twill_core::state_file::State,
+) {
+    check.backend = network.backend.lease_type().map(str::to_owned);
+    check.mtu = network.mtu().ok().map(|mtu| mtu.get());
+    if let config::BackendConfig::Vxlan(vxlan) = &config.backend {
+        check.ports.push(format!("udp/{}", vxlan.port));
+    }
+    let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
+    for clash in config::overlaps(&config.networks(), host, &devices, &state.subnets) {
+        check.find(
+            "network-overlap",
+            &format!("{:?}", config.networks()),
+            &clash,
+            "choose another Network, or remove what clashes",
+        );
+    }
+}
+
+fn describe(check: &Check) -> String {
+    let mut lines = Vec::new();
+    if let (Some(interface), Some(why)) = (&check.interface, &check.why) {
+        lines.push(format!("interface  {interface} ({}): {why}", check.addresses.join(", ")));
+    }
+    if !check.networks.is_empty() {
+        lines.push(format!(
+            "network    {}, backend {}",
+            check.networks.join(", "),
+            check.backend.as_deref().unwrap_or("none")
+        ));
+    }
+    if !check.ports.is_empty() {
+        lines.push(format!("open       {} between all nodes", check.ports.join(", ")));
+    }
+    if let Some(mtu) = check.mtu {
+        lines.push(format!("MTU        {mtu} for containers"));
+    }
+    if check.findings.is_empty() {
+        lines.push("findings   none".into());
+    }
+    for finding in &check.findings {
+        lines.push(format!("finding    {}: {}", finding.code, finding.evidence));
+        lines.push(format!("           fix: {}", finding.fix));
+    }
+    lines.join("\n")
+}

@@ -1,0 +1,288 @@
+//! Commands that look at store and kernel themselves: `plan`, `leases`, `clean`. None needs an agent, none takes a lease.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Args;
+use serde::Serialize;
+use twill_core::alloc::{self, Choice};
+use twill_core::config::NetworkConfig;
+use twill_core::host::{HostState, Key, LinkKind, Object, PROTO_TWILL};
+use twill_core::iface;
+use twill_core::lease::Lease;
+use twill_core::lease_set::LeaseSet;
+use twill_core::reconcile::{Caps, Claim, Desired, Plan, Scope, Wanted, plan};
+use twill_kernel::{Interest, Kernel, LinuxKernel};
+use twill_store::RawConfig;
+
+use crate::agent::compose::{self, Network};
+use crate::agent::settings::{AgentArgs, Settings};
+use crate::agent::view::PlanView;
+use crate::agent::{load_state, refuse_beside_flannel};
+use crate::output::{Failure, Output, columns};
+use crate::stores::{self, StoreArgs};
+
+/// Show what the agent would change right now; touches nothing, takes no lease, needs no agent.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  twill plan\n  twill plan --store http://192.0.2.11:2379 -o json")]
+pub(crate) struct PlanArgs {
+    #[command(flatten)]
+    args: AgentArgs,
+    /// Show what stands there as well, before each change
+    #[arg(long)]
+    diff: bool,
+    #[command(flatten)]
+    output: Output,
+}
+
+impl PlanArgs {
+    pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
+        let settings = self.args.settings()?;
+        let plan = compute(&settings)?;
+        let view = PlanView::from(&plan);
+        let line = |step: &twill_core::reconcile::Step| {
+            if self.diff {
+                step.to_string()
+            } else {
+                format!("{} {}: {}", step.op.verb(), step.op.object(), step.why.words())
+            }
+        };
+        self.output.print(&view, || {
+            if plan.steps.is_empty() {
+                "nothing to change".into()
+            } else {
+                plan.steps.iter().map(line).collect::<Vec<_>>().join("\n")
+            }
+        })?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// What an agent with these settings would do now.
+fn compute(settings: &Settings) -> anyhow::Result<Plan> {
+    let state = load_state(&settings.state_dir)?;
+    let store = settings.store.connect()?;
+    let (raw, listing) = crate::runtime()?.block_on(async {
+        anyhow::Ok((store.config().await.map_err(Failure::from)?, store.list().await.map_err(Failure::from)?))
+    })?;
+    let config = parse_config(raw)?.0;
+    let everything = LinuxKernel::open(Interest::default()).context("look at this host's network")?;
+    let host = everything.mirror().clone();
+    let chosen = iface::choose(&host, &settings.wishes).map_err(refused)?;
+    let mut network = Network::new(&config, chosen.underlay, &host, &state).map_err(refused)?;
+    let mut leases = LeaseSet::default();
+    leases.reset(listing.entries);
+    let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
+    let env = std::fs::read_to_string(&settings.subnet_file).unwrap_or_default();
+    let me = compose::me(&state, &network.cx.underlay, &host, &env, &devices, &settings.subnet);
+    let own = match alloc::choose(&config, &leases, &me, 0) {
+        Choice::Keep(lease) => {
+            network.take(&lease.key, Some(&lease));
+            Some(lease.key.to_string())
+        }
+        Choice::GiveBack(lease) => Some(lease.key.to_string()),
+        Choice::Create(key) => {
+            network.take(&key, None);
+            None
+        }
+        Choice::Refuse(reason) => return Err(Failure::new("no-free-subnet", reason).into()),
+    };
+    let mut wanted = Wanted::default();
+    wanted.set_claim(network.claim(&state));
+    wanted.set_base(network.backend.base(&network.cx).map_err(refused)?);
+    for name in leases.names().filter(|name| own.as_deref() != Some(*name)) {
+        if let Some(Ok(objects)) = network.peer(&leases, name) {
+            wanted.set_peer(name, objects);
+        }
+    }
+    let sysctls = wanted
+        .desired()
+        .host
+        .iter()
+        .filter_map(|(k, _)| if let Key::Sysctl(path) = k { Some(path.clone()) } else { None });
+    let interest = Interest { devices: Some(wanted.desired().claim.devices.clone()), sysctls: sysctls.collect() };
+    let kernel = LinuxKernel::open(interest).context("look at this host's network")?;
+    Ok(plan(wanted.desired(), kernel.mirror(), &Caps::default(), Scope::All))
+}
+
+/// The network config, or the error that a user can act on.
+pub(crate) fn parse_config(raw: Option<RawConfig>) -> anyhow::Result<(NetworkConfig, Vec<String>)> {
+    let Some(raw) = raw else {
+        return Err(Failure::new("config-missing", "the store has no network config")
+            .hint("the first agent writes one: twill agent --serve-store")
+            .into());
+    };
+    NetworkConfig::parse(&raw.value)
+        .map_err(|e| Failure::new("bad-config", e.to_string()).hint("correct it in the store").into())
+}
+
+/// A refusal of core as the user meets it.
+pub(crate) fn refused(refusal: twill_core::backend::Refusal) -> Failure {
+    Failure::new(refusal.code, refusal.message).hint(refusal.hint)
+}
+
+/// List the leases in the store.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  twill leases\n  twill leases --store http://192.0.2.11:2379 -o json")]
+pub(crate) struct Leases {
+    #[command(flatten)]
+    store: StoreArgs,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Serialize)]
+struct LeaseRows {
+    revision: i64,
+    leases: Vec<LeaseRow>,
+}
+
+#[derive(Serialize)]
+struct LeaseRow {
+    lease: String,
+    public_ip: Option<String>,
+    backend: Option<String>,
+    node: Option<String>,
+    reservation: bool,
+    revision: i64,
+    fault: Option<String>,
+}
+
+impl Leases {
+    pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
+        let store = self.store.connect()?;
+        let listing = crate::runtime()?.block_on(store.list()).map_err(Failure::from)?;
+        let revision = listing.revision;
+        let reserved: BTreeSet<String> =
+            listing.entries.iter().filter(|e| e.etcd_lease == 0).map(|e| e.name.clone()).collect();
+        let mut set = LeaseSet::default();
+        set.reset(listing.entries);
+        let row = |name: &str| {
+            let lease: Option<Lease> = set.lease(name).and_then(Result::ok);
+            let attrs = lease.as_ref().map(|l| &l.attrs);
+            LeaseRow {
+                lease: name.to_owned(),
+                public_ip: attrs
+                    .and_then(|a| a.public_ip.map(|ip| ip.to_string()).or(a.public_ipv6.map(|ip| ip.to_string()))),
+                backend: attrs.and_then(|a| a.backend_type.clone()),
+                node: attrs.and_then(|a| a.node).map(|n| n.to_string()),
+                reservation: reserved.contains(name),
+                revision: lease.as_ref().map_or(0, |l| l.mod_rev),
+                fault: set.verdict(name).and_then(Result::err).map(|f| f.reason),
+            }
+        };
+        let rows = LeaseRows { revision, leases: set.names().map(row).collect() };
+        self.output.print(&rows, || lease_table(&rows.leases))?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn lease_table(rows: &[LeaseRow]) -> String {
+    let text = |value: &Option<String>| value.clone().unwrap_or_else(|| "-".into());
+    let cells = |row: &LeaseRow| {
+        let note =
+            row.fault.clone().unwrap_or_else(|| if row.reservation { "reservation".into() } else { String::new() });
+        [
+            row.lease.clone(),
+            text(&row.public_ip),
+            row.backend.clone().unwrap_or_else(|| "udp".into()),
+            text(&row.node),
+            note,
+        ]
+    };
+    columns(&["LEASE", "PUBLIC IP", "BACKEND", "NODE", "NOTE"], rows.iter().map(cells))
+}
+
+/// Remove everything that Twill owns on this host; the lease stays.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  twill clean --dry-run\n  twill clean")]
+pub(crate) struct Clean {
+    /// Only say what would be removed
+    #[arg(long)]
+    dry_run: bool,
+    /// Folder of the agent's state [default: /var/lib/twill]
+    #[arg(long, value_name = "DIR", env = "TWILL_STATE_DIR")]
+    state_dir: Option<PathBuf>,
+    /// File for container runtimes [default: /run/flannel/subnet.env]
+    #[arg(long, value_name = "FILE", env = "TWILL_SUBNET_FILE")]
+    subnet_file: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Serialize)]
+struct Cleaned {
+    removed: bool,
+    steps: Vec<String>,
+    failed: Vec<String>,
+    left: Vec<String>,
+}
+
+impl Clean {
+    pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
+        let state_dir = self.state_dir.clone().unwrap_or_else(stores::state_dir);
+        let lock = twill_kernel::files::Lock::try_exclusive(&state_dir.join("agent.lock"))
+            .with_context(|| format!("lock {}", state_dir.display()))?;
+        if lock.is_none() && !self.dry_run {
+            return Err(Failure::new("agent-running", "the agent runs, and would put everything back")
+                .hint("stop it first: systemctl stop twill")
+                .into());
+        }
+        refuse_beside_flannel()?;
+        let mut state = load_state(&state_dir)?;
+        let mut kernel = LinuxKernel::open(Interest::default()).context("look at this host's network")?;
+        let desired = Desired { host: HostState::new(), claim: claim(&state, kernel.mirror()) };
+        let todo = plan(&desired, kernel.mirror(), &Caps::default(), Scope::All);
+        let mut steps: Vec<String> = todo.steps.iter().map(|s| s.op.to_string()).collect();
+        let env = self.subnet_file.clone().unwrap_or_else(|| PathBuf::from("/run/flannel/subnet.env"));
+        if env.exists() {
+            steps.push(format!("delete file {}", env.display()));
+        }
+        let mut failed = Vec::new();
+        if !self.dry_run {
+            let outcome = kernel.apply(&todo);
+            failed =
+                todo.steps.iter().zip(outcome.steps).filter_map(|(s, r)| Some(format!("{s}: {}", r.err()?))).collect();
+            state.devices.clear();
+            let bytes = state.to_json().context("write the state")?;
+            twill_kernel::files::write_atomic(&state_dir.join("state.json"), &bytes, 0o600)
+                .context("write the state")?;
+            if env.exists() {
+                std::fs::remove_file(&env).with_context(|| format!("delete {}", env.display()))?;
+            }
+        }
+        let forwarding = twill_kernel::sysctl::read("net/ipv4/ip_forward").unwrap_or_default();
+        let left = vec![format!("sysctl net/ipv4/ip_forward = {forwarding}")];
+        let cleaned = Cleaned { removed: !self.dry_run, steps, failed, left };
+        self.output.print(&cleaned, || describe(&cleaned))?;
+        Ok(if cleaned.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+/// Devices that the state file remembers, and VXLANs that carry routes of ours.
+fn claim(state: &twill_core::state_file::State, have: &HostState) -> Claim {
+    let mut devices: BTreeSet<_> = state.devices.keys().copied().collect();
+    for (_, object) in have.iter() {
+        let Object::Route(route) = object else { continue };
+        let ours = route.entries.as_slice().iter().filter(|e| e.protocol == PROTO_TWILL);
+        let tunnels =
+            ours.filter_map(|e| e.dev).filter(|d| have.link(*d).is_some_and(|l| matches!(l.kind, LinkKind::Vxlan(_))));
+        devices.extend(tunnels);
+    }
+    Claim { devices, protocol: Some(PROTO_TWILL), networks: state.networks.clone() }
+}
+
+fn describe(cleaned: &Cleaned) -> String {
+    let mut lines = Vec::new();
+    if cleaned.steps.is_empty() {
+        lines.push("nothing of Twill's is here".to_owned());
+    } else {
+        lines.push(if cleaned.removed { "removed:".into() } else { "would remove:".to_owned() });
+        lines.extend(cleaned.steps.iter().map(|s| format!("  {s}")));
+    }
+    lines.extend(cleaned.failed.iter().map(|f| format!("failed: {f}")));
+    lines.extend(cleaned.left.iter().map(|l| format!("left as it is: {l}")));
+    lines.join("\n")
+}
