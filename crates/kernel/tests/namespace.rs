@@ -133,16 +133,19 @@ fn settle(kernel: &mut LinuxKernel, want: &Desired) {
     panic!("never settles: {:#?}", plan(want, kernel.mirror(), &Caps::default(), Scope::All));
 }
 
-/// The mirror that notifications kept, against a fresh reading.
-fn assert_mirror_is_true(kernel: &mut LinuxKernel) {
-    kernel.changes(Some(Duration::ZERO)).unwrap();
-    let kept = kernel.mirror().clone();
-    kernel.read(Scope::All).unwrap();
-    for (key, object) in kept.iter() {
-        assert_eq!(kernel.mirror().get(key), Some(object), "the mirror held what the kernel does not");
-    }
-    for (key, object) in kernel.mirror().iter() {
-        assert_eq!(kept.get(key), Some(object), "the kernel holds what the mirror did not");
+/// The mirror that notifications kept, against a fresh reading, as soon as the kernel has said all that it has to say.
+fn assert_mirror_is_true(kernel: &mut LinuxKernel, after: &[String]) {
+    let end = Instant::now() + Duration::from_secs(20);
+    loop {
+        kernel.changes(Some(Duration::ZERO)).unwrap();
+        let fresh = LinuxKernel::open(kernel.interest().clone()).unwrap();
+        let (kept, truth) = (kernel.mirror(), fresh.mirror());
+        if kept == truth {
+            return;
+        }
+        let wrong: Vec<_> = kept.iter().filter(|(k, o)| truth.get(k) != Some(o)).collect();
+        let right: Vec<_> = truth.iter().filter(|(k, o)| kept.get(k) != Some(o)).collect();
+        assert!(Instant::now() < end, "the mirror has {wrong:#?}\nthe kernel {right:#?}\nafter {after:#?}");
     }
 }
 
@@ -162,7 +165,7 @@ fn a_plan_becomes_what_ip_and_bridge_show() {
         assert!(run("ip route show proto 116").contains("10.1.102.0/24 via 10.1.102.0 dev flannel.1 onlink"));
         assert!(run("ip neigh show dev flannel.1").contains("10.1.103.0 lladdr 5e:00:00:00:00:03 PERMANENT"));
         assert!(run("bridge fdb show dev flannel.1").contains("5e:00:00:00:00:01 dst 10.168.0.101 self permanent"));
-        assert_mirror_is_true(&mut kernel);
+        assert_mirror_is_true(&mut kernel, &[]);
     });
 }
 
@@ -206,7 +209,7 @@ fn whatever_is_altered_from_outside_is_seen_and_put_right() {
             };
             eventually(&format!("`{line}` is seen"), &mut kernel, differs);
             settle(&mut kernel, &want);
-            assert_mirror_is_true(&mut kernel);
+            assert_mirror_is_true(&mut kernel, &[line.to_owned()]);
             let left = plan(&want, kernel.mirror(), &Caps::default(), Scope::All);
             assert!(left.steps.is_empty(), "after `{line}`: {left:#?}");
         }
@@ -303,6 +306,102 @@ fn effect_is_the_kernels_answer() {
             for (have, expect) in have.iter().zip(&expect) {
                 assert!(expect.satisfied_by(have), "round {round}, {op}: {expect} is {have}");
             }
+        }
+    });
+}
+
+/// One draw of a random command that somebody could type. `n` is any number.
+fn mischief(n: u64) -> String {
+    let pick = |shift: u32, list: &[&str]| list[(n >> shift) as usize % list.len()].to_owned();
+    let dev = pick(8, &["eth0", "flannel.1", "br0", "dum0", "vx2"]);
+    let verb = pick(16, &["add", "del", "replace", "append", "prepend", "change"]);
+    let dst = pick(24, &["10.1.101.0/24", "10.1.102.0/24", "192.0.2.0/25", "default", "fd00:1::/64", "fd00:2::/64"]);
+    let v6 = dst.starts_with("fd");
+    let via = if v6 { pick(32, &["fd00:9::9", "fd00:9::8"]) } else { pick(32, &["10.168.0.9", "10.1.101.0"]) };
+    let tail = pick(40, &["", "metric 7", "table 77", "proto static", "proto 116", "src 10.168.0.2"]);
+    let tail = if v6 && tail.starts_with("src") { String::new() } else { tail };
+    let on = pick(48, &["up", "down"]);
+    let mac = pick(40, &["02:00:00:00:00:01", "02:00:00:00:00:02", "5e:00:00:00:00:01"]);
+    match n % 16 {
+        0 => format!("ip link set {dev} {on}"),
+        1 => format!("ip link set {dev} address {mac}"),
+        2 => format!("ip link set {dev} mtu {}", pick(32, &["1200", "1300", "1500"])),
+        3 => format!(
+            "ip addr {} {} dev {dev}",
+            pick(16, &["add", "del"]),
+            pick(24, &["10.168.0.2/24", "10.9.0.1/16", "10.9.0.2/16", "fd00:9::1/64"])
+        ),
+        4..=6 if n & 0x80 == 0 => format!("ip route {verb} {dst} via {via} dev {dev} onlink {tail}"),
+        4..=6 => format!("ip route {verb} {dst} dev {dev} {tail}"),
+        7 => format!("ip route {verb} {} {dst} {tail}", pick(32, &["blackhole", "unreachable", "prohibit"])),
+        8 => {
+            format!("ip route {verb} {dst} {tail} nexthop via {via} dev {dev} onlink nexthop via {via} dev eth0 onlink")
+        }
+        9 => format!(
+            "ip neigh {} {via} lladdr {mac} dev {dev} nud {}",
+            pick(16, &["add", "replace"]),
+            pick(24, &["permanent", "noarp"])
+        ),
+        10 => format!("ip neigh del {via} dev {dev}"),
+        11 => format!(
+            "bridge fdb {} {mac} dev {} dst {}",
+            pick(16, &["add", "replace", "del"]),
+            pick(8, &["flannel.1", "vx2"]),
+            pick(24, &["10.168.0.9", "10.168.0.8"])
+        ),
+        12 => format!(
+            "bridge fdb {} 00:00:00:00:00:00 dev {} dst {}",
+            pick(16, &["append", "del"]),
+            pick(8, &["flannel.1", "vx2"]),
+            pick(24, &["10.168.0.9", "10.168.0.8", "10.168.0.7"])
+        ),
+        _ => link_mischief(n),
+    }
+}
+
+/// As [`mischief`], with devices that come, go and change their names and masters.
+fn link_mischief(n: u64) -> String {
+    let pick = |list: &[&str]| list[(n >> 16) as usize % list.len()].to_owned();
+    match n >> 8 & 15 {
+        0 => "ip link del vx2".into(),
+        1 | 2 => "ip link add vx2 type vxlan id 2 dstport 4789 dev eth0".into(),
+        3 => "ip link set vx2 master br0".into(),
+        4 | 5 => format!("ip link set dum0 {}", pick(&["master br0", "nomaster"])),
+        6 => "ip link del br0".into(),
+        7 | 8 => "ip link add br0 type bridge".into(),
+        9 => format!("bridge fdb {} 02:00:00:00:00:01 dev dum0 master static", pick(&["add", "del"])),
+        10 => "ip link set dum0 name dum1".into(),
+        11 | 12 => "ip link set dum1 name dum0".into(),
+        13 => format!("ip rule {} from 10.9.0.0/16 table 77 priority 100", pick(&["add", "del"])),
+        14 => "ip link del dum0".into(),
+        _ => "ip link add dum0 type veth peer name dum9".into(),
+    }
+}
+
+#[test]
+fn the_mirror_is_true_whatever_somebody_types() {
+    in_namespace("the_mirror_is_true_whatever_somebody_types", || {
+        underlay();
+        run("ip link add dum0 type veth peer name dum9");
+        run("ip link set dum9 up");
+        let interest = Interest { devices: Some([name("flannel.1"), name("br0"), name("vx2")].into()), ..interest() };
+        let mut kernel = LinuxKernel::open(interest).unwrap();
+        settle(&mut kernel, &desired(3));
+        let number = |name| std::env::var(name).ok().and_then(|text| text.parse().ok());
+        // SEED and ROUNDS search further.
+        let mut seed: u64 = number("SEED").unwrap_or(0x2545_f491_4f6c_dd1d);
+        let mut typed = Vec::new();
+        for _ in 0..number("ROUNDS").unwrap_or(100) {
+            for _ in 0..=seed & 1 {
+                seed ^= seed << 13;
+                seed ^= seed >> 7;
+                seed ^= seed << 17;
+                let line = mischief(seed >> 3);
+                let mut words = line.split_whitespace();
+                let done = Command::new(words.next().unwrap()).args(words).output().unwrap();
+                typed.push(format!("{line} -> {}", String::from_utf8_lossy(&done.stderr).trim()));
+            }
+            assert_mirror_is_true(&mut kernel, &typed[typed.len().saturating_sub(12)..]);
         }
     });
 }

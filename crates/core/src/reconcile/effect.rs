@@ -78,9 +78,11 @@ fn delete(have: &mut HostState, object: &Object) {
                 drop_entries(have, |key, entry| key.dst.is_v4() && entry.dev == Some(addr.link));
                 have.retain(|_, o| !matches!(o, Object::Neigh(n) if n.link == addr.link && n.ip.is_ipv4()));
             }
+            // Routes that prefer it as source go once no device has it any more: `fib_sync_down_addr`.
+            let left = have.iter().any(|(_, o)| matches!(o, Object::Addr(a) if a.inet.addr == addr.inet.addr));
             drop_entries(have, |key, entry| {
                 (*key == connected && entry.dev == Some(addr.link) && entry.protocol == PROTO_KERNEL)
-                    || entry.src == Some(addr.inet.addr)
+                    || (!left && entry.src == Some(addr.inet.addr))
             });
         }
         _ => {}

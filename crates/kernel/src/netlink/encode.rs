@@ -65,6 +65,11 @@ impl Encoder<'_> {
                 self.create_link(to)
             }
             Op::Delete(Object::Link(link)) => self.delete_link(link.name),
+            Op::Create(Object::Fdb(fdb)) if !replaceable(fdb) => self.fdb_hosts(fdb),
+            Op::Update { from: Object::Fdb(from), to: Object::Fdb(to) } if !(replaceable(from) && replaceable(to)) => {
+                self.fdb(from, true)?;
+                self.fdb_hosts(to)
+            }
             Op::Delete(object) => self.object(object, true),
             Op::Create(object) | Op::Update { to: object, .. } | Op::Recreate { to: object, .. } => {
                 self.object(object, false)
@@ -239,19 +244,30 @@ impl Encoder<'_> {
         Ok(())
     }
 
-    /// A delete without a host takes the entry with all its hosts (`vxlan_fdb_delete`).
+    /// Writes or deletes an entry with one host. A delete without a host takes the entry with all its hosts (`vxlan_fdb_delete`).
     fn fdb(&mut self, fdb: &Fdb, delete: bool) -> Result<(), Unwritable> {
-        let index = self.index(fdb.port.unwrap_or(fdb.link))?;
+        let dst = fdb.dst.first().filter(|_| !delete).copied();
         if delete {
-            self.begin(rtm::DELNEIGH, 0)
+            self.fdb_message(fdb, rtm::DELNEIGH, 0, dst)
         } else {
-            self.begin(rtm::NEWNEIGH, flag::CREATE | flag::REPLACE)
+            self.fdb_message(fdb, rtm::NEWNEIGH, flag::CREATE | flag::REPLACE, dst)
         }
+    }
+
+    /// Adds each host of an entry: an entry with several is never replaced, only appended to.
+    fn fdb_hosts(&mut self, fdb: &Fdb) -> Result<(), Unwritable> {
+        let mut hosts = fdb.dst.as_slice().iter();
+        hosts.try_for_each(|dst| self.fdb_message(fdb, rtm::NEWNEIGH, flag::CREATE | flag::APPEND, Some(*dst)))
+    }
+
+    fn fdb_message(&mut self, fdb: &Fdb, kind: u16, flags: u16, dst: Option<IpAddr>) -> Result<(), Unwritable> {
+        let index = self.index(fdb.port.unwrap_or(fdb.link))?;
+        self.begin(kind, flags);
         let state = if fdb.permanent { NUD_PERMANENT } else { NUD_NOARP };
         self.ndmsg(AF_BRIDGE, index, state, if fdb.port.is_some() { NTF_MASTER } else { NTF_SELF });
         self.writer.attr(nda::LLADDR, &fdb.mac.0);
-        if let Some(dst) = fdb.dst.first().filter(|_| !delete) {
-            self.writer.attr(nda::DST, &octets(*dst));
+        if let Some(dst) = dst {
+            self.writer.attr(nda::DST, &octets(dst));
         }
         self.writer.end();
         Ok(())
@@ -317,6 +333,11 @@ impl Encoder<'_> {
     }
 }
 
+/// The kernel replaces the host of unicast entries only (`vxlan_fdb_update_existing`); they have one.
+fn replaceable(fdb: &Fdb) -> bool {
+    fdb.port.is_some() || (fdb.mac.is_unicast() && fdb.dst.as_slice().len() <= 1)
+}
+
 fn link_attrs(w: &mut Writer, link: &Link, master: Option<u32>) {
     if let Some(mac) = link.mac {
         w.attr(ifla::ADDRESS, &mac.0);
@@ -354,9 +375,28 @@ pub(crate) fn family(ip: IpAddr) -> u8 {
     if ip.is_ipv4() { AF_INET } else { AF_INET6 }
 }
 
-pub(crate) fn octets(ip: IpAddr) -> Vec<u8> {
+/// An address's bytes as they stand in an attribute.
+pub(crate) fn octets(ip: IpAddr) -> Octets {
     match ip {
-        IpAddr::V4(ip) => ip.octets().to_vec(),
-        IpAddr::V6(ip) => ip.octets().to_vec(),
+        IpAddr::V4(ip) => Octets::V4(ip.octets()),
+        IpAddr::V6(ip) => Octets::V6(ip.octets()),
+    }
+}
+
+/// 4 or 16 bytes; reads as a slice.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Octets {
+    V4([u8; 4]),
+    V6([u8; 16]),
+}
+
+impl std::ops::Deref for Octets {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Octets::V4(bytes) => bytes,
+            Octets::V6(bytes) => bytes,
+        }
     }
 }

@@ -22,6 +22,8 @@ const NETLINK_EXT_ACK: libc::c_int = 11;
 const NETLINK_GET_STRICT_CHK: libc::c_int = 12;
 /// Asked for; the kernel grants what rmem_max allows where we lack the capability.
 const BUFFER: usize = 8 << 20;
+/// As [`BUFFER`], for what we send; wmem_max limits it.
+const SEND_BUFFER: usize = 1 << 20;
 /// Extended acknowledgement: the kernel's sentence.
 const NLMSGERR_ATTR_MSG: u16 = 1;
 
@@ -49,7 +51,7 @@ impl Socket {
         if sockopt::set_socket_recv_buffer_size_force(&fd, BUFFER).is_err() {
             sockopt::set_socket_recv_buffer_size(&fd, BUFFER)?;
         }
-        sockopt::set_socket_send_buffer_size(&fd, 1 << 20)?;
+        sockopt::set_socket_send_buffer_size(&fd, SEND_BUFFER)?;
         for option in [NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK] {
             set_option(fd.as_fd(), option)?;
         }
@@ -62,8 +64,18 @@ impl Socket {
         sockopt::socket_recv_buffer_size(&self.fd).unwrap_or(212_992)
     }
 
+    /// Send buffer that was really granted, in bytes of kernel memory: a longer batch is refused whole.
+    pub(crate) fn sendable(&self) -> usize {
+        sockopt::socket_send_buffer_size(&self.fd).unwrap_or(212_992)
+    }
+
+    /// The last sequence number given out: no two requests of a socket share one, so that a late answer cannot be taken for another's.
+    pub(crate) fn seq(&mut self) -> &mut u32 {
+        &mut self.seq
+    }
+
     /// The next sequence number.
-    pub(crate) fn next_seq(&mut self) -> u32 {
+    fn next_seq(&mut self) -> u32 {
         self.seq = self.seq.wrapping_add(1).max(1);
         self.seq
     }

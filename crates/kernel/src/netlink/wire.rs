@@ -48,11 +48,23 @@ impl Writer {
         self.buf[self.start..self.start + 4].copy_from_slice(&len.to_ne_bytes());
     }
 
-    /// Asks the kernel to acknowledge the message that was begun last.
-    pub(crate) fn ask_ack(&mut self) {
+    /// Takes back everything after the first `len` bytes, where `start` was the last message begun; both from [`Writer::mark`].
+    pub(crate) fn rewind(&mut self, (len, start): (usize, usize)) {
+        self.buf.truncate(len);
+        self.start = start;
+    }
+
+    /// A place to [`Writer::rewind`] to.
+    pub(crate) fn mark(&self) -> (usize, usize) {
+        (self.buf.len(), self.start)
+    }
+
+    /// Asks the kernel to acknowledge the message that was begun last; gives its sequence number.
+    pub(crate) fn ask_ack(&mut self) -> u32 {
         let at = self.start + 6;
         let flags = u16::from_ne_bytes([self.buf[at], self.buf[at + 1]]) | flag::ACK;
         self.buf[at..at + 2].copy_from_slice(&flags.to_ne_bytes());
+        u32_at(&self.buf, self.start + 8).unwrap_or(0)
     }
 
     /// Adds plain bytes: the fixed struct of a message.

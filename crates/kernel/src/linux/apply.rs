@@ -1,0 +1,166 @@
+//! Carrying out a plan: steps → requests → batches → answers → mirror.
+
+use std::fs::File;
+use std::ops::RangeInclusive;
+
+use twill_core::host::Object;
+use twill_core::reconcile::{Op, Outcome, Plan, StepError, effect};
+
+use super::LinuxKernel;
+use super::dump::{Stale, add_twins, remove_entries};
+use crate::netlink::encode::Encoder;
+use crate::netlink::socket::Refusal;
+use crate::netlink::wire::Writer;
+use crate::sysctl;
+
+/// Kernel memory that a small message takes in a receive buffer, rounded up.
+const TRUESIZE: usize = 2048;
+
+/// One run through a plan.
+pub(super) struct Applier<'a> {
+    kernel: &'a mut LinuxKernel,
+    plan: &'a Plan,
+    outcome: Outcome,
+    writer: Writer,
+    files: Vec<File>,
+    /// The steps of the batch that is being written, with the numbers of their requests.
+    batch: Vec<(RangeInclusive<u32>, usize)>,
+    /// What refusals have put in doubt; read once, at the end.
+    stale: Stale,
+    /// Steps and bytes that a batch may have.
+    steps: usize,
+    bytes: usize,
+}
+
+impl<'a> Applier<'a> {
+    pub(super) fn new(kernel: &'a mut LinuxKernel, plan: &'a Plan) -> Self {
+        let room = kernel.requests.granted().min(kernel.monitor.granted()) / TRUESIZE;
+        Self {
+            plan,
+            outcome: Outcome { steps: Vec::with_capacity(plan.steps.len()) },
+            writer: Writer::default(),
+            files: Vec::new(),
+            batch: Vec::new(),
+            stale: Stale::default(),
+            steps: room.clamp(32, 1024),
+            // The kernel counts the buffer's bookkeeping as well, and refuses a batch that does not fit as a whole.
+            bytes: kernel.requests.sendable() / 4,
+            kernel,
+        }
+    }
+
+    pub(super) fn run(mut self) -> Outcome {
+        for (n, step) in self.plan.steps.iter().enumerate() {
+            // The index of a device that is not made yet cannot be written.
+            let open = self.batch.first().map_or(usize::MAX, |(_, first)| *first);
+            if step.needs.iter().any(|need| *need as usize >= open)
+                || self.batch.len() >= self.steps
+                || self.writer.buf.len() >= self.bytes
+            {
+                self.flush();
+            }
+            let failed =
+                step.needs.iter().find(|need| self.outcome.steps.get(**need as usize).is_some_and(Result::is_err));
+            if let Some(need) = failed {
+                self.outcome.steps.push(Err(StepError::Skipped(*need)));
+                continue;
+            }
+            let before = *self.kernel.requests.seq();
+            let result = self.write(&step.op);
+            if result.is_ok() && !matches!(step.op.object(), Object::Sysctl { .. }) {
+                self.batch.push((before + 1..=*self.kernel.requests.seq(), n));
+            }
+            self.outcome.steps.push(result);
+        }
+        self.flush();
+        if self.kernel.refresh(std::mem::take(&mut self.stale)).is_err() {
+            self.kernel.pending.all = true;
+        }
+        self.outcome
+    }
+
+    /// Writes a step's requests into the batch; a sysctl is done at once.
+    fn write(&mut self, op: &Op) -> Result<(), StepError> {
+        if let Object::Sysctl { path, value } = op.object() {
+            return sysctl::write(path, value)
+                .map_err(|e| StepError::Refused {
+                    errno: e.raw_os_error().unwrap_or(libc::EIO),
+                    text: format!("write {path}: {e}"),
+                })
+                .map(|()| {
+                    self.kernel.mirror.insert(op.object().clone());
+                });
+        }
+        let before = self.writer.mark();
+        let LinuxKernel { names, requests, .. } = &mut *self.kernel;
+        let mut encoder = Encoder { writer: &mut self.writer, names, seq: requests.seq(), files: &mut self.files };
+        encoder.op(op).map_err(|text| {
+            self.writer.rewind(before);
+            StepError::Refused { errno: libc::ENODEV, text }
+        })
+    }
+
+    /// Sends the batch, notes what was refused, and brings the mirror along.
+    fn flush(&mut self) {
+        let batch = std::mem::take(&mut self.batch);
+        let mut writer = std::mem::take(&mut self.writer);
+        if batch.is_empty() {
+            return;
+        }
+        let refused = if writer.buf.is_empty() {
+            Ok(Vec::new())
+        } else {
+            let last = writer.ask_ack();
+            self.kernel.requests.batch(&writer, last)
+        };
+        self.files.clear();
+        match refused {
+            Err(error) => {
+                let refusal =
+                    Refusal { seq: 0, errno: error.raw_os_error().unwrap_or(libc::EIO), text: error.to_string() };
+                batch.iter().for_each(|(_, step)| self.refuse(*step, &refusal));
+                self.stale.all = true;
+            }
+            Ok(refused) => {
+                for (numbers, step) in &batch {
+                    match refused.iter().find(|r| numbers.contains(&r.seq)) {
+                        Some(refusal) => self.refuse(*step, refusal),
+                        None => self.done(*step),
+                    }
+                }
+            }
+        }
+        // Own echoes are drained between batches, so that they cannot overrun the monitor.
+        if self.kernel.absorb().is_err() {
+            self.stale.all = true;
+        }
+    }
+
+    fn refuse(&mut self, step: usize, refusal: &Refusal) {
+        let text = refusal.text.clone();
+        self.outcome.steps[step] = Err(StepError::Refused { errno: refusal.errno, text });
+        // "It is there" and "it is not there" mean that the mirror was wrong.
+        if [libc::EEXIST, libc::ENOENT, libc::ESRCH, libc::ENODEV, libc::EADDRNOTAVAIL].contains(&refusal.errno) {
+            self.stale.add(&self.plan.steps[step].op.object().key());
+        }
+    }
+
+    fn done(&mut self, step: usize) {
+        let op = &self.plan.steps[step].op;
+        if matches!(op.object(), Object::Link(_)) {
+            // Index, MAC and cascades come with the link's own messages.
+            self.stale.all |= self.kernel.absorb().is_err();
+            return;
+        }
+        match op {
+            Op::Delete(Object::Route(gone)) => remove_entries(&mut self.kernel.mirror, gone),
+            Op::Create(Object::Route(made)) => {
+                if !matches!(self.kernel.mirror.get(&op.object().key()), Some(Object::Route(have)) if have.entries == made.entries)
+                {
+                    add_twins(&mut self.kernel.mirror, made.clone());
+                }
+            }
+            op => effect(&mut self.kernel.mirror, op),
+        }
+    }
+}

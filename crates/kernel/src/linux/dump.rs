@@ -1,0 +1,252 @@
+//! Reading: everything, or just what a notification or a refusal has put in doubt.
+
+use std::collections::BTreeSet;
+use std::io;
+
+use twill_core::host::{Fdb, HostState, Key, LinkKind, Object, Route, TABLE_LOCAL};
+use twill_core::net::LinkName;
+
+use super::LinuxKernel;
+use crate::netlink::decode::{self, AF_BRIDGE, AF_INET, AF_INET6};
+use crate::netlink::encode::rtm;
+use crate::netlink::wire::Writer;
+use crate::sysctl;
+
+const FAMILIES: [u8; 2] = [AF_INET, AF_INET6];
+
+/// What of the mirror is in doubt, and is read anew in one go.
+#[derive(Debug, Default)]
+pub(super) struct Stale {
+    /// Everything.
+    pub(super) all: bool,
+    /// All addresses.
+    pub(super) addrs: bool,
+    /// All rules.
+    pub(super) rules: bool,
+    /// All routes of these address families.
+    pub(super) routes: BTreeSet<u8>,
+    /// Neighbours and forwarding entries of these devices.
+    pub(super) devices: BTreeSet<LinkName>,
+}
+
+impl Stale {
+    /// The least that brings `key` up to date. Sysctls are polled instead.
+    pub(super) fn add(&mut self, key: &Key) {
+        match key {
+            Key::Link(_) => self.all = true,
+            Key::Addr(..) => self.addrs = true,
+            Key::Neigh(link, _) | Key::Fdb(link, _) => {
+                self.devices.insert(*link);
+            }
+            Key::Route(route) => self.route_family(route.dst.is_v4()),
+            Key::Rule(_) => self.rules = true,
+            Key::Sysctl(_) => {}
+        }
+    }
+
+    pub(super) fn route_family(&mut self, v4: bool) {
+        self.routes.insert(if v4 { AF_INET } else { AF_INET6 });
+    }
+}
+
+impl LinuxKernel {
+    /// Reads what is stale, and marks what differed.
+    pub(super) fn refresh(&mut self, stale: Stale) -> io::Result<()> {
+        if stale.all {
+            self.pending.all = true;
+            return self.read_all();
+        }
+        if stale.addrs {
+            self.exchange(Self::dump_addrs, |key| matches!(key, Key::Addr(..)))?;
+        }
+        if stale.rules {
+            self.exchange(Self::dump_rules, |key| matches!(key, Key::Rule(_)))?;
+        }
+        for family in stale.routes {
+            let of_family = |key: &Key| matches!(key, Key::Route(r) if r.dst.is_v4() == (family == AF_INET));
+            self.exchange(|kernel, fresh| kernel.dump_routes(fresh, family), of_family)?;
+        }
+        for device in stale.devices {
+            if self.interest.covers(device) {
+                let of_device = |key: &Key| matches!(key, Key::Neigh(l, _) | Key::Fdb(l, _) if *l == device);
+                self.exchange(|kernel, fresh| kernel.dump_neighbours(fresh, Some(device)), of_device)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts what `dump` finds in the place of what the mirror has `within` the same bounds.
+    fn exchange(
+        &mut self,
+        dump: impl Fn(&mut Self, &mut HostState) -> io::Result<bool>,
+        within: impl Fn(&Key) -> bool,
+    ) -> io::Result<()> {
+        let fresh = loop {
+            let mut fresh = HostState::new();
+            if dump(self, &mut fresh)? {
+                break fresh;
+            }
+        };
+        let gone = self.mirror.iter().filter(|(key, _)| within(key) && fresh.get(key).is_none());
+        let gone: Vec<Key> = gone.map(|(key, _)| key.clone()).collect();
+        for key in gone {
+            self.mirror.remove(&key);
+            self.pending.dirty.insert(key);
+        }
+        for (key, object) in fresh.iter() {
+            if self.mirror.get(key) != Some(object) {
+                self.mirror.insert(object.clone());
+                self.pending.dirty.insert(key.clone());
+            }
+        }
+        Ok(())
+    }
+
+    /// The whole namespace, anew.
+    pub(super) fn read_all(&mut self) -> io::Result<()> {
+        loop {
+            // Notifications up to here are part of what is read now.
+            self.monitor.collect()?;
+            let mut fresh = HostState::new();
+            self.names.clear();
+            let mut whole =
+                self.dump_links(&mut fresh)? & self.dump_addrs(&mut fresh)? & self.dump_rules(&mut fresh)?;
+            for family in FAMILIES {
+                whole &= self.dump_routes(&mut fresh, family)?;
+            }
+            for device in self.interest.devices.clone().map_or(vec![None], |some| some.into_iter().map(Some).collect())
+            {
+                whole &= self.dump_neighbours(&mut fresh, device)?;
+            }
+            if whole {
+                for path in &self.interest.sysctls {
+                    if let Ok(value) = sysctl::read(path) {
+                        fresh.insert(Object::Sysctl { path: path.clone(), value: value.into() });
+                    }
+                }
+                self.mirror = fresh;
+                return Ok(());
+            }
+        }
+    }
+
+    fn dump_links(&mut self, fresh: &mut HostState) -> io::Result<bool> {
+        let mut found = Vec::new();
+        let whole = self.requests.dump(
+            rtm::GETLINK,
+            |w| w.put(&[0; 16]),
+            |m| {
+                if m.kind == rtm::NEWLINK {
+                    found.push(m.payload.to_vec());
+                }
+            },
+        )?;
+        for (index, name) in found.iter().filter_map(|payload| decode::link_name(payload)) {
+            self.names.insert(index, name);
+        }
+        fresh
+            .extend(found.iter().filter_map(|p| decode::link(p, &self.names)).map(|link| Object::Link(Box::new(link))));
+        Ok(whole)
+    }
+
+    fn dump_addrs(&mut self, fresh: &mut HostState) -> io::Result<bool> {
+        let names = &self.names;
+        self.requests.dump(
+            rtm::GETADDR,
+            |w| w.put(&[0; 8]),
+            |m| fresh.extend(decode::addr(m.payload, names).map(Object::Addr)),
+        )
+    }
+
+    /// The routes of one address family, all tables but `local`.
+    fn dump_routes(&mut self, fresh: &mut HostState, family: u8) -> io::Result<bool> {
+        let names = &self.names;
+        let fill = |w: &mut Writer| w.put(&[family, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        self.requests.dump(rtm::GETROUTE, fill, |m| {
+            if let Some(route) = decode::route(m.payload, names).filter(|r| r.key.table != TABLE_LOCAL) {
+                add_twins(fresh, route);
+            }
+        })
+    }
+
+    fn dump_rules(&mut self, fresh: &mut HostState) -> io::Result<bool> {
+        let mut whole = true;
+        for family in [decode::AF_INET, decode::AF_INET6] {
+            let fill = |w: &mut Writer| w.put(&[family, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+            whole &=
+                self.requests.dump(rtm::GETRULE, fill, |m| fresh.extend(decode::rule(m.payload).map(Object::Rule)))?;
+        }
+        Ok(whole)
+    }
+
+    /// Neighbours and forwarding entries, of one device or of all. A bridge's stand under its ports.
+    fn dump_neighbours(&mut self, fresh: &mut HostState, device: Option<LinkName>) -> io::Result<bool> {
+        let index = match device.map(|name| self.names.index(name)) {
+            None => 0,
+            Some(Some(index)) => index,
+            Some(None) => return Ok(true),
+        };
+        let bridge = device.and_then(|name| fresh.link(name).or(self.mirror.link(name))).map(|link| &link.kind);
+        let bridge = matches!(bridge, Some(LinkKind::Bridge));
+        let (names, interest) = (&self.names, &self.interest);
+        let neigh = |w: &mut Writer| {
+            w.put(&[0; 12]);
+            if index != 0 {
+                w.attr(decode::nda::IFINDEX, &index.to_ne_bytes());
+            }
+        };
+        let whole = self
+            .requests
+            .dump(rtm::GETNEIGH, neigh, |m| fresh.extend(decode::neigh(m.payload, names).map(Object::Neigh)))?;
+        let fdb = |w: &mut Writer| {
+            w.put(&[AF_BRIDGE, 0, 0, 0]);
+            w.put(&(if bridge { 0 } else { index }).to_ne_bytes());
+            w.put(&[0; 4]);
+            if bridge {
+                w.attr(decode::nda::MASTER, &index.to_ne_bytes());
+            }
+        };
+        let whole_fdb = self.requests.dump(rtm::GETNEIGH, fdb, |m| {
+            let entry = decode::fdb(m.payload, names);
+            let entry = entry.filter(|entry| interest.keeps(entry) && device.is_none_or(|name| name == entry.link));
+            if let Some(entry) = entry {
+                add_host(fresh, entry);
+            }
+        })?;
+        Ok(whole & whole_fdb)
+    }
+}
+
+/// Appends a route's entries to those of its key.
+pub(super) fn add_twins(state: &mut HostState, route: Route) {
+    let key = Key::Route(route.key);
+    let Some(Object::Route(have)) = state.remove(&key) else {
+        state.insert(Object::Route(route));
+        return;
+    };
+    let mut entries: Vec<_> = have.entries.into();
+    entries.extend(Vec::from(route.entries));
+    state.insert(Object::Route(Route { key: route.key, entries: entries.into() }));
+}
+
+/// Takes a route's entries out of those of its key.
+pub(super) fn remove_entries(state: &mut HostState, gone: &Route) {
+    let Some(Object::Route(have)) = state.remove(&Key::Route(gone.key)) else { return };
+    let mut entries: Vec<_> = have.entries.into();
+    entries.retain(|entry| !gone.entries.as_slice().contains(entry));
+    if !entries.is_empty() {
+        state.insert(Object::Route(Route { key: gone.key, entries: entries.into() }));
+    }
+}
+
+/// Adds a forwarding entry, or one more host to an entry that is told once for each host.
+pub(super) fn add_host(state: &mut HostState, mut fdb: Fdb) {
+    if let Some(Object::Fdb(have)) = state.remove(&Key::Fdb(fdb.link, fdb.mac))
+        && have.port == fdb.port
+    {
+        let mut hosts: Vec<_> = have.dst.into();
+        hosts.extend(Vec::from(fdb.dst).into_iter().filter(|dst| !hosts.contains(dst)).collect::<Vec<_>>());
+        fdb.dst = hosts.into();
+    }
+    state.insert(Object::Fdb(fdb));
+}

@@ -1,0 +1,175 @@
+//! A real network namespace: its mirror, kept by notifications, and the one way to change it.
+//!
+//! ```text
+//!   kernel ──monitor──▶ notice ─┬─ says all: the mirror follows the message
+//!                               └─ says too little: Stale ─▶ dump of just that ─▶ mirror, dirty keys
+//!   Plan ──▶ apply ──batches──▶ kernel ──acknowledged──▶ mirror; the echo then says nothing new
+//! ```
+
+mod apply;
+mod dump;
+mod notice;
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use twill_core::host::{Fdb, HostState, Key, Object};
+use twill_core::net::{LinkName, MacAddr};
+use twill_core::reconcile::{Changes, Outcome, Plan, Scope};
+
+use self::apply::Applier;
+use self::dump::Stale;
+use crate::netlink::names::Names;
+use crate::netlink::socket::Socket;
+use crate::{Kernel, KernelError, sysctl};
+
+/// RTNLGRP_LINK 1, NEIGH 3, IPV4_IFADDR 5, IPV4_ROUTE 7, IPV4_RULE 8, IPV6_IFADDR 9, IPV6_ROUTE 11, IPV6_RULE 19.
+const GROUPS: u32 = (1 << 0) | (1 << 2) | (1 << 4) | (1 << 6) | (1 << 7) | (1 << 8) | (1 << 10) | (1 << 18);
+
+/// What of a namespace is worth a place in the mirror, beside links, addresses, routes and rules.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Interest {
+    /// Devices whose neighbours and forwarding entries are kept; `None`: every device.
+    pub devices: Option<BTreeSet<LinkName>>,
+    /// Sysctls that are kept, as paths below /proc/sys.
+    pub sysctls: BTreeSet<Box<str>>,
+}
+
+impl Interest {
+    fn covers(&self, device: LinkName) -> bool {
+        self.devices.as_ref().is_none_or(|devices| devices.contains(&device))
+    }
+
+    /// A bridge lists the multicast addresses that it listens to itself. They come and go without a message, and nobody reconciles
+    /// them: only who looks at everything sees them.
+    fn keeps(&self, entry: &Fdb) -> bool {
+        let listens = entry.port.is_none()
+            && entry.dst.as_slice().is_empty()
+            && !entry.mac.is_unicast()
+            && entry.mac != MacAddr::ZERO;
+        self.covers(entry.link) && !(listens && self.devices.is_some())
+    }
+}
+
+/// The network namespace of the thread that opened it.
+#[derive(Debug)]
+pub struct LinuxKernel {
+    requests: Socket,
+    monitor: Socket,
+    waker: Arc<OwnedFd>,
+    names: Names,
+    mirror: HostState,
+    interest: Interest,
+    pending: Changes,
+}
+
+/// Wakes a [`LinuxKernel`] that waits in `changes`, from any thread.
+#[derive(Debug, Clone)]
+pub struct Waker(Arc<OwnedFd>);
+
+impl Waker {
+    /// Ends the wait.
+    pub fn wake(&self) {
+        // A full counter wakes as well.
+        let _ = rustix::io::write(&*self.0, &1u64.to_ne_bytes());
+    }
+}
+
+impl LinuxKernel {
+    /// Opens the calling thread's namespace and reads all of it.
+    pub fn open(interest: Interest) -> Result<Self, KernelError> {
+        let socket = |groups| Socket::open(groups).map_err(|e| KernelError::new("open a routing netlink socket", e));
+        let waker = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|e| KernelError::new("open an eventfd", e.into()))?;
+        let mut kernel = Self {
+            requests: socket(0)?,
+            monitor: socket(GROUPS)?,
+            waker: Arc::new(waker),
+            names: Names::default(),
+            mirror: HostState::new(),
+            interest,
+            pending: Changes { all: true, ..Changes::default() },
+        };
+        kernel.read(Scope::All)?;
+        Ok(kernel)
+    }
+
+    /// A handle that ends a wait.
+    pub fn waker(&self) -> Waker {
+        Waker(Arc::clone(&self.waker))
+    }
+
+    /// What is kept.
+    pub fn interest(&self) -> &Interest {
+        &self.interest
+    }
+
+    /// Changes what is kept, and reads what is new.
+    pub fn set_interest(&mut self, interest: Interest) -> Result<(), KernelError> {
+        if self.interest == interest {
+            return Ok(());
+        }
+        self.interest = interest;
+        self.read(Scope::All)
+    }
+
+    /// Reads the sysctls of interest; gives the keys of those that differ from the mirror.
+    pub fn poll_sysctls(&mut self) -> BTreeSet<Key> {
+        let mut dirty = BTreeSet::new();
+        for path in &self.interest.sysctls {
+            let key = Key::Sysctl(path.clone());
+            let found = sysctl::read(path).ok().map(|value| Object::Sysctl { path: path.clone(), value: value.into() });
+            if self.mirror.get(&key) != found.as_ref() {
+                match found {
+                    Some(object) => self.mirror.insert(object),
+                    None => self.mirror.remove(&key),
+                };
+                dirty.insert(key);
+            }
+        }
+        dirty
+    }
+}
+
+impl Kernel for LinuxKernel {
+    fn mirror(&self) -> &HostState {
+        &self.mirror
+    }
+
+    fn read(&mut self, scope: Scope<'_>) -> Result<(), KernelError> {
+        let failed = |e: io::Error| KernelError::new("read the network namespace", e);
+        match scope {
+            Scope::All => self.read_all().map_err(failed),
+            Scope::Keys(keys) => {
+                if keys.iter().any(|key| matches!(key, Key::Sysctl(_))) {
+                    self.poll_sysctls();
+                }
+                let mut stale = Stale::default();
+                keys.iter().for_each(|key| stale.add(key));
+                self.refresh(stale).map_err(failed)
+            }
+        }
+    }
+
+    fn apply(&mut self, plan: &Plan) -> Outcome {
+        Applier::new(self, plan).run()
+    }
+
+    fn changes(&mut self, timeout: Option<Duration>) -> Result<Changes, KernelError> {
+        let failed = |e: io::Error| KernelError::new("wait for notifications", e);
+        let limit = timeout.map(|t| Timespec { tv_sec: t.as_secs() as _, tv_nsec: t.subsec_nanos().into() });
+        let mut fds = [PollFd::new(&self.monitor, PollFlags::IN), PollFd::new(&*self.waker, PollFlags::IN)];
+        let limit = if self.pending.all || !self.pending.dirty.is_empty() { Some(Timespec::default()) } else { limit };
+        match poll(&mut fds, limit.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(failed(error.into())),
+        }
+        let _ = rustix::io::read(&*self.waker, &mut [0; 8]);
+        self.absorb().map_err(failed)?;
+        Ok(std::mem::take(&mut self.pending))
+    }
+}
