@@ -121,6 +121,88 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+/// Processes whose command line names this folder or lab.
+fn processes(mark: &str) -> Vec<String> {
+    let all = std::fs::read_dir("/proc").unwrap().flatten();
+    let lines = all.filter_map(|entry| {
+        entry.file_name().to_str()?.parse::<u32>().ok()?;
+        let line = std::fs::read(entry.path().join("cmdline")).ok()?;
+        Some(text(&line).replace('\0', " "))
+    });
+    lines.filter(|line| line.contains(mark)).collect()
+}
+
+#[test]
+fn the_whole_lab_shows_a_matrix_and_a_path_and_leaves_nothing_behind() {
+    for lab in [Lab::new(), Lab::without_root()].into_iter().flatten() {
+        let out = lab.wrapped(&lab.program).arg("lab").output().unwrap();
+        let (said, shown) = (text(&out.stderr), text(&out.stdout));
+        assert!(out.status.success(), "{shown}\n{said}");
+        assert!(said.contains("2 hosts") && said.contains("2 agents") && said.contains("2 containers"), "{said}");
+        assert!(shown.contains("2 of 2 pairs reach each other"), "{shown}");
+        assert!(shown.contains("flannel.1") && shown.contains("it arrives"), "{shown}");
+        lab.assert_gone();
+        eventually("no process is left", || {
+            let left = processes(lab.runtime.path().to_str().unwrap());
+            if left.is_empty() { Ok(()) } else { Err(left) }
+        });
+    }
+}
+
+#[test]
+fn up_and_ping_have_the_documented_json() {
+    for lab in [Lab::new(), Lab::without_root()].into_iter().flatten() {
+        let up = lab.json("up --nodes 3 --containers 2");
+        assert_eq!((&up["schema"], &up["name"]), (&1.into(), &lab.name.as_str().into()));
+        let nodes = up["nodes"].as_array().unwrap();
+        assert_eq!(nodes.len(), 3);
+        for node in nodes {
+            for field in ["name", "address", "subnet", "netns"] {
+                assert!(node[field].is_string(), "{node}");
+            }
+            for container in node["containers"].as_array().unwrap() {
+                for field in ["name", "address", "netns"] {
+                    assert!(container[field].is_string(), "{container}");
+                }
+            }
+        }
+        let ping = lab.json("ping");
+        assert_eq!(
+            (&ping["pairs"], &ping["reachable"], &ping["failed"]),
+            (&30.into(), &30.into(), &serde_json::json!([]))
+        );
+        assert!(ping["rtt_us"]["p50"].as_u64() > Some(0) && ping["rtt_us"]["p99"].is_u64());
+        let listed = lab.json("list");
+        assert_eq!(listed["labs"][0]["name"], lab.name.as_str());
+        lab.run("down");
+        lab.assert_gone();
+    }
+}
+
+#[test]
+fn the_scenario_vxlan_has_the_tables_of_the_source() {
+    let Some(lab) = Lab::new() else { return };
+    let shown = lab.run("up --scenario vxlan");
+    let line = |needle: &str| shown.lines().any(|l| l.split_whitespace().collect::<Vec<_>>().join(" ") == needle);
+    assert!(line("10.1.16.0 10.1.16.0 255.255.255.0 UG 0 0 0 flannel.1"), "{shown}");
+    assert!(shown.contains("/coreos.com/network/subnets/10.1.15.0-24"), "{shown}");
+    assert!(shown.contains("0 of them broadcast, 0 of them ARP"), "{shown}");
+    for layer in ["outer Ethernet", "outer IPv4", "outer UDP", "VXLAN", "inner Ethernet", "inner IPv4"] {
+        assert!(shown.contains(layer), "{layer} is missing: {shown}");
+    }
+    let neigh = lab.run("exec node1 -- ip neigh show dev flannel.1");
+    assert!(neigh.contains("10.1.16.0 lladdr") && neigh.contains("PERMANENT"), "{neigh}");
+    let mac = neigh.split_whitespace().nth(2).unwrap();
+    let fdb = lab.run("exec node1 -- bridge fdb show dev flannel.1");
+    assert!(fdb.contains(&format!("{mac} dst 10.168.0.3 self permanent")), "{fdb}");
+    let routes = lab.run("exec node1 -- ip route");
+    assert!(routes.contains("10.1.16.0/24 via 10.1.16.0 dev flannel.1 proto 116 onlink"), "{routes}");
+    assert!(routes.contains("default via 10.168.0.1 dev eth0"), "{routes}");
+    let up = lab.json("status");
+    assert_eq!(up["nodes"][1]["containers"][0]["address"], "10.1.16.3");
+    assert_eq!(up["nodes"][0]["containers"][0]["address"], "10.1.15.2");
+}
+
 #[test]
 fn the_scenario_bridge_learns_from_an_arp_request_at_every_port() {
     for lab in [Lab::new(), Lab::without_root()].into_iter().flatten() {
@@ -147,6 +229,27 @@ fn the_scenario_bridge_learns_from_an_arp_request_at_every_port() {
         }
         let bridge = lab.run("exec node1 -- ip -br addr show docker0");
         assert!(bridge.contains("172.17.0.1/16"), "{bridge}");
+    }
+}
+
+#[test]
+fn a_killed_supervisor_takes_everything_along_and_down_removes_the_rest() {
+    for lab in [Lab::new(), Lab::without_root()].into_iter().flatten() {
+        lab.run("up");
+        let mut inside = lab.wrapped(&lab.program);
+        inside.args(["lab", "exec", &format!("--name={}", lab.name), "container-1", "--", "sleep", "1000"]);
+        let mut inside = inside.spawn().unwrap();
+        let pid = lab.supervisor();
+        let agents = || processes(&format!("{}/twill/lab-{}/", lab.runtime.path().display(), lab.name));
+        assert!(agents().len() >= 3, "store and agents: {:?}", agents());
+        let killed = Command::new("kill").args(["-KILL", &pid.to_string()]).status().unwrap();
+        assert!(killed.success());
+        eventually("store and agents are gone", || if agents().is_empty() { Ok(()) } else { Err(agents()) });
+        assert!(!inside.wait().unwrap().success(), "the command in the lab has ended with it");
+        assert_eq!(lab.json("list")["labs"][0]["state"], "killed");
+        lab.run("down");
+        lab.assert_gone();
+        assert!(!lab.try_run("down").status.success(), "there is nothing any more");
     }
 }
 
@@ -198,6 +301,102 @@ fn root_sees_the_namespaces_with_ip_netns() {
 }
 
 #[test]
+fn an_altered_forwarding_entry_changes_the_explanation_while_the_agent_is_held() {
+    for lab in [Lab::new(), Lab::without_root()].into_iter().flatten() {
+        lab.run("up");
+        let before = lab.run("explain container-1 container-2");
+        assert!(before.contains("10.168.0.3") && before.contains("it arrives"), "{before}");
+        assert_eq!(lab.json("agent hold node1")["nodes"][0]["agent"], "held");
+        let fdb = lab.run("exec node1 -- bridge fdb show dev flannel.1");
+        let mac = fdb.lines().find(|l| l.contains("10.168.0.3")).unwrap().split_whitespace().next().unwrap().to_owned();
+        lab.run(&format!("exec node1 -- bridge fdb replace {mac} dev flannel.1 dst 10.168.0.77 self permanent"));
+        let held = lab.try_run("explain container-1 container-2");
+        assert_eq!(held.status.code(), Some(3), "{}", text(&held.stdout));
+        assert!(text(&held.stdout).contains("10.168.0.77"), "{}", text(&held.stdout));
+        let failed = lab.try_run("ping -o json");
+        assert_eq!(failed.status.code(), Some(3));
+        let failed: Value = serde_json::from_slice(&failed.stdout).unwrap();
+        assert_eq!((&failed["reachable"], failed["failed"].as_array().unwrap().len()), (&0.into(), 2));
+        lab.run("agent start node1");
+        eventually("the released agent repairs it", || {
+            let shown = lab.run("exec node1 -- bridge fdb show dev flannel.1");
+            if shown.contains(&format!("{mac} dst 10.168.0.3 self permanent")) { Ok(()) } else { Err(shown) }
+        });
+        assert_eq!(lab.json("ping")["reachable"], 2);
+    }
+}
+
+#[test]
+fn a_host_joins_and_the_others_learn_the_way() {
+    let Some(lab) = Lab::new() else { return };
+    lab.run("up");
+    let out = lab.try_run("node add");
+    let said = text(&out.stderr);
+    assert!(out.status.success(), "{said}");
+    for node in ["node1", "node2"] {
+        for what in ["route 10.1.17.0/24", "neigh 10.1.17.0", "fdb "] {
+            assert!(said.lines().any(|l| l.starts_with(&format!("{node}: {what}"))), "{node} {what}: {said}");
+        }
+    }
+    let ping = lab.json("ping");
+    assert_eq!((&ping["pairs"], &ping["reachable"]), (&6.into(), &6.into()));
+}
+
+#[test]
+fn an_agent_is_stopped_killed_and_started_and_the_data_path_stays() {
+    let Some(lab) = Lab::new() else { return };
+    lab.run("up");
+    for (act, state) in
+        [("stop", "stopped"), ("start", "running"), ("kill", "stopped"), ("start", "running"), ("restart", "running")]
+    {
+        assert_eq!(lab.json(&format!("agent {act} node2"))["nodes"][1]["agent"], state, "{act}");
+        assert_eq!(lab.json("ping")["reachable"], 2, "after {act}");
+    }
+}
+
+#[test]
+fn capture_decodes_what_passes_layer_by_layer() {
+    for lab in [Lab::new(), Lab::without_root()].into_iter().flatten() {
+        lab.run("up");
+        let mut command = lab.wrapped(&lab.program);
+        command.args(["lab", "capture", &format!("--name={}", lab.name), "node1", "eth0", "--count=40"]);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut ready = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stderr.as_mut().unwrap()), &mut ready).unwrap();
+        assert!(ready.contains("listening"), "{ready}");
+        eventually("enough packets have passed", || {
+            lab.run("ping");
+            if child.try_wait().unwrap().is_some() { Ok(()) } else { Err("not yet") }
+        });
+        let shown = text(&child.wait_with_output().unwrap().stdout);
+        for layer in ["outer IPv4", "outer UDP", "VXLAN", "inner ICMP"] {
+            assert!(shown.contains(layer), "{layer}: {shown}");
+        }
+    }
+}
+
+#[test]
+fn a_large_lab_reaches_everybody() {
+    let Some(lab) = Lab::new() else { return };
+    lab.run("up --nodes 8 --containers 2");
+    let ping = lab.json("ping");
+    assert_eq!((&ping["pairs"], &ping["reachable"]), (&240.into(), &240.into()), "{ping}");
+}
+
+#[test]
+fn a_stock_etcd_serves_as_the_store() {
+    if !installed("etcd") || !installed("etcdctl") {
+        return;
+    }
+    let Some(lab) = Lab::new() else { return };
+    lab.run("up --store etcd");
+    assert_eq!(lab.json("ping")["reachable"], 2);
+    let keys = "env ETCDCTL_API=3 etcdctl --endpoints http://10.168.0.1:2379 get --prefix --keys-only /coreos.com/network/subnets";
+    let keys = lab.run(&format!("exec underlay -- {keys}"));
+    assert!(keys.contains("/coreos.com/network/subnets/10.1.16.0-24"), "{keys}");
+}
+
+#[test]
 fn forbidden_user_namespaces_are_one_clear_error() {
     let Some(lab) = Lab::without_root() else { return };
     // A user namespace in which no further one may be made, and no right is left to do without.
@@ -232,4 +431,23 @@ fn what_is_asked_for_wrongly_is_refused_in_words() {
         assert!(text(&out.stdout).contains(word), "{line}: {}", text(&out.stdout));
     }
     lab.assert_gone();
+}
+
+#[test]
+fn a_lab_whose_client_is_killed_ends_and_leaves_nothing() {
+    for lab in [Lab::new(), Lab::without_root()].into_iter().flatten() {
+        let mut command = lab.wrapped(&lab.program);
+        command.args(["lab", "up", "--nodes=16", "--containers=4", &format!("--name={}", lab.name)]);
+        let mut client = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut first = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(client.stderr.take().unwrap()), &mut first).unwrap();
+        assert!(first.contains("16 hosts"), "{first}");
+        client.kill().unwrap();
+        client.wait().unwrap();
+        eventually("no process and no folder is left", || {
+            let left = processes(&format!("{}/twill/lab-{}/", lab.runtime.path().display(), lab.name));
+            if left.is_empty() && !lab.folder().exists() { Ok(()) } else { Err(left) }
+        });
+        lab.assert_gone();
+    }
 }

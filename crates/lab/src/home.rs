@@ -15,7 +15,7 @@ use crate::error::{Act, LabError};
 use crate::layout::{LabName, UNDERLAY};
 
 /// Where `ip netns` looks.
-const NETNS_DIR: &str = "/run/netns";
+pub const NETNS_DIR: &str = "/run/netns";
 
 /// The folder of all labs of this user.
 #[derive(Debug, Clone)]
@@ -98,7 +98,13 @@ impl LabDir {
             return Err(LabError::new("lab-home", format!("{} is too long for a socket's path", socket.display()))
                 .hint("take a shorter XDG_RUNTIME_DIR or a shorter --name"));
         }
-        DirBuilder::new().mode(0o700).create(&self.path).act(|| format!("make {}", self.path.display()))
+        let mut builder = DirBuilder::new();
+        let made = match builder.mode(0o700).create(&self.path) {
+            // The last lab that ended has taken the folder of all labs along.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => builder.recursive(true).create(&self.path),
+            made => made,
+        };
+        made.act(|| format!("make {}", self.path.display()))
     }
 
     /// Removes every trace in the file system: names for `ip netns`, and the folder. True when there was one.
@@ -109,18 +115,17 @@ impl LabDir {
         }
         let was = fs::symlink_metadata(&self.path).is_ok();
         gone(fs::remove_dir_all(&self.path)).act(|| format!("remove {}", self.path.display()))?;
+        if let Some(home) = self.path.parent() {
+            // Only when it is empty.
+            let _ = fs::remove_dir(home);
+        }
         Ok(was || !links.is_empty())
-    }
-
-    /// The name of a place for `ip netns`.
-    pub fn netns_name(&self, place: &str) -> String {
-        format!("twill-{}-{place}", self.name)
     }
 
     /// Gives a namespace a name for `ip netns`: a symbolic link, never a bind mount, which would keep the namespace alive.
     pub fn link_netns(&self, place: &str, target: &str) -> io::Result<PathBuf> {
         DirBuilder::new().mode(0o755).recursive(true).create(NETNS_DIR)?;
-        let link = Path::new(NETNS_DIR).join(self.netns_name(place));
+        let link = Path::new(NETNS_DIR).join(self.name.netns_name(place));
         gone(fs::remove_file(&link))?;
         symlink(target, &link)?;
         Ok(link)

@@ -135,11 +135,17 @@ impl Lab {
         if !self.spec.has_agents() {
             return Ok(());
         }
-        let waited = each(&self.hosts, |host| {
+        let waited = each(self.running(), |host| {
             let others = self.hosts.iter().filter(|other| other.plan.name != host.plan.name);
             watch::knows(host, &others.map(|other| &other.plan).collect::<Vec<_>>(), &|_| ())
         });
         waited.into_iter().collect()
+    }
+
+    /// The hosts whose agents do their work.
+    fn running(&self) -> impl Iterator<Item = &Host> {
+        let state = |host: &&Host| host.agent.as_ref().map(|agent| agent.state(&self.children));
+        self.hosts.iter().filter(move |host| state(host) == Some(AgentState::Running))
     }
 
     /// One more host; the others' new entries are told as they appear.
@@ -158,7 +164,7 @@ impl Lab {
         let plan = host.plan.clone();
         progress(format!("{} joins the underlay as {}", plan.name, plan.address.addr));
         let (up, watched) = thread::scope(|scope| {
-            let watchers = scope.spawn(|| each(&self.hosts, |other| watch::knows(other, &[&plan], progress)));
+            let watchers = scope.spawn(|| each(self.running(), |other| watch::knows(other, &[&plan], progress)));
             let up = self.bring_up(&mut host);
             (up, watchers.join())
         });

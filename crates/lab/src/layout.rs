@@ -29,6 +29,13 @@ pub const UNDERLAY: &str = "underlay";
 #[serde(try_from = "String", into = "String")]
 pub struct LabName(String);
 
+impl LabName {
+    /// The name of one of its places for `ip netns`.
+    pub fn netns_name(&self, place: &str) -> String {
+        format!("twill-{self}-{place}")
+    }
+}
+
 impl FromStr for LabName {
     type Err = BadValue;
 

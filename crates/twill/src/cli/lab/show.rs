@@ -1,6 +1,7 @@
 //! What `lab` prints of a lab.
 
 use serde_json::{Value, json};
+use twill_lab::home::NETNS_DIR;
 use twill_lab::start::{self, Listed};
 use twill_lab::{AgentState, LabState};
 
@@ -10,13 +11,20 @@ use crate::output::{Failure, Output, columns};
 /// A lab, for programs: {"name","nodes":[{"name","address","subnet","netns","containers":[…]}]}.
 fn value(state: &LabState) -> Value {
     let nodes = state.hosts.iter().map(|host| {
-        let containers =
-            host.containers.iter().map(|c| json!({"name": c.name, "address": c.address, "netns": c.netns}));
+        // As root by its name for `ip netns`; else by the descriptor that the supervisor holds.
+        let netns = |place: &str, path: &str| match state.user_namespace {
+            true => path.to_owned(),
+            false => format!("{NETNS_DIR}/{}", state.spec.name.netns_name(place)),
+        };
+        let containers = host
+            .containers
+            .iter()
+            .map(|c| json!({"name": c.name, "address": c.address, "netns": netns(&c.name, &c.netns)}));
         json!({
             "name": host.name,
             "address": host.address,
             "subnet": host.subnet,
-            "netns": host.netns,
+            "netns": netns(&host.name, &host.netns),
             "agent": host.agent,
             "containers": containers.collect::<Vec<_>>(),
         })

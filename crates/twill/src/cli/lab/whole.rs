@@ -3,7 +3,6 @@
 use std::process::ExitCode;
 
 use serde_json::json;
-use twill_lab::layout::UNDERLAY;
 use twill_lab::{Spec, StoreKind, enter, start};
 
 use super::{home, look};
@@ -12,8 +11,9 @@ use crate::output::{Failure, Output, progress};
 /// Makes a lab, shows who reaches whom and one path, and removes everything.
 pub(super) fn run(output: Output) -> anyhow::Result<ExitCode> {
     // A name of its own, so that it is in nobody's way.
-    let name = format!("{UNDERLAY}-{}", std::process::id()).replace(UNDERLAY, "once");
-    let name = name.parse().map_err(|e: twill_core::net::BadValue| Failure::new("bad-lab-name", e.to_string()))?;
+    let name = format!("once-{}", std::process::id())
+        .parse()
+        .map_err(|e: twill_core::net::BadValue| Failure::new("bad-lab-name", e.to_string()))?;
     let spec = Spec { name, scenario: None, nodes: 2, containers: 1, store: StoreKind::Embedded };
     let home = home()?;
     let started = start::up(&home, &spec, |text| progress(text)).map_err(Failure::from)?;
