@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,6 +19,7 @@ use twill_kernel::netns::Netns;
 pub(crate) struct Children {
     all: Mutex<BTreeMap<u32, Life>>,
     changed: Condvar,
+    closed: AtomicBool,
 }
 
 /// How a process is.
@@ -47,6 +49,9 @@ impl Children {
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         // Held until the PID is known, so that the reaper cannot come first.
         let mut all = self.lock();
+        if self.is_closed() {
+            return Err(io::Error::other("the lab is ending"));
+        }
         let child = netns.run(|| command.spawn())??;
         all.insert(child.id(), Life::Alive);
         self.changed.notify_all();
@@ -87,8 +92,16 @@ impl Children {
         true
     }
 
-    /// Ends all children at once, and waits for them.
+    /// True when the lab is ending: no child is started any more.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
+    }
+
+    /// Ends all children at once, and waits for them; no other is started.
     pub(crate) fn end_all(&self, patience: Duration) {
+        let all = self.lock();
+        self.closed.store(true, Ordering::Relaxed);
+        drop(all);
         let pids: Vec<u32> =
             self.lock().iter().filter(|(_, life)| **life == Life::Alive).map(|(pid, _)| *pid).collect();
         for pid in &pids {

@@ -137,7 +137,7 @@ impl Lab {
         }
         let waited = each(self.running(), |host| {
             let others = self.hosts.iter().filter(|other| other.plan.name != host.plan.name);
-            watch::knows(host, &others.map(|other| &other.plan).collect::<Vec<_>>(), &|_| ())
+            watch::knows(host, &others.map(|other| &other.plan).collect::<Vec<_>>(), &self.children, &|_| ())
         });
         waited.into_iter().collect()
     }
@@ -164,7 +164,8 @@ impl Lab {
         let plan = host.plan.clone();
         progress(format!("{} joins the underlay as {}", plan.name, plan.address.addr));
         let (up, watched) = thread::scope(|scope| {
-            let watchers = scope.spawn(|| each(self.running(), |other| watch::knows(other, &[&plan], progress)));
+            let watchers =
+                scope.spawn(|| each(self.running(), |other| watch::knows(other, &[&plan], &self.children, progress)));
             let up = self.bring_up(&mut host);
             (up, watchers.join())
         });

@@ -21,7 +21,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Builds the lab, tells the client on stdout, and serves until it ends.
 pub(crate) fn run(dir: LabDir, spec: Spec, user_namespace: bool) -> Result<(), LabError> {
     let children = Children::new();
-    watch_client(dir.clone(), Arc::clone(&children));
+    // Held while the lab is built: nobody removes what is still being made.
+    let building = Arc::new(Mutex::new(()));
+    let held = building.lock().unwrap_or_else(PoisonError::into_inner);
+    watch_client(dir.clone(), Arc::clone(&children), Arc::clone(&building));
     let listener = UnixListener::bind(dir.socket()).act(|| format!("listen on {}", dir.socket().display()))?;
     let progress = |text: String| {
         let _ = say(&mut io::stdout(), &Word::Progress(text));
@@ -30,10 +33,11 @@ pub(crate) fn run(dir: LabDir, spec: Spec, user_namespace: bool) -> Result<(), L
     let lab = match built {
         Ok(lab) => lab,
         Err(error) => {
-            children.end_all(PATIENCE);
+            end(&dir, &children);
             return Err(error);
         }
     };
+    drop(held);
     // The client may be gone: then its end of stdin is closed, and the lab ends by that.
     let _ = say(&mut io::stdout(), &Word::Done(Box::new(lab.state())));
     close_stdout();
@@ -53,11 +57,14 @@ fn close_stdout() {
 }
 
 /// Ends the lab when the client's end of stdin is closed without the word to stay.
-fn watch_client(dir: LabDir, children: Arc<Children>) {
+fn watch_client(dir: LabDir, children: Arc<Children>, building: Arc<Mutex<()>>) {
     thread::spawn(move || {
         let mut line = String::new();
         let _ = io::stdin().lock().read_line(&mut line);
         if line.trim_end() != STAY {
+            // Without its processes a lab that is being built fails soon.
+            children.end_all(PATIENCE);
+            let _built = building.lock();
             end(&dir, &children);
             std::process::exit(0);
         }

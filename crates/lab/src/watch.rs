@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use twill_core::host::{HostState, Object, TABLE_MAIN};
 use twill_kernel::{Interest, Kernel, LinuxKernel};
 
+use crate::children::Children;
 use crate::error::{Act, LabError};
 use crate::lab::{Host, Progress};
 use crate::layout::NodePlan;
@@ -14,7 +15,12 @@ use crate::layout::NodePlan;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Waits until `host` has what it takes to reach every one of `others`; each entry is told once, as it appears.
-pub(crate) fn knows(host: &Host, others: &[&NodePlan], progress: Progress<'_>) -> Result<(), LabError> {
+pub(crate) fn knows(
+    host: &Host,
+    others: &[&NodePlan],
+    children: &Children,
+    progress: Progress<'_>,
+) -> Result<(), LabError> {
     let name = &host.plan.name;
     let watched = host.place.netns.run(|| {
         let mut kernel = LinuxKernel::open(Interest::default()).act(|| format!("look into {name}"))?;
@@ -37,11 +43,17 @@ pub(crate) fn knows(host: &Host, others: &[&NodePlan], progress: Progress<'_>) -
             let Some(left) = end.checked_duration_since(Instant::now()) else {
                 return Err(LabError::new("agent-failed", format!("{name} has no {}", missing.join(", no "))));
             };
-            kernel.changes(Some(left)).act(|| format!("watch {name}"))?;
+            if children.is_closed() {
+                return Err(LabError::new("lab-failed", "the lab is ending"));
+            }
+            kernel.changes(Some(left.min(LOOK))).act(|| format!("watch {name}"))?;
         }
     });
     watched.act(|| format!("enter {name}"))?
 }
+
+/// How often it is looked whether the lab is ending.
+const LOOK: Duration = Duration::from_millis(200);
 
 /// What a host has of the way to another.
 struct Entries {
