@@ -5,31 +5,33 @@
 //!      ▲           │                    │                            │
 //!      └───────────┴── waits and tries again, the data path stays ───┘
 //! ```
+//!
+//! [`own`]: the own lease and what stands on it; [`say`]: waiting, and what `status` shows.
+
+mod own;
+mod say;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, sleep, timeout};
-use twill_core::alloc::{self, Choice};
+use tokio::time::Instant;
 use twill_core::config::{self, NetworkConfig};
-use twill_core::flannel::subnet_env::SubnetEnv;
 use twill_core::host::HostState;
 use twill_core::iface;
-use twill_core::lease::{Lease, LeaseKey};
+use twill_core::lease::Lease;
 use twill_core::lease_set::LeaseSet;
 use twill_core::reconcile::Finding;
 use twill_core::state_file::State;
-use twill_kernel::{Waker, files};
+use twill_kernel::Waker;
 use twill_store::{EtcdStore, Listing, RawConfig, StoreError, Swap, WatchEvent};
 
-use super::compose::{self, Network};
+use super::compose::Network;
 use super::reconciler::Order;
 use super::settings::Settings;
-use super::view::{PeerView, UnderlayView, View};
+use super::view::{PeerView, View};
 use crate::output::Failure;
 
 /// flannel's time to live of a lease, in seconds.
@@ -250,169 +252,6 @@ impl Session {
             _ => None,
         });
         routes.map(|dst| format!("{}-{}", dst.addr(), dst.len())).collect()
-    }
-
-    /// Our lease: kept, taken again, or taken anew. `None`: none is to be had yet, which was said and waited for.
-    async fn acquire(&mut self, network: &mut Network, config: &NetworkConfig) -> Result<Option<Lease>, StoreError> {
-        let mut seed = files::random_bytes().map_or(u64::from(std::process::id()), u64::from_ne_bytes);
-        loop {
-            let host = self.host.borrow().clone();
-            let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
-            let me = compose::me(
-                &self.state,
-                &network.cx.underlay,
-                &host,
-                &self.subnet_env(),
-                &devices,
-                &self.settings.subnet,
-            );
-            match alloc::choose(config, &self.leases, &me, seed) {
-                Choice::Keep(lease) => {
-                    network.take(&lease.key, Some(&lease));
-                    return self.refresh(network, *lease).await;
-                }
-                Choice::GiveBack(lease) => {
-                    let name = lease.key.to_string();
-                    tracing::info!(lease = name, "our lease no longer fits the config or lost a collision: given back");
-                    self.store.delete(&name, lease.mod_rev).await?;
-                    self.leases.delete(&name);
-                    self.state.subnets.retain(|s| !lease.key.subnets().any(|gone| gone == *s));
-                }
-                Choice::Create(key) => {
-                    network.take(&key, None);
-                    if let Some(lease) = self.create(network, key).await? {
-                        return Ok(Some(lease));
-                    }
-                }
-                Choice::Refuse(reason) => {
-                    self.wait_for("no-free-subnet", &reason, "free one with `etcdctl del`, or enlarge the Network")
-                        .await;
-                    return Ok(None);
-                }
-            }
-            seed = seed.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
-        }
-    }
-
-    /// Takes a free subnet by compare-and-swap; `None`: somebody was faster, and is known now.
-    async fn create(&mut self, network: &Network, key: LeaseKey) -> Result<Option<Lease>, StoreError> {
-        let mut attrs = network.backend.attrs(&network.cx);
-        attrs.node = Some(self.state.node);
-        let name = key.to_string();
-        match self.store.create(&name, &attrs.to_json(), TTL).await? {
-            Swap::Done { revision, etcd_lease } => {
-                tracing::info!(subnet = name, "leased");
-                let lease = Lease { key, attrs, create_rev: revision, mod_rev: revision, etcd_lease };
-                self.put_own(&lease);
-                Ok(Some(lease))
-            }
-            Swap::Lost(Some(other)) => {
-                self.leases.put(other);
-                Ok(None)
-            }
-            Swap::Lost(None) => Ok(None),
-        }
-    }
-
-    /// Keeps a lease that is ours: its time starts anew, and its value says what is true now.
-    async fn refresh(&mut self, network: &Network, lease: Lease) -> Result<Option<Lease>, StoreError> {
-        let name = lease.key.to_string();
-        let mut etcd_lease = lease.etcd_lease;
-        if etcd_lease != 0 && self.store.keep_alive(etcd_lease).await?.is_none() {
-            etcd_lease = self.store.grant(TTL).await?;
-        }
-        let mut attrs = network.backend.attrs(&network.cx);
-        attrs.node = Some(self.state.node);
-        attrs.twill_extra = lease.attrs.twill_extra.clone();
-        if attrs == lease.attrs && etcd_lease == lease.etcd_lease {
-            return Ok(Some(lease));
-        }
-        match self.store.update(&name, &attrs.to_json(), lease.mod_rev, etcd_lease).await? {
-            Swap::Done { revision, etcd_lease } => {
-                tracing::info!(subnet = name, "lease taken again, its value brought up to date");
-                let lease = Lease { attrs, mod_rev: revision, etcd_lease, ..lease };
-                self.put_own(&lease);
-                Ok(Some(lease))
-            }
-            Swap::Lost(now) => {
-                match now {
-                    Some(raw) => drop(self.leases.put(raw)),
-                    None => drop(self.leases.delete(&name)),
-                }
-                Ok(None)
-            }
-        }
-    }
-
-    fn put_own(&mut self, lease: &Lease) {
-        let (name, value) = (lease.key.to_string(), lease.attrs.to_json());
-        let (create_rev, mod_rev, etcd_lease) = (lease.create_rev, lease.mod_rev, lease.etcd_lease);
-        self.leases.put(twill_core::lease::RawLease { name, value, create_rev, mod_rev, etcd_lease });
-    }
-
-    /// Device, address, sysctls; then the files that say so.
-    async fn establish(&mut self, network: &Network, own: &Lease) {
-        let old: Vec<_> = self.state.devices.keys().copied().collect();
-        for device in network.devices() {
-            self.state.devices.insert(device, network.cx.mac(device));
-        }
-        self.state.subnets = own.key.subnets().collect();
-        self.state.networks = network.cx.networks.clone();
-        self.save();
-        match network.backend.base(&network.cx) {
-            Ok(base) => {
-                let (done, applied) = oneshot::channel();
-                self.order(Order::Base { base, claim: network.claim(&self.state), prune: self.prune, done });
-                let _ = applied.await;
-                self.write_subnet_env(network, own);
-            }
-            Err(refusal) => self.find(refusal.code, "backend", &refusal.message, &refusal.hint),
-        }
-        // What an earlier config had is gone now.
-        if old.iter().any(|device| !network.devices().contains(device)) {
-            self.state.devices.retain(|device, _| network.devices().contains(device));
-            self.save();
-        }
-        self.show_network(network);
-    }
-
-    fn save(&mut self) {
-        let path = self.settings.state_dir.join("state.json");
-        let saved = self
-            .state
-            .to_json()
-            .map_err(std::io::Error::other)
-            .and_then(|bytes| files::write_atomic(&path, &bytes, 0o600));
-        match saved {
-            Ok(()) => self.unfind("state-unwritable"),
-            Err(e) => self.find(
-                "state-unwritable",
-                &path.display().to_string(),
-                &e.to_string(),
-                "make the folder writable, or name another with --state-dir",
-            ),
-        }
-    }
-
-    fn write_subnet_env(&mut self, network: &Network, own: &Lease) {
-        let Ok(mtu) = network.mtu() else { return };
-        let pair = |v4: bool| {
-            let network = network.cx.networks.iter().find(|n| n.is_v4() == v4)?;
-            Some((*network, own.key.subnets().find(|s| s.is_v4() == v4)?))
-        };
-        // Nothing masquerades yet: docker and the bridge plugin shall.
-        let env = SubnetEnv { v4: pair(true), v6: pair(false), mtu, ip_masq: false }.to_string();
-        let path: PathBuf = self.settings.subnet_file.clone();
-        if self.subnet_env() == env {
-            return;
-        }
-        match files::write_atomic(&path, env.as_bytes(), 0o644) {
-            Ok(()) => tracing::info!(file = %path.display(), "wrote the subnet for container runtimes"),
-            Err(e) => {
-                let fix = "make the folder writable, or name another file with --subnet-file";
-                self.find("subnet-env-unwritable", &path.display().to_string(), &e.to_string(), fix);
-            }
-        }
     }
 
     /// Tells the reconciler what these leases want.
@@ -677,151 +516,5 @@ impl Session {
         // The reconciler ends only with the process.
         let _ = self.orders.send(order);
         self.waker.wake();
-    }
-}
-
-/// Waiting, and saying why.
-impl Session {
-    /// Says once what is missing, and waits until the host changes, or a while has passed.
-    async fn wait_for(&mut self, code: &'static str, message: &str, hint: &str) {
-        if self.last_wait != message {
-            tracing::warn!(code, hint, "{message}: waiting");
-            message.clone_into(&mut self.last_wait);
-        }
-        self.find(code, "node", message, hint);
-        self.set_state("waiting");
-        let _ = timeout(Duration::from_millis(500), self.host.changed()).await;
-        self.unfind(code);
-    }
-
-    /// Lets time pass, answering what needs no store.
-    async fn pause(&mut self, wait: Duration) {
-        let end = sleep(wait);
-        tokio::pin!(end);
-        loop {
-            tokio::select! {
-                () = &mut end => return,
-                Some(command) = self.commands.recv() => match command {
-                    Command::Peers(reply) => drop(reply.send(Vec::new())),
-                    Command::Accept(reply) => drop(reply.send(0)),
-                    Command::Leave(reply) => {
-                        let failure = Failure::new("store-away", "the store is away, the lease cannot be given back");
-                        drop(reply.send(Err(failure.hint("bring the store back, or remove everything here with: twill clean"))));
-                    }
-                },
-            }
-        }
-    }
-
-    fn say_away(&mut self, error: &StoreError) {
-        let message = error.to_string();
-        if self.last_wait != message {
-            tracing::warn!(code = error.code(), hint = error.hint(), "{message}: the data path keeps running");
-            self.last_wait.clone_from(&message);
-        }
-        if let Ok(mut view) = self.view.lock() {
-            view.store.state = "away".into();
-        }
-        self.find(error.code(), "store", &message, error.hint());
-    }
-
-    fn say_up(&mut self, revision: i64) {
-        self.last_wait.clear();
-        for code in ["store-away", "store-denied", "store-compacted", "config-missing", "bad-config"] {
-            self.unfind(code);
-        }
-        if let Ok(mut view) = self.view.lock() {
-            if view.store.state != "up" {
-                tracing::info!(endpoints = view.store.endpoints, "the store answers");
-            }
-            view.store.state = "up".into();
-            view.store.revision = revision;
-        }
-    }
-
-    fn heard(&mut self, revision: i64) {
-        if let Some((_, seen)) = &mut self.seen {
-            *seen = revision.max(*seen);
-        }
-        if let Ok(mut view) = self.view.lock() {
-            view.store.revision = revision;
-        }
-    }
-}
-
-/// What `status` shows.
-impl Session {
-    fn set_state(&self, state: &str) {
-        if let Ok(mut view) = self.view.lock()
-            && view.state != "held"
-        {
-            view.state = state.into();
-        }
-    }
-
-    fn find(&self, code: &str, object: &str, evidence: &str, fix: &str) {
-        if let Ok(mut view) = self.view.lock() {
-            view.findings.retain(|f| f.code != code);
-            view.findings.push(Finding {
-                code: code.into(),
-                object: object.into(),
-                evidence: evidence.into(),
-                fix: fix.into(),
-            });
-        }
-    }
-
-    fn unfind(&self, code: &str) {
-        if let Ok(mut view) = self.view.lock() {
-            view.findings.retain(|f| f.code != code);
-        }
-    }
-
-    /// Each once in the log, and in `status`.
-    fn show_ignored(&self, ignored: &[String]) {
-        let Ok(mut view) = self.view.lock() else { return };
-        let old: Vec<Finding> = view.findings.extract_if(.., |f| f.code == "config-key-ignored").collect();
-        for text in ignored {
-            if !old.iter().any(|f| f.evidence == *text) {
-                tracing::warn!(code = "config-key-ignored", "network config: {text}: ignored");
-            }
-            let (code, object, fix) =
-                ("config-key-ignored".into(), "network config".into(), "remove it, or correct its spelling".into());
-            view.findings.push(Finding { code, object, evidence: text.clone(), fix });
-        }
-    }
-
-    fn show_faults(&self) {
-        let Ok(mut view) = self.view.lock() else { return };
-        view.findings.retain(|f| !f.object.starts_with("lease "));
-        view.findings.extend(self.faults.values().cloned());
-    }
-
-    fn show_underlay(&self, chosen: &iface::Chosen) {
-        let underlay = &chosen.underlay;
-        let shown = UnderlayView {
-            interface: underlay.link.to_string(),
-            addresses: [true, false]
-                .into_iter()
-                .filter_map(|v4| underlay.public(v4))
-                .map(|ip| ip.to_string())
-                .collect(),
-            mtu: underlay.mtu.get(),
-            why: chosen.why.clone(),
-        };
-        let Ok(mut view) = self.view.lock() else { return };
-        if view.underlay.as_ref() != Some(&shown) {
-            tracing::info!(interface = shown.interface, addresses = ?shown.addresses, mtu = shown.mtu, "underlay: {}", shown.why);
-            view.underlay = Some(shown);
-        }
-    }
-
-    fn show_network(&self, network: &Network) {
-        let Ok(mut view) = self.view.lock() else { return };
-        view.subnets = network.cx.subnets.iter().map(ToString::to_string).collect();
-        view.networks = network.cx.networks.iter().map(ToString::to_string).collect();
-        view.backend = network.backend.lease_type().map(str::to_owned);
-        view.devices = network.devices().iter().map(ToString::to_string).collect();
-        view.mtu = network.mtu().ok().map(|mtu| mtu.get());
     }
 }

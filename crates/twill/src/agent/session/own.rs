@@ -1,0 +1,184 @@
+//! The own lease: taken, taken again, kept true; and what stands on it: device, address, files.
+
+use std::path::PathBuf;
+
+use tokio::sync::oneshot;
+use twill_core::alloc::{self, Choice};
+use twill_core::config::NetworkConfig;
+use twill_core::flannel::subnet_env::SubnetEnv;
+use twill_core::lease::{Lease, LeaseKey, RawLease};
+use twill_kernel::files;
+use twill_store::{StoreError, Swap};
+
+use super::super::compose::{self, Network};
+use super::super::reconciler::Order;
+use super::{Session, TTL};
+
+impl Session {
+    /// Our lease: kept, taken again, or taken anew. `None`: none is to be had yet, which was said and waited for.
+    pub(super) async fn acquire(
+        &mut self,
+        network: &mut Network,
+        config: &NetworkConfig,
+    ) -> Result<Option<Lease>, StoreError> {
+        let mut seed = files::random_bytes().map_or(u64::from(std::process::id()), u64::from_ne_bytes);
+        loop {
+            let host = self.host.borrow().clone();
+            let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
+            let me = compose::me(
+                &self.state,
+                &network.cx.underlay,
+                &host,
+                &self.subnet_env(),
+                &devices,
+                &self.settings.subnet,
+            );
+            match alloc::choose(config, &self.leases, &me, seed) {
+                Choice::Keep(lease) => {
+                    network.take(&lease.key, Some(&lease));
+                    return self.refresh(network, *lease).await;
+                }
+                Choice::GiveBack(lease) => {
+                    let name = lease.key.to_string();
+                    tracing::info!(lease = name, "our lease no longer fits the config or lost a collision: given back");
+                    self.store.delete(&name, lease.mod_rev).await?;
+                    self.leases.delete(&name);
+                    self.state.subnets.retain(|s| !lease.key.subnets().any(|gone| gone == *s));
+                }
+                Choice::Create(key) => {
+                    network.take(&key, None);
+                    if let Some(lease) = self.create(network, key).await? {
+                        return Ok(Some(lease));
+                    }
+                }
+                Choice::Refuse(reason) => {
+                    self.wait_for("no-free-subnet", &reason, "free one with `etcdctl del`, or enlarge the Network")
+                        .await;
+                    return Ok(None);
+                }
+            }
+            seed = seed.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+        }
+    }
+
+    /// Takes a free subnet by compare-and-swap; `None`: somebody was faster, and is known now.
+    async fn create(&mut self, network: &Network, key: LeaseKey) -> Result<Option<Lease>, StoreError> {
+        let mut attrs = network.backend.attrs(&network.cx);
+        attrs.node = Some(self.state.node);
+        let name = key.to_string();
+        match self.store.create(&name, &attrs.to_json(), TTL).await? {
+            Swap::Done { revision, etcd_lease } => {
+                tracing::info!(subnet = name, "leased");
+                let lease = Lease { key, attrs, create_rev: revision, mod_rev: revision, etcd_lease };
+                self.put_own(&lease);
+                Ok(Some(lease))
+            }
+            Swap::Lost(Some(other)) => {
+                self.leases.put(other);
+                Ok(None)
+            }
+            Swap::Lost(None) => Ok(None),
+        }
+    }
+
+    /// Keeps a lease that is ours: its time starts anew, and its value says what is true now.
+    pub(super) async fn refresh(&mut self, network: &Network, lease: Lease) -> Result<Option<Lease>, StoreError> {
+        let name = lease.key.to_string();
+        let mut etcd_lease = lease.etcd_lease;
+        if etcd_lease != 0 && self.store.keep_alive(etcd_lease).await?.is_none() {
+            etcd_lease = self.store.grant(TTL).await?;
+        }
+        let mut attrs = network.backend.attrs(&network.cx);
+        attrs.node = Some(self.state.node);
+        attrs.twill_extra = lease.attrs.twill_extra.clone();
+        if attrs == lease.attrs && etcd_lease == lease.etcd_lease {
+            return Ok(Some(lease));
+        }
+        match self.store.update(&name, &attrs.to_json(), lease.mod_rev, etcd_lease).await? {
+            Swap::Done { revision, etcd_lease } => {
+                tracing::info!(subnet = name, "lease taken again, its value brought up to date");
+                let lease = Lease { attrs, mod_rev: revision, etcd_lease, ..lease };
+                self.put_own(&lease);
+                Ok(Some(lease))
+            }
+            Swap::Lost(now) => {
+                match now {
+                    Some(raw) => drop(self.leases.put(raw)),
+                    None => drop(self.leases.delete(&name)),
+                }
+                Ok(None)
+            }
+        }
+    }
+
+    fn put_own(&mut self, lease: &Lease) {
+        let (name, value) = (lease.key.to_string(), lease.attrs.to_json());
+        let (create_rev, mod_rev, etcd_lease) = (lease.create_rev, lease.mod_rev, lease.etcd_lease);
+        self.leases.put(RawLease { name, value, create_rev, mod_rev, etcd_lease });
+    }
+
+    /// Device, address, sysctls; then the files that say so.
+    pub(super) async fn establish(&mut self, network: &Network, own: &Lease) {
+        let old: Vec<_> = self.state.devices.keys().copied().collect();
+        for device in network.devices() {
+            self.state.devices.insert(device, network.cx.mac(device));
+        }
+        self.state.subnets = own.key.subnets().collect();
+        self.state.networks = network.cx.networks.clone();
+        self.save();
+        match network.backend.base(&network.cx) {
+            Ok(base) => {
+                let (done, applied) = oneshot::channel();
+                self.order(Order::Base { base, claim: network.claim(&self.state), prune: self.prune, done });
+                let _ = applied.await;
+                self.write_subnet_env(network, own);
+            }
+            Err(refusal) => self.find(refusal.code, "backend", &refusal.message, &refusal.hint),
+        }
+        // What an earlier config had is gone now.
+        if old.iter().any(|device| !network.devices().contains(device)) {
+            self.state.devices.retain(|device, _| network.devices().contains(device));
+            self.save();
+        }
+        self.show_network(network);
+    }
+
+    pub(super) fn save(&mut self) {
+        let path = self.settings.state_dir.join("state.json");
+        let saved = self
+            .state
+            .to_json()
+            .map_err(std::io::Error::other)
+            .and_then(|bytes| files::write_atomic(&path, &bytes, 0o600));
+        match saved {
+            Ok(()) => self.unfind("state-unwritable"),
+            Err(e) => self.find(
+                "state-unwritable",
+                &path.display().to_string(),
+                &e.to_string(),
+                "make the folder writable, or name another with --state-dir",
+            ),
+        }
+    }
+
+    fn write_subnet_env(&mut self, network: &Network, own: &Lease) {
+        let Ok(mtu) = network.mtu() else { return };
+        let pair = |v4: bool| {
+            let network = network.cx.networks.iter().find(|n| n.is_v4() == v4)?;
+            Some((*network, own.key.subnets().find(|s| s.is_v4() == v4)?))
+        };
+        // Nothing masquerades yet: docker and the bridge plugin shall.
+        let env = SubnetEnv { v4: pair(true), v6: pair(false), mtu, ip_masq: false }.to_string();
+        let path: PathBuf = self.settings.subnet_file.clone();
+        if self.subnet_env() == env {
+            return;
+        }
+        match files::write_atomic(&path, env.as_bytes(), 0o644) {
+            Ok(()) => tracing::info!(file = %path.display(), "wrote the subnet for container runtimes"),
+            Err(e) => {
+                let fix = "make the folder writable, or name another file with --subnet-file";
+                self.find("subnet-env-unwritable", &path.display().to_string(), &e.to_string(), fix);
+            }
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! Waiting, and saying why: in the log once, and in `status` for as long as it holds.
+
+use std::time::Duration;
+
+use tokio::time::{sleep, timeout};
+use twill_core::iface;
+use twill_core::reconcile::Finding;
+use twill_store::StoreError;
+
+use super::super::compose::Network;
+use super::super::view::UnderlayView;
+use super::{Command, Session};
+use crate::output::Failure;
+
+/// Waiting, and saying why.
+impl Session {
+    /// Says once what is missing, and waits until the host changes, or a while has passed.
+    pub(super) async fn wait_for(&mut self, code: &'static str, message: &str, hint: &str) {
+        if self.last_wait != message {
+            tracing::warn!(code, hint, "{message}: waiting");
+            message.clone_into(&mut self.last_wait);
+        }
+        self.find(code, "node", message, hint);
+        self.set_state("waiting");
+        let _ = timeout(Duration::from_millis(500), self.host.changed()).await;
+        self.unfind(code);
+    }
+
+    /// Lets time pass, answering what needs no store.
+    pub(super) async fn pause(&mut self, wait: Duration) {
+        let end = sleep(wait);
+        tokio::pin!(end);
+        loop {
+            tokio::select! {
+                () = &mut end => return,
+                Some(command) = self.commands.recv() => match command {
+                    Command::Peers(reply) => drop(reply.send(Vec::new())),
+                    Command::Accept(reply) => drop(reply.send(0)),
+                    Command::Leave(reply) => {
+                        let failure = Failure::new("store-away", "the store is away, the lease cannot be given back");
+                        drop(reply.send(Err(failure.hint("bring the store back, or remove everything here with: twill clean"))));
+                    }
+                },
+            }
+        }
+    }
+
+    pub(super) fn say_away(&mut self, error: &StoreError) {
+        let message = error.to_string();
+        if self.last_wait != message {
+            tracing::warn!(code = error.code(), hint = error.hint(), "{message}: the data path keeps running");
+            self.last_wait.clone_from(&message);
+        }
+        if let Ok(mut view) = self.view.lock() {
+            view.store.state = "away".into();
+        }
+        self.find(error.code(), "store", &message, error.hint());
+    }
+
+    pub(super) fn say_up(&mut self, revision: i64) {
+        self.last_wait.clear();
+        for code in ["store-away", "store-denied", "store-compacted", "config-missing", "bad-config"] {
+            self.unfind(code);
+        }
+        if let Ok(mut view) = self.view.lock() {
+            if view.store.state != "up" {
+                tracing::info!(endpoints = view.store.endpoints, "the store answers");
+            }
+            view.store.state = "up".into();
+            view.store.revision = revision;
+        }
+    }
+
+    pub(super) fn heard(&mut self, revision: i64) {
+        if let Some((_, seen)) = &mut self.seen {
+            *seen = revision.max(*seen);
+        }
+        if let Ok(mut view) = self.view.lock() {
+            view.store.revision = revision;
+        }
+    }
+}
+
+/// What `status` shows.
+impl Session {
+    pub(super) fn set_state(&self, state: &str) {
+        if let Ok(mut view) = self.view.lock()
+            && view.state != "held"
+        {
+            view.state = state.into();
+        }
+    }
+
+    pub(super) fn find(&self, code: &str, object: &str, evidence: &str, fix: &str) {
+        if let Ok(mut view) = self.view.lock() {
+            view.findings.retain(|f| f.code != code);
+            view.findings.push(Finding {
+                code: code.into(),
+                object: object.into(),
+                evidence: evidence.into(),
+                fix: fix.into(),
+            });
+        }
+    }
+
+    pub(super) fn unfind(&self, code: &str) {
+        if let Ok(mut view) = self.view.lock() {
+            view.findings.retain(|f| f.code != code);
+        }
+    }
+
+    /// Each once in the log, and in `status`.
+    pub(super) fn show_ignored(&self, ignored: &[String]) {
+        let Ok(mut view) = self.view.lock() else { return };
+        let old: Vec<Finding> = view.findings.extract_if(.., |f| f.code == "config-key-ignored").collect();
+        for text in ignored {
+            if !old.iter().any(|f| f.evidence == *text) {
+                tracing::warn!(code = "config-key-ignored", "network config: {text}: ignored");
+            }
+            let (code, object, fix) =
+                ("config-key-ignored".into(), "network config".into(), "remove it, or correct its spelling".into());
+            view.findings.push(Finding { code, object, evidence: text.clone(), fix });
+        }
+    }
+
+    pub(super) fn show_faults(&self) {
+        let Ok(mut view) = self.view.lock() else { return };
+        view.findings.retain(|f| !f.object.starts_with("lease "));
+        view.findings.extend(self.faults.values().cloned());
+    }
+
+    pub(super) fn show_underlay(&self, chosen: &iface::Chosen) {
+        let underlay = &chosen.underlay;
+        let shown = UnderlayView {
+            interface: underlay.link.to_string(),
+            addresses: [true, false]
+                .into_iter()
+                .filter_map(|v4| underlay.public(v4))
+                .map(|ip| ip.to_string())
+                .collect(),
+            mtu: underlay.mtu.get(),
+            why: chosen.why.clone(),
+        };
+        let Ok(mut view) = self.view.lock() else { return };
+        if view.underlay.as_ref() != Some(&shown) {
+            tracing::info!(interface = shown.interface, addresses = ?shown.addresses, mtu = shown.mtu, "underlay: {}", shown.why);
+            view.underlay = Some(shown);
+        }
+    }
+
+    pub(super) fn show_network(&self, network: &Network) {
+        let Ok(mut view) = self.view.lock() else { return };
+        view.subnets = network.cx.subnets.iter().map(ToString::to_string).collect();
+        view.networks = network.cx.networks.iter().map(ToString::to_string).collect();
+        view.backend = network.backend.lease_type().map(str::to_owned);
+        view.devices = network.devices().iter().map(ToString::to_string).collect();
+        view.mtu = network.mtu().ok().map(|mtu| mtu.get());
+    }
+}
