@@ -47,19 +47,19 @@ fn containers_of_two_docker_daemons_reach_each_other() {
     let mut addresses = Vec::new();
     for (_, socket) in &daemons {
         assert!(docker_cli(socket, &["import", image.to_str().unwrap(), "box:1"]).0);
-        let (ok, text) = docker_cli(socket, &["run", "--detach", "--name", "c", "box:1", "/bin/sleep", "600"]);
+        let (ok, text) = docker_cli(socket, &["run", "--detach", "--name", "box", "box:1", "/bin/sleep", "600"]);
         assert!(ok, "{text}");
-        let (_, address) = docker_cli(socket, &["inspect", "-f", "{{.NetworkSettings.IPAddress}}", "c"]);
+        let (_, address) = docker_cli(socket, &["inspect", "-f", "{{.NetworkSettings.IPAddress}}", "box"]);
         addresses.push(address.trim().to_owned());
     }
     for (from, to) in [(0, 1), (1, 0)] {
         eventually(&format!("{} reaches {}", addresses[from], addresses[to]), || {
-            let (ok, text) = docker_cli(&daemons[from].1, &["exec", "c", "/bin/ping", "-c1", "-W1", &addresses[to]]);
+            let (ok, text) = docker_cli(&daemons[from].1, &["exec", "box", "/bin/ping", "-c1", "-W1", &addresses[to]]);
             if ok { Ok(()) } else { Err(text) }
         });
     }
     for (_, socket) in &daemons {
-        assert!(docker_cli(socket, &["rm", "--force", "c"]).0);
+        assert!(docker_cli(socket, &["rm", "--force", "box"]).0);
     }
 }
 

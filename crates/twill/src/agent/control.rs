@@ -43,8 +43,8 @@ pub(crate) fn listen(run_dir: &Path) -> std::io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Serves until the future is dropped.
-pub(crate) async fn serve(control: Control, listener: UnixListener) {
+/// Serves until `stop` ends, and then until what is asked has been answered.
+pub(crate) async fn serve(control: Control, listener: UnixListener, stop: impl Future<Output = ()> + Send + 'static) {
     let router = Router::new()
         .route("/v1/status", get(status))
         .route("/v1/peers", get(peers))
@@ -54,7 +54,7 @@ pub(crate) async fn serve(control: Control, listener: UnixListener) {
         .route("/v1/resync", post(resync))
         .route("/v1/leave", post(leave))
         .with_state(control);
-    if let Err(error) = axum::serve(listener, router).await {
+    if let Err(error) = axum::serve(listener, router).with_graceful_shutdown(stop).await {
         tracing::error!(%error, "the control socket ended");
     }
 }

@@ -15,9 +15,10 @@ pub(crate) mod view;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use anyhow::Context;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use twill_core::config::{self, NetworkConfig};
 use twill_core::host::HostState;
 use twill_core::net::NodeId;
@@ -31,6 +32,9 @@ use self::settings::Settings;
 use self::view::{StoreView, View};
 use crate::output::Failure;
 use crate::stores;
+
+/// How long answers may take when the agent ends.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Runs the agent until it is told to end. Everything stays in the kernel.
 pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
@@ -63,13 +67,17 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
         let control = Control { view: Arc::clone(&view), orders: orders.clone(), waker: waker.clone(), commands };
         let session =
             Session::new(settings.clone(), store, orders.clone(), waker.clone(), host, view, command_receiver, state);
+        let (stop, stopped) = oneshot::channel::<()>();
+        let served = tokio::spawn(control::serve(control, listener, async { drop(stopped.await) }));
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         tokio::select! {
             () = session.run() => tracing::info!("the node has left"),
-            () = control::serve(control, listener) => {}
             () = crate::terminated() => tracing::info!("ending; devices, routes and lease stay"),
             () = watchdog() => {}
         }
+        // Whoever asked to leave is told that it was done; a client that stays is not waited for.
+        drop(stop);
+        let _ = tokio::time::timeout(LAST_WORDS, served).await;
         anyhow::Ok(())
     });
     // The orders' end is the reconciler's.

@@ -458,7 +458,10 @@ impl Session {
         match command {
             Command::Peers(reply) => drop(reply.send(self.peer_views(network, own))),
             Command::Accept(reply) => {
-                let gone: Vec<String> = std::mem::take(&mut self.withheld).into_iter().collect();
+                // The own lease has been written again.
+                let own_name = own.key.to_string();
+                let gone: Vec<String> =
+                    std::mem::take(&mut self.withheld).into_iter().filter(|name| *name != own_name).collect();
                 let concerned: BTreeSet<String> = gone.iter().flat_map(|name| self.leases.delete(name)).collect();
                 self.send_peers(network, own, concerned);
                 self.unfind("strange-listing");

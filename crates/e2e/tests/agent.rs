@@ -1,0 +1,449 @@
+//! The agent on a real kernel, against the embedded store, looked at from outside with `ip`, `bridge` and a stock `etcdctl`.
+//!
+//! ```text
+//!   node 10.168.0.2 ─ eth0 ───── eth0 ─ other 10.168.0.3
+//!     store on loopback, agent, flannel.1
+//! ```
+
+use rustix::process::Signal;
+use serde_json::Value;
+use twill_e2e::net::Bed;
+use twill_e2e::node::Node;
+use twill_e2e::{eventually, installed};
+
+/// A node, or `None` where this machine grants none (which was said).
+fn node() -> Option<(Node, tempfile::TempDir)> {
+    let bed = Bed::new()?;
+    if !installed("etcdctl") {
+        return None;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    Some((Node::new(bed, dir.path()), dir))
+}
+
+#[test]
+fn takes_a_subnet_and_programs_peers_as_they_come_and_go() {
+    let Some((node, _dir)) = node() else { return };
+    node.put_peer(40);
+    let _agent = node.agent("--subnet 10.1.15.0/24");
+    let env = std::fs::read_to_string(node.file("subnet.env")).unwrap();
+    assert_eq!(
+        env,
+        "FLANNEL_NETWORK=10.1.0.0/16\nFLANNEL_SUBNET=10.1.15.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n"
+    );
+    let leases = node.leases();
+    let own = &leases.iter().find(|(name, _)| name == "10.1.15.0-24").expect("our lease").1;
+    assert!(
+        own.starts_with(
+            r#"{"PublicIP":"10.168.0.2","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":""#
+        ),
+        "{own}"
+    );
+    assert!(own.contains(r#","Twill":{"node":""#), "{own}");
+    node.await_peer(40, true);
+    for n in [41, 42] {
+        node.put_peer(n);
+        node.await_peer(n, true);
+    }
+    node.delete("subnets/10.1.41.0-24");
+    node.await_peer(41, false);
+    node.await_peer(42, true);
+    assert_eq!(node.twill_json("plan")["steps"], serde_json::json!([]));
+    assert_eq!(node.host.run("sysctl -n net.ipv4.ip_forward").trim(), "1");
+}
+
+#[test]
+fn restart_and_kill_change_nothing_in_the_kernel_and_keep_lease_and_mac() {
+    let Some((node, _dir)) = node() else { return };
+    node.put_peer(40);
+    let agent = node.agent("");
+    node.await_peer(40, true);
+    let picture = || {
+        (
+            node.host.run("ip route"),
+            node.host.run("ip neigh show dev flannel.1"),
+            node.host.run("ip link show flannel.1"),
+        )
+    };
+    let (before, leases) = (picture(), node.leases());
+    let pid = agent.pid();
+    assert_eq!(agent.end(Signal::TERM), Some(0));
+    assert_eq!(picture(), before, "nothing goes with agent {pid}");
+    let agent = node.agent("");
+    assert_eq!((picture(), node.leases()), (before.clone(), leases.clone()));
+    agent.end(Signal::KILL);
+    assert_eq!(picture(), before);
+    let _agent = node.agent("");
+    assert_eq!((picture(), node.leases()), (before, leases));
+    // The device is lost while the agent runs: it comes back with the same MAC, since peers have programmed it.
+    let mac = |text: &str| text.split("link/ether ").nth(1).unwrap()[..17].to_owned();
+    let old = mac(&node.host.run("ip link show flannel.1"));
+    node.host.ip("link del flannel.1");
+    node.await_peer(40, true);
+    assert_eq!(mac(&node.host.run("ip link show flannel.1")), old);
+}
+
+#[test]
+fn takes_over_what_flannel_left_and_prunes_what_no_lease_explains() {
+    let Some((node, _dir)) = node() else { return };
+    // As flannel leaves it: a lease without identity, subnet.env, device with a MAC of its own, boot-protocol routes.
+    let mac = "5e:f8:4f:00:e3:37";
+    let value = format!(
+        r#"{{"PublicIP":"10.168.0.2","PublicIPv6":null,"BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"{mac}"}}}}"#
+    );
+    node.put("subnets/10.1.77.0-24", &value);
+    node.put_peer(40);
+    std::fs::write(
+        node.file("subnet.env"),
+        "FLANNEL_NETWORK=10.1.0.0/16\nFLANNEL_SUBNET=10.1.77.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n",
+    )
+    .unwrap();
+    for line in [
+        &format!(
+            "ip link add flannel.1 mtu 1450 address {mac} type vxlan id 1 dev eth0 local 10.168.0.2 dstport 8472 nolearning"
+        ),
+        "ip addr add 10.1.77.0/32 dev flannel.1",
+        "ip link set flannel.1 up",
+        "ip route add 10.1.40.0/24 via 10.1.40.0 dev flannel.1 onlink",
+        "ip route add 10.1.99.0/24 via 10.1.99.0 dev flannel.1 onlink",
+        "ip neigh add 10.1.99.0 lladdr 02:00:00:00:00:99 dev flannel.1 nud permanent",
+        "bridge fdb add 02:00:00:00:00:99 dev flannel.1 dst 10.168.0.99",
+    ] {
+        node.host.run(line);
+    }
+    let index = node.host.json("link show flannel.1")[0]["ifindex"].clone();
+    let _agent = node.agent_at_once("");
+    node.await_peer(40, true);
+    node.await_peer(99, false);
+    let link = &node.host.json("link show flannel.1")[0];
+    assert_eq!(
+        (&link["ifindex"], &link["address"]),
+        (&index, &Value::from(mac)),
+        "the device was taken over, not made anew"
+    );
+    let route = &node.host.json("route show 10.1.40.0/24")[0];
+    assert_eq!(route["protocol"], "116");
+    eventually("the lease tells our identity", || {
+        let own = node.leases().into_iter().find(|(name, _)| name == "10.1.77.0-24").unwrap().1;
+        if own.contains("Twill") { Ok(()) } else { Err(own) }
+    });
+    // flannel's rewrite drops our key, and must not fence us.
+    node.put("subnets/10.1.77.0-24", &value);
+    node.put_peer(41);
+    node.await_peer(41, true);
+    assert_eq!(node.status()["subnets"][0], "10.1.77.0/24");
+}
+
+#[test]
+fn every_owned_object_deleted_or_altered_comes_back_and_is_journaled() {
+    let Some((node, _dir)) = node() else { return };
+    node.put_peer(40);
+    node.put_peer(41);
+    let mut agent = node.agent("--subnet 10.1.15.0/24");
+    node.await_peer(40, true);
+    node.await_peer(41, true);
+    let mac = node.host.json("link show flannel.1")[0]["address"].as_str().unwrap().to_owned();
+    // What is altered, and what `ip` or `bridge` must show again.
+    let link = format!("link/ether {mac}");
+    let cases = [
+        ("ip route del 10.1.40.0/24", "ip route show", "10.1.40.0/24 via 10.1.40.0 dev flannel.1 proto 116 onlink"),
+        (
+            "ip route change 10.1.40.0/24 via 10.1.41.0 dev flannel.1 onlink",
+            "ip route show",
+            "10.1.40.0/24 via 10.1.40.0 dev flannel.1 proto 116 onlink",
+        ),
+        (
+            "ip neigh del 10.1.40.0 dev flannel.1",
+            "ip neigh show dev flannel.1",
+            "10.1.40.0 lladdr 02:00:00:00:00:28 PERMANENT",
+        ),
+        (
+            "ip neigh replace 10.1.40.0 lladdr 02:00:00:00:00:99 dev flannel.1 nud permanent",
+            "ip neigh show dev flannel.1",
+            "10.1.40.0 lladdr 02:00:00:00:00:28 PERMANENT",
+        ),
+        (
+            "ip neigh replace 10.1.41.0 lladdr 02:00:00:00:00:29 dev flannel.1 nud stale",
+            "ip neigh show dev flannel.1",
+            "10.1.41.0 lladdr 02:00:00:00:00:29 PERMANENT",
+        ),
+        (
+            "bridge fdb del 02:00:00:00:00:28 dev flannel.1",
+            "bridge fdb show dev flannel.1",
+            "02:00:00:00:00:28 dst 10.168.0.40 self permanent",
+        ),
+        (
+            "bridge fdb replace 02:00:00:00:00:29 dev flannel.1 dst 10.168.0.99",
+            "bridge fdb show dev flannel.1",
+            "02:00:00:00:00:29 dst 10.168.0.41 self permanent",
+        ),
+        ("ip addr del 10.1.15.0/32 dev flannel.1", "ip addr show flannel.1", "inet 10.1.15.0/32"),
+        ("ip link set flannel.1 mtu 1300", "ip link show flannel.1", "mtu 1450"),
+        ("ip link set flannel.1 address 02:11:11:11:11:11", "ip link show flannel.1", &link),
+        ("ip link set flannel.1 type vxlan learning", "ip -d link show flannel.1", "nolearning"),
+        ("ip link set flannel.1 type vxlan local 10.168.0.77", "ip -d link show flannel.1", "local 10.168.0.2"),
+        ("ip link set flannel.1 down", "ip link show flannel.1", ",UP"),
+        ("ip link del flannel.1", "ip link show flannel.1", &link),
+        ("sysctl -qw net.ipv4.ip_forward=0", "sysctl net.ipv4.ip_forward", "= 1"),
+    ];
+    for (line, look, want) in cases {
+        // A fresh agent for each: five reverts of one object in ten seconds would be a fight.
+        agent.end(Signal::TERM);
+        agent = node.agent_at_once("");
+        eventually("the agent has settled", || {
+            let status = node.status();
+            if status["state"] == "running" && status["peers"] == 2 { Ok(()) } else { Err(status.to_string()) }
+        });
+        let repairs = node.status()["repairs"]["total"].as_u64().unwrap();
+        node.host.run(line);
+        eventually(&format!("after `{line}`, `{look}` shows {want:?}"), || {
+            let shown = String::from_utf8(node.host.try_run(look).stdout).unwrap();
+            if shown.contains(want) { Ok(()) } else { Err((shown, node.log("agent.log"))) }
+        });
+        node.await_peer(40, true);
+        node.await_peer(41, true);
+        eventually("the repair is journaled", || {
+            let now = node.status()["repairs"]["total"].as_u64().unwrap();
+            if now > repairs { Ok(now) } else { Err(now) }
+        });
+    }
+    assert_eq!(node.twill_json("plan")["steps"], serde_json::json!([]));
+}
+
+#[test]
+fn a_lost_underlay_heals_once_it_is_back_and_a_new_address_goes_into_the_lease() {
+    let Some((node, _dir)) = node() else { return };
+    node.put_peer(40);
+    let _agent = node.agent("--subnet 10.1.15.0/24");
+    node.await_peer(40, true);
+    node.host.ip("link del eth0");
+    node.finding("iface-missing");
+    node.host.ip(&format!("link add eth0 type veth peer name eth0 netns {}", node.other.pid()));
+    node.host.ip("addr add 10.168.0.9/24 dev eth0");
+    node.host.ip("link set eth0 up");
+    node.await_peer(40, true);
+    eventually("the lease tells the new address", || {
+        let own = node.leases().into_iter().find(|(name, _)| name == "10.1.15.0-24").unwrap().1;
+        if own.contains(r#""PublicIP":"10.168.0.9""#) { Ok(()) } else { Err((own, node.log("agent.log"))) }
+    });
+    assert!(node.host.run("ip -d link show flannel.1").contains("local 10.168.0.9 dev eth0"));
+    node.host.ip("link set eth0 mtu 1400");
+    eventually("the MTU follows", || {
+        let env = std::fs::read_to_string(node.file("subnet.env")).unwrap();
+        if env.contains("FLANNEL_MTU=1350") { Ok(()) } else { Err(env) }
+    });
+}
+
+#[test]
+fn broken_and_foreign_leases_are_named_and_disturb_nobody() {
+    let Some((node, _dir)) = node() else { return };
+    node.put_peer(40);
+    let _agent = node.agent("--subnet 10.1.15.0/24");
+    node.await_peer(40, true);
+    for (key, value, code) in [
+        ("garbage", "x", "bad-lease-key"),
+        ("10.1.50.1-24", "{}", "bad-lease-key"),
+        ("10.1.51.0-24", "not json", "bad-lease-value"),
+        ("10.1.52.0-24", r#"{"PublicIP":"1.2.3","BackendType":"vxlan"}"#, "bad-lease-value"),
+        ("10.1.53.0-24", r#"{"PublicIP":"10.168.0.53"}"#, "foreign-backend"),
+        (
+            "10.1.54.0-24",
+            r#"{"PublicIP":"10.168.0.54","BackendType":"vxlan","BackendData":{"VNI":7,"VtepMAC":"02:00:00:00:00:54"}}"#,
+            "vni-differs",
+        ),
+        (
+            "10.1.55.0-24",
+            r#"{"PublicIP":"10.168.0.55","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"03:00:00:00:00:55"}}"#,
+            "bad-lease-value",
+        ),
+        (
+            "10.1.56.0-24",
+            r#"{"PublicIP":"10.168.0.2","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:56"}}"#,
+            "duplicate-public-ip",
+        ),
+        (
+            "10.1.40.0-25",
+            r#"{"PublicIP":"10.168.0.57","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:57"}}"#,
+            "lease-collision",
+        ),
+        (
+            "192.0.2.0-24",
+            r#"{"PublicIP":"10.168.0.58","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:58"}}"#,
+            "outside-network",
+        ),
+    ] {
+        node.put(&format!("subnets/{key}"), value);
+        eventually(&format!("{key} is named as {code}"), || {
+            let status = node.status();
+            let named = |f: &Value| f["code"] == code && f["object"] == format!("lease {key}");
+            if status["findings"].as_array().unwrap().iter().any(named) { Ok(()) } else { Err(status.to_string()) }
+        });
+        node.delete(&format!("subnets/{key}"));
+    }
+    node.await_peer(40, true);
+    node.put_peer(41);
+    node.await_peer(41, true);
+    eventually("nothing is left to say", || {
+        let status = node.status();
+        if status["findings"] == serde_json::json!([]) { Ok(()) } else { Err(status.to_string()) }
+    });
+}
+
+#[test]
+fn a_bad_config_is_named_and_the_last_good_one_stays() {
+    let Some((node, _dir)) = node() else { return };
+    node.put_peer(40);
+    node.put("config", r#"{"Network":"10.1.0.0/16","Backend":{"Type":"udp"}}"#);
+    let _agent = node.agent_at_once("--subnet 10.1.15.0/24");
+    assert!(node.finding("backend-not-built")["evidence"].as_str().unwrap().contains("udp"));
+    node.put("config", r#"{"network":"10.1.0.0/16","Surprise":1,"Backend":{"type":"VXLAN","DirectRouting":true}}"#);
+    node.await_peer(40, true);
+    let ignored: Vec<String> =
+        node.status()["findings"].as_array().unwrap().iter().map(|f| f["evidence"].to_string()).collect();
+    assert!(
+        ignored.iter().any(|t| t.contains("Surprise")) && ignored.iter().any(|t| t.contains("DirectRouting")),
+        "{ignored:?}"
+    );
+    node.put("config", r#"{"Network":"10.1.0.0/16","Backend":{"Type":"vxlan","VNI":99999999}}"#);
+    let evidence = node.finding("bad-config")["evidence"].as_str().unwrap().to_owned();
+    assert!(
+        evidence.contains("Backend.VNI") && evidence.contains("99999999") && evidence.contains("16777215"),
+        "{evidence}"
+    );
+    node.await_peer(40, true);
+    // Another VNI: the device is made anew under its new name, and the old one goes.
+    node.put("config", r#"{"Network":"10.1.0.0/16","Backend":{"Type":"vxlan","VNI":5,"Port":4789}}"#);
+    eventually("flannel.5 is there and flannel.1 is gone", || {
+        let links = node.host.run("ip -d link");
+        if links.contains("flannel.5") && links.contains("dstport 4789") && !links.contains("flannel.1") {
+            Ok(())
+        } else {
+            Err((links, node.log("agent.log")))
+        }
+    });
+}
+
+#[test]
+fn a_store_that_goes_away_is_waited_for_and_nothing_is_lost() {
+    let Some((mut node, _dir)) = node() else { return };
+    node.put_peer(40);
+    node.kill_store();
+    let _agent = node.agent_at_once("--subnet 10.1.15.0/24");
+    node.finding("store-away");
+    node.start_store();
+    node.await_peer(40, true);
+    node.kill_store();
+    node.finding("store-away");
+    node.await_peer(40, true);
+    node.host.ip("route del 10.1.40.0/24");
+    node.await_peer(40, true);
+    node.start_store();
+    node.put_peer(41);
+    node.await_peer(41, true);
+    assert_eq!(node.status()["store"]["state"], "up");
+}
+
+#[test]
+fn a_listing_that_lacks_everybody_withdraws_nobody_until_it_is_accepted() {
+    let Some((mut node, _dir)) = node() else { return };
+    node.put_peer(40);
+    node.put_peer(41);
+    let _agent = node.agent("--subnet 10.1.15.0/24");
+    node.await_peer(41, true);
+    // Another store under the same address: other cluster, nothing in it.
+    node.kill_store();
+    std::fs::rename(node.file("store"), node.file("store.lost")).unwrap();
+    node.start_store();
+    node.put("config", twill_e2e::node::CONFIG);
+    node.finding("strange-listing");
+    node.await_peer(40, true);
+    node.await_peer(41, true);
+    assert_eq!(node.twill_json("resync --accept")["withdrawn"], 2);
+    node.await_peer(40, false);
+    node.await_peer(41, false);
+}
+
+#[test]
+fn a_route_that_the_kernel_does_not_use_is_named() {
+    let Some((node, _dir)) = node() else { return };
+    node.put_peer(40);
+    let _agent = node.agent("--subnet 10.1.15.0/24");
+    node.await_peer(40, true);
+    for (make, undo) in [
+        ("ip route add 10.1.40.128/25 via 10.168.0.3", "ip route del 10.1.40.128/25"),
+        ("ip route prepend 10.1.40.0/24 via 10.168.0.3", "ip route del 10.1.40.0/24 via 10.168.0.3"),
+    ] {
+        node.host.run(make);
+        let finding = node.finding("route-shadowed");
+        assert!(finding["object"].as_str().unwrap().contains("10.1.40.0/24"), "{make}: {finding}");
+        node.host.run(undo);
+        eventually("the finding goes", || {
+            let status = node.status();
+            if status["findings"] == serde_json::json!([]) { Ok(()) } else { Err(status.to_string()) }
+        });
+    }
+    node.host.run("ip route add 10.1.0.0/16 via 10.168.0.3 table 77");
+    node.host.run("ip rule add priority 100 table 77");
+    assert!(node.finding("route-shadowed")["evidence"].as_str().unwrap().contains("rule 100"));
+}
+
+#[test]
+fn what_somebody_reverts_again_and_again_is_left_alone_and_named() {
+    let Some((node, _dir)) = node() else { return };
+    node.put_peer(40);
+    let _agent = node.agent("--subnet 10.1.15.0/24");
+    for _ in 0..5 {
+        node.await_peer(40, true);
+        node.host.ip("route del 10.1.40.0/24");
+    }
+    let finding = node.finding("fought-over");
+    assert!(finding["object"].as_str().unwrap().contains("10.1.40.0/24"), "{finding}");
+}
+
+#[test]
+fn clean_removes_everything_owned_and_leave_gives_the_subnet_back() {
+    let Some((node, _dir)) = node() else { return };
+    node.put_peer(40);
+    node.host.ip("route add 192.0.2.0/24 via 10.168.0.3");
+    let agent = node.agent("--subnet 10.1.15.0/24");
+    node.await_peer(40, true);
+    assert!(
+        node.twill("clean").1.unwrap_err().contains("agent-running") || node.twill("clean").0 == Some(1),
+        "not beside a running agent"
+    );
+    agent.end(Signal::TERM);
+    let dry = node.twill_json("clean --dry-run");
+    assert!(dry["steps"].to_string().contains("flannel.1"), "{dry}");
+    node.await_peer(40, true);
+    node.twill("clean").1.unwrap();
+    assert!(!node.host.run("ip link").contains("flannel.1"));
+    assert!(node.host.run("ip route").contains("192.0.2.0/24"), "what is not ours stays");
+    assert!(!node.file("subnet.env").exists());
+    assert!(node.leases().iter().any(|(name, _)| name == "10.1.15.0-24"), "clean leaves the lease");
+
+    let _agent = node.agent("");
+    node.await_peer(40, true);
+    std::fs::create_dir_all(node.file("state/attachments")).unwrap();
+    std::fs::write(node.file("state/attachments/abc:eth0.json"), "{}").unwrap();
+    assert!(node.twill("leave").1.unwrap_err().contains("abc:eth0"));
+    std::fs::remove_file(node.file("state/attachments/abc:eth0.json")).unwrap();
+    node.twill("leave --dry-run").1.unwrap();
+    node.await_peer(40, true);
+    node.twill("leave").1.unwrap();
+    assert!(!node.host.run("ip link").contains("flannel.1"));
+    assert!(!node.leases().iter().any(|(name, _)| name == "10.1.15.0-24"), "leave gives the lease back");
+}
+
+#[test]
+fn check_says_what_is_in_the_way_and_exits_with_three() {
+    let Some((node, _dir)) = node() else { return };
+    assert_eq!(node.twill("agent --check").0, Some(0), "{:?}", node.twill("agent --check"));
+    node.host.run("ip route add 10.1.200.0/24 via 10.168.0.3");
+    let (code, text) = node.twill("agent --check");
+    assert!(code == Some(3) && text.as_ref().unwrap().contains("network-overlap"), "{text:?}");
+    node.host.run("ip link set eth0 down");
+    let (code, text) = node.twill("agent --check");
+    assert!(code == Some(3) && text.as_ref().unwrap().contains("iface-down"), "{text:?}");
+    let (code, text) = node.twill("agent --check --store ftp://x");
+    assert!(code == Some(3) && text.as_ref().unwrap().contains("http://"), "{text:?}");
+}
