@@ -151,7 +151,10 @@ fn connect(have: &mut HostState, addr: &Addr) {
         Some(Object::Route(route)) => route.entries.into(),
         _ => Vec::new(),
     };
-    entries.push(entry);
+    // A further address of the same network is a secondary one, and brings no second route.
+    if !entries.iter().any(|e| e.dev == entry.dev && e.protocol == PROTO_KERNEL) {
+        entries.push(entry);
+    }
     have.insert(Object::Route(Route { key, entries: Few::from(entries) }));
 }
 

@@ -62,11 +62,14 @@ impl LinuxKernel {
         if mac || was.master != link.master {
             stale.devices.extend([was.master, Some(name)].into_iter().flatten());
         }
-        if was.up != link.up || mac {
+        self.pending.all |= was.up != link.up || mac;
+        // What comes with "up" is told; what goes with "down" and with a MAC is not.
+        if (was.up && !link.up) || mac {
             self.doubt_routes(name, None, stale);
-            stale.addrs |= was.up && !link.up;
-            effect(&mut self.mirror, &Op::Update { from: link_object(was), to: link_object(link.clone()) });
-            self.pending.all = true;
+            stale.addrs |= !link.up;
+            let mut to = link.clone();
+            to.up &= was.up;
+            effect(&mut self.mirror, &Op::Update { from: link_object(was), to: link_object(to) });
         }
         self.mirror.insert(link_object(link));
         self.pending.dirty.insert(Key::Link(name));
@@ -152,11 +155,11 @@ impl LinuxKernel {
             _ => &[],
         };
         let told = route.entries.as_slice();
-        let known = told.iter().all(|entry| have.contains(entry));
+        let own = message.port == self.requests.port() && told.iter().all(|entry| have.contains(entry));
         let replaces = message.flags & flag::REPLACE != 0;
         if message.kind == rtm::NEWROUTE {
             // Own changes are in the mirror before their echo is heard.
-            if have == told || (known && !replaces) {
+            if have == told || (own && !replaces) {
                 return;
             }
             if have.is_empty() || (replaces && have.len() == 1) {

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, recv, send, socket_with, sockopt,
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, getsockname, recv, send, socket_with, sockopt,
 };
 
 use super::wire::{self, DONE, ERROR, Message, Writer, flag};
@@ -31,6 +31,7 @@ const NLMSGERR_ATTR_MSG: u16 = 1;
 #[derive(Debug)]
 pub(crate) struct Socket {
     fd: OwnedFd,
+    port: u32,
     seq: u32,
     buf: Vec<u8>,
 }
@@ -56,12 +57,18 @@ impl Socket {
             set_option(fd.as_fd(), option)?;
         }
         bind(&fd, &SocketAddrNetlink::new(0, groups))?;
-        Ok(Self { fd, seq: 0, buf: vec![0; 64 << 10] })
+        let port = SocketAddrNetlink::try_from(getsockname(&fd)?).map_or(0, |own| own.pid());
+        Ok(Self { fd, port, seq: 0, buf: vec![0; 64 << 10] })
     }
 
     /// Receive buffer that was really granted, in bytes of kernel memory.
     pub(crate) fn granted(&self) -> usize {
         sockopt::socket_recv_buffer_size(&self.fd).unwrap_or(212_992)
+    }
+
+    /// Our address among the namespace's netlink sockets.
+    pub(crate) fn port(&self) -> u32 {
+        self.port
     }
 
     /// Send buffer that was really granted, in bytes of kernel memory: a longer batch is refused whole.
