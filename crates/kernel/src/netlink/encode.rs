@@ -322,8 +322,11 @@ impl Encoder<'_> {
         if let Some(oif) = oif {
             w.attr(rta::OIF, &oif.to_ne_bytes());
         }
-        if let Some(via) = entry.via {
-            w.attr(rta::GATEWAY, &octets(via));
+        match entry.via {
+            Some(via) if family(via) == family(key.dst.addr()) => w.attr(rta::GATEWAY, &octets(via)),
+            // struct rtvia: the family, then the address.
+            Some(via) => w.attr(rta::VIA, &[&u16::from(family(via)).to_ne_bytes(), &*octets(via)].concat()),
+            None => {}
         }
         if let Some(src) = entry.src {
             w.attr(rta::PREFSRC, &octets(src));

@@ -5,6 +5,7 @@
 //! - `names`: ifindex ⇄ name; the index never leaves this crate
 //! - `decode`, `encode`: messages ⇄ objects
 
+pub mod codec;
 pub(crate) mod decode;
 pub(crate) mod encode;
 pub(crate) mod names;
