@@ -77,3 +77,44 @@ pub fn random_bytes<const N: usize>() -> io::Result<[u8; N]> {
 pub fn machine_id() -> String {
     fs::read_to_string("/etc/machine-id").map(|text| text.trim().to_owned()).unwrap_or_default()
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_replaced_whole_with_its_mode_and_nothing_is_left_beside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("made/state.json");
+        for content in ["first", "a longer second", ""] {
+            write_atomic(&path, content.as_bytes(), 0o640).unwrap();
+            assert_eq!(read_limited(&path, 100).unwrap().unwrap(), content.as_bytes());
+        }
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+        // A folder in its place: refused, and again nothing is left.
+        assert!(write_atomic(path.parent().unwrap(), b"x", 0o600).is_err());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_file_over_the_limit_is_refused_and_a_missing_one_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("big");
+        assert_eq!(read_limited(&path, 4).unwrap(), None);
+        fs::write(&path, "12345").unwrap();
+        assert_eq!(read_limited(&path, 4).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+        assert_eq!(read_limited(&path, 5).unwrap().unwrap(), b"12345");
+    }
+
+    #[test]
+    fn a_lock_has_one_holder() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("made/lock");
+        let held = Lock::try_exclusive(&path).unwrap().unwrap();
+        assert!(Lock::try_exclusive(&path).unwrap().is_none());
+        drop(held);
+        assert!(Lock::try_exclusive(&path).unwrap().is_some());
+    }
+}

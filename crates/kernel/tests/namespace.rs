@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use twill_core::host::*;
 use twill_core::net::*;
 use twill_core::reconcile::{Caps, Claim, Desired, Op, Plan, Scope, Step, Why, effect, plan};
-use twill_kernel::{Interest, Kernel, LinuxKernel};
+use twill_kernel::{Interest, Kernel, LinuxKernel, MemoryKernel};
 
 /// Runs `body` in a fresh network namespace: this test binary once more, inside `unshare`. Says `SKIP` where the system grants none.
 fn in_namespace(test: &str, body: impl FnOnce()) {
@@ -402,6 +402,96 @@ fn the_mirror_is_true_whatever_somebody_types() {
                 typed.push(format!("{line} -> {}", String::from_utf8_lossy(&done.stderr).trim()));
             }
             assert_mirror_is_true(&mut kernel, &typed[typed.len().saturating_sub(12)..]);
+        }
+    });
+}
+
+/// What a kernel's mirror makes the plan say, when each wanted object in turn is deleted and each field of the device altered.
+fn transcript(kernel: &mut impl Kernel, want: &Desired) -> Vec<String> {
+    let mut said = Vec::new();
+    let deleted = want.host.iter().filter(|(_, o)| !matches!(o, Object::Sysctl { .. })).map(|(key, _)| {
+        let key = key.clone();
+        Box::new(move |have: &HostState| Op::Delete(have.get(&key).unwrap().clone())) as Box<dyn Fn(&HostState) -> Op>
+    });
+    let alter = |change: fn(&mut Link)| {
+        Box::new(move |have: &HostState| {
+            let from = have.link(name("flannel.1")).unwrap().clone();
+            let mut to = from.clone();
+            change(&mut to);
+            Op::Update { from: Object::Link(Box::new(from)), to: Object::Link(Box::new(to)) }
+        }) as Box<dyn Fn(&HostState) -> Op>
+    };
+    let altered = [
+        alter(|link| link.up = false),
+        alter(|link| link.mac = Some(MacAddr([2, 0, 0, 0, 0, 1]))),
+        alter(|link| link.mtu = Some(Mtu::try_from(1400).unwrap())),
+        alter(|link| {
+            let LinkKind::Vxlan(vxlan) = &mut link.kind else { return };
+            vxlan.learning = true;
+        }),
+    ];
+    let sysctl: Box<dyn Fn(&HostState) -> Op> = Box::new(|have| {
+        let from = have.get(&Key::Sysctl("net/ipv4/ip_forward".into())).unwrap().clone();
+        Op::Update { from, to: Object::Sysctl { path: "net/ipv4/ip_forward".into(), value: "0".into() } }
+    });
+    for harm in deleted.chain(altered).chain([sysctl]) {
+        let op = harm(kernel.mirror());
+        said.push(format!("# {} {:?}", op.verb(), op.object().key()));
+        let outcome = kernel.apply(&Plan { steps: vec![Step { op, needs: vec![], why: Why::Differs }] });
+        assert!(outcome.steps[0].is_ok(), "{said:?}: {:?}", outcome.steps);
+        kernel.changes(Some(Duration::ZERO)).unwrap();
+        let repair = plan(want, kernel.mirror(), &Caps::default(), Scope::All);
+        said.extend(repair.steps.iter().map(|s| format!("{} {:?} {:?}", s.op.verb(), s.op.object().key(), s.why)));
+        let outcome = kernel.apply(&repair);
+        assert!(outcome.steps.iter().all(Result::is_ok), "{said:?}: {:?}", outcome.steps);
+        kernel.changes(Some(Duration::ZERO)).unwrap();
+        let left = plan(want, kernel.mirror(), &Caps::default(), Scope::All);
+        assert!(left.steps.is_empty(), "{said:?}: {left:?}");
+        want.host.iter().for_each(|(key, object)| assert!(object.satisfied_by(kernel.mirror().get(key).unwrap())));
+    }
+    said
+}
+
+#[test]
+fn the_twin_and_the_kernel_need_the_same_repairs() {
+    in_namespace("the_twin_and_the_kernel_need_the_same_repairs", || {
+        underlay();
+        let mut kernel = LinuxKernel::open(interest()).unwrap();
+        let want = desired(3);
+        settle(&mut kernel, &want);
+        let mut twin = MemoryKernel::default();
+        kernel.mirror().iter().for_each(|(_, object)| twin.meddle(&Op::Create(object.clone())));
+        let (real, twin) = (transcript(&mut kernel, &want), transcript(&mut twin, &want));
+        assert!(real.len() > 40, "{real:#?}");
+        assert_eq!(real, twin);
+    });
+}
+
+#[test]
+fn an_entry_with_several_hosts_has_exactly_those_wanted() {
+    in_namespace("an_entry_with_several_hosts_has_exactly_those_wanted", || {
+        underlay();
+        let mut kernel = LinuxKernel::open(interest()).unwrap();
+        settle(&mut kernel, &desired(0));
+        let flood = |hosts: &[&str]| {
+            let dst: Few<std::net::IpAddr> = hosts.iter().map(|h| h.parse().unwrap()).collect::<Vec<_>>().into();
+            let (link, mac) = (name("flannel.1"), MacAddr::ZERO);
+            Object::Fdb(Fdb { link, mac, dst, port: None, permanent: true, special: false, state: 0x80 })
+        };
+        let (two, other) = (flood(&["10.168.0.3", "10.168.0.4"]), flood(&["10.168.0.4", "10.168.0.5", "10.168.0.6"]));
+        let steps: [(Op, &[&str]); 3] = [
+            (Op::Create(two.clone()), &["10.168.0.3", "10.168.0.4"]),
+            (Op::Update { from: two, to: other.clone() }, &["10.168.0.4", "10.168.0.5", "10.168.0.6"]),
+            (Op::Delete(other), &[]),
+        ];
+        for (op, hosts) in steps {
+            let outcome = kernel.apply(&Plan { steps: vec![Step { op, needs: vec![], why: Why::Differs }] });
+            assert!(outcome.steps[0].is_ok(), "{:?}", outcome.steps);
+            let shown = run("bridge fdb show dev flannel.1");
+            let mut shown: Vec<&str> = shown.lines().filter_map(|l| l.split(' ').nth(2)).collect();
+            shown.sort_unstable();
+            assert_eq!(shown, hosts);
+            assert_mirror_is_true(&mut kernel, &[]);
         }
     });
 }

@@ -6,11 +6,10 @@ use std::io;
 use twill_core::host::{Fdb, HostState, Key, LinkKind, Object, Route, TABLE_LOCAL};
 use twill_core::net::LinkName;
 
-use super::LinuxKernel;
+use super::{Interest, LinuxKernel};
 use crate::netlink::decode::{self, AF_BRIDGE, AF_INET, AF_INET6};
 use crate::netlink::encode::rtm;
 use crate::netlink::wire::Writer;
-use crate::sysctl;
 
 const FAMILIES: [u8; 2] = [AF_INET, AF_INET6];
 
@@ -89,49 +88,54 @@ impl LinuxKernel {
         };
         let gone = self.mirror.iter().filter(|(key, _)| within(key) && fresh.get(key).is_none());
         let gone: Vec<Key> = gone.map(|(key, _)| key.clone()).collect();
-        for key in gone {
-            self.mirror.remove(&key);
-            self.pending.dirty.insert(key);
-        }
+        gone.iter().for_each(|key| {
+            self.mirror.remove(key);
+        });
+        self.mark(gone);
         for (key, object) in fresh.iter() {
             if self.mirror.get(key) != Some(object) {
                 self.mirror.insert(object.clone());
-                self.pending.dirty.insert(key.clone());
+                self.mark([key.clone()]);
             }
         }
         Ok(())
     }
 
-    /// The whole namespace, anew.
+    /// The whole namespace, anew; one kind after the other, so that no second mirror stands beside the first.
     pub(super) fn read_all(&mut self) -> io::Result<()> {
-        loop {
-            // Notifications up to here are part of what is read now.
-            self.monitor.collect()?;
-            let mut fresh = HostState::new();
-            self.names.clear();
-            let mut whole =
-                self.dump_links(&mut fresh)? & self.dump_addrs(&mut fresh)? & self.dump_rules(&mut fresh)?;
-            for family in FAMILIES {
-                whole &= self.dump_routes(&mut fresh, family)?;
+        // Notifications up to here are part of what is read now.
+        self.monitor.collect()?;
+        self.exchange(Self::dump_links, |key| matches!(key, Key::Link(_)))?;
+        let kept = |interest: &Interest, key: &Key| match key {
+            Key::Neigh(link, _) | Key::Fdb(link, _) => interest.covers(*link),
+            Key::Sysctl(path) => interest.sysctls.contains(path),
+            _ => true,
+        };
+        self.mirror.retain(|key, _| kept(&self.interest, key));
+        let mut rest = Stale { addrs: true, rules: true, routes: FAMILIES.into(), ..Stale::default() };
+        match self.interest.devices.clone() {
+            Some(devices) => rest.devices = devices,
+            None => {
+                let of_neighbours = |key: &Key| matches!(key, Key::Neigh(..) | Key::Fdb(..));
+                self.exchange(|kernel, fresh| kernel.dump_neighbours(fresh, None), of_neighbours)?;
             }
-            for device in self.interest.devices.clone().map_or(vec![None], |some| some.into_iter().map(Some).collect())
-            {
-                whole &= self.dump_neighbours(&mut fresh, device)?;
-            }
-            if whole {
-                for path in &self.interest.sysctls {
-                    if let Ok(value) = sysctl::read(path) {
-                        fresh.insert(Object::Sysctl { path: path.clone(), value: value.into() });
-                    }
-                }
-                self.mirror = fresh;
-                return Ok(());
-            }
+        }
+        self.refresh(rest)?;
+        let sysctls = self.poll_sysctls();
+        self.mark(sysctls);
+        Ok(())
+    }
+
+    /// These keys may differ from what was planned with; when everything does, they need not be named.
+    fn mark(&mut self, keys: impl IntoIterator<Item = Key>) {
+        if !self.pending.all {
+            self.pending.dirty.extend(keys);
         }
     }
 
     fn dump_links(&mut self, fresh: &mut HostState) -> io::Result<bool> {
         let mut found = Vec::new();
+        self.names.clear();
         let whole = self.requests.dump(
             rtm::GETLINK,
             |w| w.put(&[0; 16]),
@@ -171,7 +175,7 @@ impl LinuxKernel {
 
     fn dump_rules(&mut self, fresh: &mut HostState) -> io::Result<bool> {
         let mut whole = true;
-        for family in [decode::AF_INET, decode::AF_INET6] {
+        for family in FAMILIES {
             let fill = |w: &mut Writer| w.put(&[family, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
             whole &=
                 self.requests.dump(rtm::GETRULE, fill, |m| fresh.extend(decode::rule(m.payload).map(Object::Rule)))?;
@@ -186,7 +190,7 @@ impl LinuxKernel {
             Some(Some(index)) => index,
             Some(None) => return Ok(true),
         };
-        let bridge = device.and_then(|name| fresh.link(name).or(self.mirror.link(name))).map(|link| &link.kind);
+        let bridge = device.and_then(|name| self.mirror.link(name)).map(|link| &link.kind);
         let bridge = matches!(bridge, Some(LinkKind::Bridge));
         let (names, interest) = (&self.names, &self.interest);
         let neigh = |w: &mut Writer| {

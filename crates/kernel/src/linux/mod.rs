@@ -114,6 +114,7 @@ impl LinuxKernel {
             return Ok(());
         }
         self.interest = interest;
+        self.pending.all = true;
         self.read(Scope::All)
     }
 
