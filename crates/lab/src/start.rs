@@ -4,7 +4,7 @@
 //! client ──▶ `lab supervise`         unshares the PID (and user) namespace, starts the next one, and ends
 //!              └─▶ `lab supervise --inner`      PID 1 there: the supervisor
 //! ```
-//! The client holds the supervisor's stdin: when it closes without the word [`STAY`], the lab ends, whatever became of the client.
+//! The client holds the supervisor's stdin: when it closes without the word `STAY`, the lab ends, whatever became of the client.
 
 use std::fs::{self, File};
 use std::io::{self, Write};

@@ -10,6 +10,7 @@ use std::ops::Bound;
 use prost::bytes::Bytes;
 
 use crate::mvccpb::{Event, KeyValue, event::EventType};
+use crate::rpc::ResponseHeader;
 use crate::rpc::{
     Compare, DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse, RangeRequest, RangeResponse, RequestOp,
     ResponseOp, TxnRequest, TxnResponse, compare, range_request, request_op, response_op,
@@ -294,20 +295,35 @@ impl Txn<'_> {
         for op in ops {
             let response = match op.request.as_ref() {
                 Some(request_op::Request::RequestRange(r)) => {
-                    // A read after a write of the same transaction sees it.
-                    let now = self.mvcc.rev + i64::from(!self.records.is_empty());
-                    response_op::Response::ResponseRange(self.mvcc.range_at(r, now)?)
+                    let now = self.rev();
+                    let response = self.mvcc.range_at(r, now)?;
+                    response_op::Response::ResponseRange(RangeResponse { header: at_revision(now), ..response })
                 }
-                Some(request_op::Request::RequestPut(r)) => response_op::Response::ResponsePut(self.put(r)?),
+                Some(request_op::Request::RequestPut(r)) => {
+                    let response = self.put(r)?;
+                    response_op::Response::ResponsePut(PutResponse { header: at_revision(self.rev()), ..response })
+                }
                 Some(request_op::Request::RequestDeleteRange(r)) => {
-                    response_op::Response::ResponseDeleteRange(self.delete(r)?)
+                    let response = self.delete(r)?;
+                    response_op::Response::ResponseDeleteRange(DeleteRangeResponse {
+                        header: at_revision(self.rev()),
+                        ..response
+                    })
                 }
-                Some(request_op::Request::RequestTxn(r)) => response_op::Response::ResponseTxn(self.run(r)?),
+                Some(request_op::Request::RequestTxn(r)) => {
+                    let response = self.run(r)?;
+                    response_op::Response::ResponseTxn(TxnResponse { header: at_revision(0), ..response })
+                }
                 None => return Err(Refused::KeyNotFound),
             };
             responses.push(ResponseOp { response: Some(response) });
         }
         Ok(TxnResponse { header: None, succeeded, responses })
+    }
+
+    /// The revision as this transaction sees it: its own writes count.
+    fn rev(&self) -> i64 {
+        self.mvcc.rev + i64::from(!self.records.is_empty())
     }
 
     /// Ends: the writes are one revision.
@@ -338,6 +354,11 @@ impl Txn<'_> {
         }
         found.all(|version| compares(compare, Some(version)))
     }
+}
+
+/// etcd's header of an answer inside a transaction: nothing but the revision.
+fn at_revision(revision: i64) -> Option<ResponseHeader> {
+    Some(ResponseHeader { revision, ..ResponseHeader::default() })
 }
 
 /// What etcd checks before it runs anything: empty keys, keys written twice.

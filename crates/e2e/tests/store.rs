@@ -1,0 +1,296 @@
+//! The embedded store against Debian's etcd, and against a power cut; asked by a stock `etcdctl` only.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use twill_e2e::net::{Bed, Host};
+use twill_e2e::{bin, eventually, installed};
+
+/// A server of the test, ended by pid.
+struct Server {
+    child: Child,
+    host: Host,
+    /// Lease ids in the order they were granted: each server has its own.
+    leases: Vec<i64>,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = kill_process(Pid::from_child(&self.child), Signal::KILL);
+        let _ = self.child.wait();
+    }
+}
+
+impl Server {
+    fn start(host: Host, mut command: Command) -> Server {
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let server = Server { child, host, leases: Vec::new() };
+        eventually("the store answers", || {
+            let out = server.ctl(&["get", "x", "-w", "json"], "");
+            if out.contains("header") { Ok(()) } else { Err(out) }
+        });
+        server
+    }
+
+    fn ours(bed: &Bed, data: &Path) -> Server {
+        let host = bed.host("ours");
+        let mut command = host.command(bin("twill"));
+        command.args(["store", "serve", "--data"]).arg(data);
+        Server::start(host, command)
+    }
+
+    fn etcds(bed: &Bed, data: &Path) -> Server {
+        let host = bed.host("etcd");
+        let mut command = host.command("etcd");
+        command.arg("--data-dir").arg(data).env("ETCD_UNSUPPORTED_ARCH", std::env::consts::ARCH);
+        Server::start(host, command)
+    }
+
+    /// stdout and stderr of an etcdctl.
+    fn ctl(&self, words: &[&str], input: &str) -> String {
+        let mut command = self.host.command("etcdctl");
+        command.env("ETCDCTL_API", "3").args(words).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+        let out = child.wait_with_output().unwrap();
+        // etcdctl's own log lines carry times; the last line is the error.
+        let error =
+            String::from_utf8_lossy(&out.stderr).lines().filter(|l| l.starts_with("Error:")).collect::<String>();
+        format!("{}{error}", String::from_utf8_lossy(&out.stdout))
+    }
+
+    /// One step of a sequence; the answer without what every server has of its own.
+    fn step(&mut self, step: &Step) -> Vec<Value> {
+        let text = match step {
+            Step::Ctl(words, input) => {
+                let words: Vec<String> = words.iter().map(|w| self.with_lease(w)).collect();
+                let words: Vec<&str> = words.iter().map(String::as_str).collect();
+                self.ctl(&[&words[..], &["-w", "json"]].concat(), input)
+            }
+            Step::Grant => {
+                let text = self.ctl(&["lease", "grant", "3000", "-w", "json"], "");
+                let answer: Value = serde_json::from_str(&text).unwrap();
+                self.leases.push(answer["ID"].as_i64().unwrap());
+                text
+            }
+        };
+        self.normal(&text)
+    }
+
+    /// `@N` is this server's N-th lease, in hex as etcdctl takes it.
+    fn with_lease(&self, word: &str) -> String {
+        match word.split_once('@') {
+            Some((before, n)) => {
+                format!("{before}{:x}", self.leases.get(n.parse::<usize>().unwrap()).copied().unwrap_or(0x77))
+            }
+            None => word.to_owned(),
+        }
+    }
+
+    fn normal(&self, text: &str) -> Vec<Value> {
+        let lines = text.lines().map(|line| {
+            let mut value = serde_json::from_str(line).unwrap_or_else(|_| Value::from(line));
+            self.forget(&mut value);
+            value
+        });
+        lines.collect()
+    }
+
+    /// Takes out identities and terms; lease ids become their number in order.
+    fn forget(&self, value: &mut Value) {
+        match value {
+            Value::Object(fields) => {
+                for key in ["cluster_id", "member_id", "raft_term"] {
+                    fields.remove(key);
+                }
+                for (key, value) in fields.iter_mut() {
+                    let id = value.as_i64().filter(|id| *id > 0 && (key == "lease" || key == "ID" || key == "id"));
+                    match id {
+                        Some(id) => {
+                            *value = Value::from(format!("lease {:?}", self.leases.iter().position(|l| *l == id)))
+                        }
+                        None => self.forget(value),
+                    }
+                }
+            }
+            Value::Array(items) => items.iter_mut().for_each(|item| self.forget(item)),
+            Value::String(text) => {
+                for (n, id) in self.leases.iter().enumerate() {
+                    *text = text.replace(&format!("{id:x}"), &format!("lease {n}"));
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Step {
+    Ctl(Vec<String>, String),
+    Grant,
+}
+
+/// Words separated by blanks, and what goes to stdin.
+fn ctl(words: &str, input: &str) -> Step {
+    Step::Ctl(words.split_whitespace().map(str::to_owned).collect(), input.to_owned())
+}
+
+/// A repeatable stream of numbers.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % n
+    }
+}
+
+/// Something that a client may do, over few keys so that it meets itself.
+fn any_step(dice: &mut Dice, revision: i64) -> Step {
+    let (key, other) = (format!("/k{}", dice.below(4)), format!("/k{}", dice.below(4)));
+    let value = format!("v{}", dice.below(3));
+    let rev = 1 + dice.below(revision as u64 + 2) as i64;
+    match dice.below(16) {
+        0..=3 => ctl(&format!("put {key} {value} --prev-kv"), ""),
+        4 => ctl(&format!("put {key} {value} --lease=@{}", dice.below(3)), ""),
+        5 => ctl(&format!("put {key} --ignore-value"), ""),
+        6 => ctl(&format!("del {key} --prev-kv"), ""),
+        7 => ctl(&format!("del {key} {other} --prev-kv"), ""),
+        8 => ctl("get /k --prefix", ""),
+        9 => ctl(&format!("get /k --prefix --rev={rev}"), ""),
+        10 => ctl(&format!("get /k --prefix --sort-by=MODIFY --order=DESCEND --limit={}", dice.below(3)), ""),
+        11 => ctl("get / --prefix --keys-only --count-only", ""),
+        12 => Step::Grant,
+        13 => ctl(&format!("lease revoke @{}", dice.below(3)), ""),
+        14 => ctl(
+            "txn",
+            &format!("mod(\"{key}\") > \"{rev}\"\n\nput {key} {value}\nget /k --prefix\n\ndel {other}\nget {key}\n\n"),
+        ),
+        _ => ctl(
+            "txn",
+            &format!(
+                "val(\"{key}\") = \"{value}\"\nver(\"{other}\") < \"3\"\n\nput {key} {value}\nput {key} twice\n\nput {other} no\n\n"
+            ),
+        ),
+    }
+}
+
+#[test]
+fn random_sequences_are_answered_as_debians_etcd_does() {
+    if !installed("etcd") || !installed("etcdctl") {
+        return;
+    }
+    let Some(bed) = Bed::new() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let mut ours = Server::ours(&bed, &dir.path().join("ours"));
+    let mut etcds = Server::etcds(&bed, &dir.path().join("etcd"));
+    let mut dice = Dice(0x9e37_79b9_7f4a_7c15);
+    let mut revision = 1;
+    for n in 0..140 {
+        let step = match n {
+            90 => ctl(&format!("compaction {}", revision / 2), ""),
+            91 => ctl(&format!("get /k0 --rev={}", revision / 2 - 1), ""),
+            92 => ctl(&format!("compaction {}", revision / 3), ""),
+            _ => any_step(&mut dice, revision),
+        };
+        let (got, want) = (ours.step(&step), etcds.step(&step));
+        assert_eq!(got, want, "step {n}: {step:?}; left is ours");
+        revision = want.iter().find_map(|v| v["header"]["revision"].as_i64()).unwrap_or(revision);
+    }
+    // The whole history since the compaction, with revisions and order, and the same once more with what was before.
+    for words in ["watch --prefix /k --prev-kv", "watch --prefix /k0", "watch /k1 /k3"] {
+        let watch = |server: &Server| {
+            let from = format!("--rev={}", revision / 2 + 1);
+            let words: Vec<&str> = words.split_whitespace().chain([from.as_str(), "-w", "json"]).collect();
+            let mut command = server.host.command("timeout");
+            command.args(["1", "etcdctl"]).args(&words).env("ETCDCTL_API", "3").stdin(Stdio::null());
+            let out = command.output().unwrap();
+            let answers = server.normal(&String::from_utf8_lossy(&out.stdout));
+            // How many events go into one answer is the server's own affair.
+            answers.into_iter().flat_map(|a| a["Events"].as_array().cloned().unwrap_or_default()).collect::<Vec<_>>()
+        };
+        let want = watch(&etcds);
+        assert!(!want.is_empty());
+        assert_eq!(watch(&ours), want, "{words}; left is ours");
+    }
+}
+
+#[test]
+fn what_was_acknowledged_survives_a_kill() {
+    if !installed("etcdctl") {
+        return;
+    }
+    let Some(bed) = Bed::new() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let mut lease = String::new();
+    let mut revision = Value::Null;
+    for round in 0..3 {
+        let server = Server::ours(&bed, dir.path());
+        if round > 0 {
+            let all: Value = serde_json::from_str(&server.ctl(&["get", "/", "--prefix", "-w", "json"], "")).unwrap();
+            assert_eq!(all["header"]["revision"], revision, "revisions go on");
+            assert_eq!(all["count"], round * 20 + 1, "every acknowledged put is there");
+            let left = server.ctl(&["lease", "timetolive", &lease, "--keys"], "");
+            assert!(left.contains("granted with TTL(600s)") && left.contains("/held"), "{left}");
+        } else {
+            let granted = server.ctl(&["lease", "grant", "600"], "");
+            lease = granted.split_whitespace().nth(1).unwrap().to_owned();
+            server.ctl(&["put", "/held", "x", &format!("--lease={lease}")], "");
+        }
+        for n in 0..20 {
+            assert!(server.ctl(&["put", &format!("/{round}/{n}"), "x"], "").contains("OK"));
+        }
+        let last: Value = serde_json::from_str(&server.ctl(&["get", "/held", "-w", "json"], "")).unwrap();
+        revision = last["header"]["revision"].clone();
+        // Dropping kills with SIGKILL.
+    }
+}
+
+#[test]
+fn a_lease_that_ends_takes_its_keys_along_and_keepalive_keeps_them() {
+    if !installed("etcdctl") {
+        return;
+    }
+    let Some(bed) = Bed::new() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::ours(&bed, dir.path());
+    let granted = server.ctl(&["lease", "grant", "2"], "");
+    let id = granted.split_whitespace().nth(1).unwrap().to_owned();
+    server.ctl(&["put", "/short", "x", &format!("--lease={id}")], "");
+    assert!(server.ctl(&["lease", "keep-alive", "--once", &id], "").contains("keepalived with TTL(2)"));
+    eventually("the key goes with its lease", || {
+        let left = server.ctl(&["get", "/short"], "");
+        if left.is_empty() { Ok(()) } else { Err(left) }
+    });
+    assert!(server.ctl(&["lease", "timetolive", &id], "").contains("already expired"));
+}
+
+#[test]
+fn another_address_needs_insecure_and_ls_prints_the_sources_lines() {
+    let Some(bed) = Bed::new() else { return };
+    let host = bed.host("store");
+    let out = host.command(bin("twill")).args(["store", "serve", "--listen", "0.0.0.0:2379", "-h"]).output().unwrap();
+    assert!(out.status.success(), "--help works");
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = host.command(bin("twill"));
+    let out = command.args(["store", "serve", "--listen", "0.0.0.0:2379", "--data"]).arg(dir.path()).output().unwrap();
+    let error = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success() && error.contains("error: ") && error.contains("--insecure"), "{error}");
+    if !installed("etcdctl") {
+        return;
+    }
+    let server = Server::ours(&bed, dir.path());
+    for n in 1..=3 {
+        server.ctl(&["put", &format!("/coreos.com/network/subnets/100.96.{n}.0-24"), "{}"], "");
+    }
+    let out = server.host.command(bin("twill")).args(["store", "ls", "/coreos.com/network/subnets"]).output().unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&out.stdout),
+        "/coreos.com/network/subnets/100.96.1.0-24\n/coreos.com/network/subnets/100.96.2.0-24\n/coreos.com/network/subnets/100.96.3.0-24\n"
+    );
+}
