@@ -110,6 +110,13 @@ impl Host {
     }
 }
 
+/// Moves the calling thread into a network namespace (root only).
+pub fn enter(namespace: &std::fs::File) {
+    use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+    use std::os::fd::AsFd;
+    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+}
+
 /// Starts `command … sleep infinity` and waits until the sleeper stands in its namespaces.
 fn hold(command: &mut Command) -> Held {
     use std::io::Read;

@@ -1,0 +1,69 @@
+//! `cargo run --release -p twill-bench -- [NAME…]`: the measurements of docs and issues, each beside its reference in the same run.
+//!
+//! | name | what | reference | target |
+//! |---|---|---|---|
+//! | `cold` | exec to last route, 10,000 and 20,000 leases; device lost; one change; memory; idle | `ip -batch` + `bridge -batch` of the same objects | 1.3 ×; 2.2 ×; 1.5 ×; 5 ms p99; 25 MB; 0.6 % |
+//! | `small` | exec to first route; idle with 100 peers | | 100 ms; 0.3 % |
+//! | `lab` | `twill lab`, start to end | | 3 s |
+//! | `tcp` | TCP between containers of a lab | the same network by hand | 0.95 × |
+//!
+//! Needs root. The result is kept in `bench/runs/<date>-<n>/`: command, versions, raw numbers, verdicts.
+
+mod peers;
+mod report;
+mod tcp;
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Instant;
+
+use report::Report;
+
+fn main() {
+    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    if wanted.iter().any(|w| w == "--help") {
+        println!(
+            "cargo run --release -p twill-bench -- [cold] [small] [lab] [tcp]\nwithout a name: all of them; needs root"
+        );
+        return;
+    }
+    let wants = |name: &str| wanted.is_empty() || wanted.iter().any(|w| w == name);
+    let twill = release_binary();
+    let mut report = Report::new();
+    if wants("lab") {
+        lab(&twill, &mut report);
+    }
+    if wants("small") {
+        peers::small(&twill, &mut report);
+    }
+    if wants("tcp") {
+        tcp::run(&twill, &mut report);
+    }
+    if wants("cold") {
+        peers::cold(&twill, &mut report);
+    }
+    report.keep(&wanted);
+}
+
+/// The product, built as it is shipped.
+fn release_binary() -> PathBuf {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+    let built = Command::new(env!("CARGO"))
+        .args(["build", "--release", "--locked", "--package", "twill"])
+        .current_dir(root)
+        .status();
+    assert!(built.unwrap().success(), "the release build failed");
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| PathBuf::from(root).join("target"), PathBuf::from);
+    target.join("release/twill")
+}
+
+fn lab(twill: &PathBuf, report: &mut Report) {
+    let mut samples = Vec::new();
+    for _ in 0..10 {
+        let start = Instant::now();
+        let out = Command::new(twill).arg("lab").output().unwrap();
+        samples.push(start.elapsed().as_secs_f64() * 1e3);
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    }
+    report.at_most("twill lab, two nodes, start to end (ms)", &samples, 3000.0);
+}

@@ -1,0 +1,99 @@
+//! TCP between two containers over VXLAN: a lab's network, and the same built by hand with `ip`, sample by sample in turn.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+use twill_e2e::net::{Bed, Host};
+
+use crate::report::Report;
+
+/// Seconds for each sample.
+const SECONDS: &str = "2";
+
+/// Runs both.
+pub(crate) fn run(twill: &Path, report: &mut Report) {
+    let name = format!("bench{}", std::process::id());
+    let up = Command::new(twill).args(["lab", "up", "--name", &name, "-o", "json"]).output().unwrap();
+    assert!(up.status.success(), "{}", String::from_utf8_lossy(&up.stderr));
+    let lab: Value = serde_json::from_slice(&up.stdout).unwrap();
+    let container = |n: usize| lab["nodes"][n]["containers"][0].clone();
+    let (from, to) = (container(0), container(1));
+    let inside = |c: &Value| {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}", c["netns"].as_str().unwrap())).arg("--");
+        command
+    };
+    let hand = Hand::new();
+    let (mut ours, mut by_hand) = (Vec::new(), Vec::new());
+    for _ in 0..6 {
+        by_hand.push(iperf(|| hand.containers[0].command("env"), || hand.containers[1].command("env"), "10.1.16.3"));
+        ours.push(iperf(|| wrap(inside(&from)), || wrap(inside(&to)), to["address"].as_str().unwrap()));
+    }
+    Command::new(twill).args(["lab", "down", "--name", &name]).stdout(Stdio::null()).status().unwrap();
+    report.note("TCP over VXLAN by hand (Gbit/s)", &by_hand);
+    report.note("TCP over VXLAN by Twill (Gbit/s)", &ours);
+    let (ours, by_hand) = (crate::report::median(&ours), crate::report::median(&by_hand));
+    report.at_least("TCP by Twill against by hand (×)", &[ours / by_hand], 0.95);
+}
+
+fn wrap(mut command: Command) -> Command {
+    command.arg("env");
+    command
+}
+
+/// One sample in Gbit/s.
+fn iperf(from: impl Fn() -> Command, to: impl Fn() -> Command, address: &str) -> f64 {
+    let address = address.split('/').next().unwrap();
+    let mut server = to().args(["iperf3", "-s", "-1"]).stdout(Stdio::null()).spawn().unwrap();
+    let answer = loop {
+        let out = from().args(["iperf3", "-J", "-c", address, "-t", SECONDS]).output().unwrap();
+        let answer: Value = serde_json::from_slice(&out.stdout).unwrap_or_default();
+        // Refused until the server listens.
+        if answer["end"]["sum_received"]["bits_per_second"].is_number() {
+            break answer;
+        }
+    };
+    let _ = server.wait();
+    answer["end"]["sum_received"]["bits_per_second"].as_f64().unwrap() / 1e9
+}
+
+/// Two hosts and two containers by `ip` alone, as the lab has them.
+struct Hand {
+    containers: [Host; 2],
+    _hosts: [Host; 3],
+    _bed: Bed,
+}
+
+impl Hand {
+    fn new() -> Hand {
+        let bed = Bed::new().unwrap();
+        let hosts = [bed.host("one"), bed.host("two"), bed.host("underlay")];
+        let containers = [bed.host("c1"), bed.host("c2")];
+        hosts[2].ip("link add br0 type bridge");
+        hosts[2].ip("link set br0 up");
+        for n in 0..2 {
+            let (host, container) = (&hosts[n], &containers[n]);
+            let (own, peer) = (15 + n, 16 - n);
+            bed.wire(host, "eth0", &hosts[2], &format!("p{n}"));
+            hosts[2].ip(&format!("link set p{n} master br0"));
+            host.ip(&format!("addr add 10.168.0.{}/24 dev eth0", 2 + n));
+            host.ip(&format!("link add flannel.1 address 02:00:00:00:00:{own} mtu 1450 type vxlan id 1 dev eth0 local 10.168.0.{} dstport 8472 nolearning", 2 + n));
+            host.ip(&format!("addr add 10.1.{own}.0/32 dev flannel.1"));
+            host.ip("link set flannel.1 up");
+            host.ip(&format!("neigh add 10.1.{peer}.0 lladdr 02:00:00:00:00:{peer} dev flannel.1 nud permanent"));
+            host.run(&format!("bridge fdb add 02:00:00:00:00:{peer} dev flannel.1 dst 10.168.0.{}", 3 - n));
+            host.ip(&format!("route add 10.1.{peer}.0/24 via 10.1.{peer}.0 dev flannel.1 onlink"));
+            host.ip("link add cni0 mtu 1450 type bridge");
+            host.ip(&format!("addr add 10.1.{own}.1/24 dev cni0"));
+            host.ip("link set cni0 up");
+            host.run("sysctl -qw net.ipv4.ip_forward=1");
+            bed.wire(container, "eth0", host, "veth1");
+            host.ip("link set veth1 mtu 1450 master cni0");
+            container.ip("link set eth0 mtu 1450");
+            container.ip(&format!("addr add 10.1.{own}.{}/24 dev eth0", 2 + n));
+            container.ip(&format!("route add default via 10.1.{own}.1"));
+        }
+        Hand { containers, _hosts: hosts, _bed: bed }
+    }
+}
