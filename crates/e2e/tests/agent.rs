@@ -447,3 +447,82 @@ fn check_says_what_is_in_the_way_and_exits_with_three() {
     let (code, text) = node.twill("agent --check --store ftp://x");
     assert!(code == Some(3) && text.as_ref().unwrap().contains("http://"), "{text:?}");
 }
+
+#[test]
+fn agents_that_start_together_for_as_many_subnets_all_get_one() {
+    const AGENTS: usize = 24;
+    let Some(bed) = Bed::new() else { return };
+    if !installed("etcdctl") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    // A store on a bridge that joins all agents' hosts.
+    let hub = bed.host("hub");
+    hub.ip("link add br0 type bridge");
+    hub.ip("addr add 10.168.0.1/24 dev br0");
+    hub.ip("link set br0 up");
+    let hosts: Vec<_> = (0..AGENTS)
+        .map(|n| {
+            let host = bed.host(&format!("node{n}"));
+            bed.wire(&host, "eth0", &hub, &format!("p{n}"));
+            hub.ip(&format!("link set p{n} master br0"));
+            host.ip(&format!("addr add 10.168.0.{}/24 dev eth0", 10 + n));
+            host
+        })
+        .collect();
+    let store = hub
+        .command(twill_e2e::bin("twill"))
+        .args(["store", "serve", "--insecure", "--listen", "10.168.0.1:2379", "--data"])
+        .arg(dir.path().join("store"))
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut children = vec![Ended(store)];
+    let config = format!(
+        r#"{{"Network":"10.1.0.0/16","SubnetMin":"10.1.1.0","SubnetMax":"10.1.{AGENTS}.0","Backend":{{"Type":"vxlan"}}}}"#
+    );
+    let etcdctl = |words: &[&str]| {
+        let out = hub
+            .command("etcdctl")
+            .env("ETCDCTL_API", "3")
+            .args(["--endpoints", "http://10.168.0.1:2379"])
+            .args(words)
+            .output()
+            .unwrap();
+        if out.status.success() {
+            Ok(String::from_utf8(out.stdout).unwrap())
+        } else {
+            Err(String::from_utf8(out.stderr).unwrap())
+        }
+    };
+    eventually("the store takes the config", || etcdctl(&["put", "/coreos.com/network/config", &config]));
+    for (n, host) in hosts.iter().enumerate() {
+        let mut command = host.command(twill_e2e::bin("twill"));
+        command.args(["agent", "--iface", "eth0", "--store", "http://10.168.0.1:2379"]);
+        for flag in ["state-dir", "run-dir"] {
+            command.arg(format!("--{flag}")).arg(dir.path().join(format!("{n}/{flag}")));
+        }
+        command.arg("--subnet-file").arg(dir.path().join(format!("{n}/subnet.env")));
+        children.push(Ended(command.stderr(std::process::Stdio::null()).spawn().unwrap()));
+    }
+    let subnets = eventually("every agent has a subnet", || {
+        let read = |n: usize| std::fs::read_to_string(dir.path().join(format!("{n}/subnet.env"))).ok();
+        let all: Vec<String> =
+            (0..AGENTS).filter_map(read).filter_map(|env| env.lines().nth(1).map(str::to_owned)).collect();
+        if all.len() == AGENTS { Ok(all) } else { Err(all.len()) }
+    });
+    let distinct: std::collections::BTreeSet<_> = subnets.iter().collect();
+    assert_eq!(distinct.len(), AGENTS, "{subnets:?}");
+    let leases = etcdctl(&["get", "--prefix", "--keys-only", "/coreos.com/network/subnets/"]).unwrap();
+    assert_eq!(leases.split_whitespace().count(), AGENTS);
+}
+
+/// A child that is ended, by pid, with the test.
+struct Ended(std::process::Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
