@@ -17,6 +17,9 @@ use crate::layout::{LabName, UNDERLAY};
 /// Where `ip netns` looks.
 pub const NETNS_DIR: &str = "/run/netns";
 
+/// Tells the supervisor where the client keeps its labs; no setting of the agent, whose names begin with `TWILL_`.
+pub(crate) const CLIENTS_HOME: &str = "_TWILL_LAB_HOME";
+
 /// The folder of all labs of this user.
 #[derive(Debug, Clone)]
 pub struct Home(PathBuf);
@@ -41,6 +44,11 @@ impl Home {
             return Err(refusal(&path, "others may write to it"));
         }
         Ok(Self(path))
+    }
+
+    /// The folder that the client has found: in its user namespace the supervisor has another user id.
+    pub(crate) fn of_client() -> Result<Self, LabError> {
+        std::env::var_os(CLIENTS_HOME).map_or_else(Self::open, |path| Ok(Self(path.into())))
     }
 
     /// The folder of one lab; it need not exist.
@@ -79,6 +87,11 @@ impl LabDir {
     /// The folder.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The folder of all labs.
+    pub(crate) fn home(&self) -> &Path {
+        self.path.parent().unwrap_or(&self.path)
     }
 
     /// Where the supervisor listens.

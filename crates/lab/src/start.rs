@@ -19,7 +19,7 @@ use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use twill_kernel::{netns, process};
 
 use crate::error::{Act, LabError};
-use crate::home::{Home, LabDir};
+use crate::home::{CLIENTS_HOME, Home, LabDir};
 use crate::layout::{LabName, Spec};
 use crate::proto::{LabState, Request, Word, connect, listen, say};
 use crate::supervisor;
@@ -86,6 +86,7 @@ fn supervised(dir: &LabDir, spec: &Spec, heard: impl FnMut(&str)) -> Result<Star
     let text = serde_json::to_string(spec).act(|| "write the lab's plan".into())?;
     let mut launcher = own_program()?
         .args(["lab", "supervise", &text])
+        .env(CLIENTS_HOME, dir.home())
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(log)
@@ -157,7 +158,7 @@ fn supervise_quietly(text: &str, user_namespace: bool) -> Result<(), LabError> {
     // A signal to the client's terminal is not for the lab.
     let _ = rustix::process::setsid();
     netns::unshare_network().map_err(|error| forbidden(&error))?;
-    let dir = Home::open()?.lab(&spec.name);
+    let dir = Home::of_client()?.lab(&spec.name);
     supervisor::run(dir, spec, user_namespace)
 }
 
