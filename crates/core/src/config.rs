@@ -42,9 +42,9 @@ pub enum BackendConfig {
 
 /// A bad value: the key, the value and what is allowed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("network config: {key}: {bad}")]
+#[error("network config: {}{bad}", if key.is_empty() { String::new() } else { format!("{key}: ") })]
 pub struct ConfigFault {
-    /// The key with its path, e.g. `Backend.VNI`.
+    /// The key with its path, e.g. `Backend.VNI`; empty: the whole text.
     pub key: String,
     /// The value and what is allowed.
     pub bad: BadValue,
@@ -77,7 +77,7 @@ impl NetworkConfig {
     pub fn parse(text: &[u8]) -> Result<(NetworkConfig, Vec<String>), ConfigFault> {
         let fields = Fields::parse(text).map_err(|e| fault("", e, "a JSON object"))?;
         let mut ignored: Vec<String> =
-            fields.unknown(&KEYS).map(|key| format!("{key} is not a key of the network config")).collect();
+            fields.unknown(&KEYS).iter().map(|key| format!("{key} is not a key of the network config")).collect();
         for key in ["EnableNFTables", "NoMasqCIDRs"].iter().filter(|key| fields.has(key)) {
             ignored.push(format!("{key} has no effect yet"));
         }
@@ -151,7 +151,9 @@ fn range(fields: &Fields<'_>, v4: bool) -> Result<Range, ConfigFault> {
     }
     let default = if network.len() + 2 <= usual { usual } else { network.len() + 2 };
     let len_key = key("SubnetLen");
-    let wished = value::<u64>(fields, &len_key, "a prefix length")?.filter(|&len| len != 0);
+    let wished =
+        value::<u64>(fields, &len_key, if v4 { "a prefix length up to 30" } else { "a prefix length up to 126" })?
+            .filter(|&len| len != 0);
     let subnet_len = wished.unwrap_or(u64::from(default));
     if subnet_len < u64::from(network.len()) + 2 {
         return Err(fault(&len_key, subnet_len, "at least two more than the network's length (four subnets)"));
@@ -184,7 +186,8 @@ fn bound(fields: &Fields<'_>, key: &str, network: Prefix, len: u8, default: u128
 fn backend(raw: &RawValue, ignored: &mut Vec<String>) -> Result<BackendConfig, ConfigFault> {
     let fields =
         Fields::parse(raw.get().as_bytes()).map_err(|_| fault("Backend", raw.get(), "an object with a Type"))?;
-    let kind = value::<String>(&fields, "Type", "a backend's name")?.unwrap_or_default().to_lowercase();
+    let kind = value::<String>(&fields, "Type", "a backend's name").map_err(|f| f.below("Backend"))?;
+    let kind = kind.unwrap_or_default().to_lowercase();
     match kind.as_str() {
         "vxlan" => {
             for key in fields.unknown(&VXLAN_KEYS) {
@@ -215,10 +218,10 @@ fn vxlan(fields: &Fields<'_>) -> Result<VxlanConfig, ConfigFault> {
         let key = format!("Backend.{key}");
         move |bad: BadValue| ConfigFault { key: key.clone(), bad }
     };
-    let port = number("Port", "a port")?.filter(|&port| port != 0).unwrap_or(VXLAN_PORT);
-    let mtu = number("MTU", "an MTU")?.filter(|&mtu| mtu != 0);
+    let port = number("Port", "a port from 1 to 65535")?.filter(|&port| port != 0).unwrap_or(VXLAN_PORT);
+    let mtu = number("MTU", "an MTU from 68 to 65535")?.filter(|&mtu| mtu != 0);
     Ok(VxlanConfig {
-        vni: Vni::try_from(number("VNI", "a VNI")?.unwrap_or(1)).map_err(at("VNI"))?,
+        vni: Vni::try_from(number("VNI", "a VNI from 0 to 16777215")?.unwrap_or(1)).map_err(at("VNI"))?,
         port: Port::try_from(port).map_err(at("Port"))?,
         mtu: mtu.map(Mtu::try_from).transpose().map_err(at("MTU"))?,
         gbp: flag("GBP")?,

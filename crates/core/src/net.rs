@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Why a text or number is not the fact that it was taken for. Names the value and what is allowed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{value:?} is not {allowed}")]
+#[error("{:?} is not {allowed}", cut(value))]
 pub struct BadValue {
     /// The offending text, as it came.
     pub value: String,
@@ -22,6 +22,15 @@ impl BadValue {
     /// A refusal of `value`; `allowed` is a noun phrase.
     pub fn new(value: impl fmt::Display, allowed: &'static str) -> Self {
         Self { value: value.to_string(), allowed }
+    }
+}
+
+/// The text, or the beginning of one that is longer than anybody reads.
+pub(crate) fn cut(text: &str) -> String {
+    const LONGEST: usize = 200;
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}… ({} bytes)", &text[..end], text.len()),
+        None => text.to_owned(),
     }
 }
 

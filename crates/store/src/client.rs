@@ -372,8 +372,14 @@ impl EtcdStore {
     {
         let at = self.current.lock().map_or(0, |at| *at);
         let channel = self.channel(at);
-        let token = self.token(&channel).await.map_err(|status| self.error(act, &status))?;
-        call(channel, token).await.map_err(|status| {
+        let result = match self.token(&channel).await {
+            Ok(token) => call(channel, token).await,
+            Err(status) => Err(status),
+        };
+        result.map_err(|status| {
+            if let (true, Ok(mut token)) = (is_expired(&status), self.token.lock()) {
+                *token = None;
+            }
             if let (true, Ok(mut current)) = (is_away(&status), self.current.lock()) {
                 *current = (at + 1) % self.channels.len();
             }

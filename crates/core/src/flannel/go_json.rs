@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::net::cut;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
@@ -22,10 +23,15 @@ impl<'a> Fields<'a> {
         found.map(|(_, value)| *value).filter(|value| value.get() != "null")
     }
 
-    /// Keys that are none of `known`, in any case.
-    pub fn unknown<'k>(&'k self, known: &'k [&str]) -> impl Iterator<Item = &'k str> {
-        let keys = self.0.iter().map(|(key, _)| key.as_str());
-        keys.filter(|key| !known.iter().any(|name| name.eq_ignore_ascii_case(key)))
+    /// Keys that are none of `known`, in any case: each once, and cut where it is longer than anybody reads.
+    pub fn unknown(&self, known: &[&str]) -> Vec<String> {
+        let mut found: Vec<&str> = Vec::new();
+        for (key, _) in &self.0 {
+            if !known.iter().chain(&found).any(|name| name.eq_ignore_ascii_case(key)) {
+                found.push(key);
+            }
+        }
+        found.into_iter().map(cut).collect()
     }
 
     /// True when a key is `name` in any case, even with the value `null`.

@@ -9,7 +9,7 @@
 use std::path::Path;
 
 use prost::bytes::Bytes;
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, ReadOnlyDatabase, ReadableDatabase, ReadableTable, TableDefinition};
 
 use super::mvcc::{Record, Version};
 
@@ -83,8 +83,12 @@ impl Disk {
     /// Opens or makes the database in `dir`; `ids` become cluster and member where it is new.
     pub fn open(dir: &Path, ids: (u64, u64)) -> Result<(Disk, Loaded), DiskError> {
         std::fs::create_dir_all(dir).map_err(DiskError::Folder)?;
-        let database =
-            redb::Builder::new().set_cache_size(2 << 20).create(dir.join("store.redb")).map_err(at("open"))?;
+        let path = dir.join("store.redb");
+        // A database that cannot be opened for reading is new, or was not closed: the other door repairs it.
+        if let Some(newer) = ReadOnlyDatabase::open(&path).ok().and_then(|old| format_of(&old).ok().flatten()) {
+            refuse_newer(newer)?;
+        }
+        let database = redb::Builder::new().set_cache_size(2 << 20).create(path).map_err(at("open"))?;
         let disk = Disk(database);
         disk.prepare(ids)?;
         let loaded = disk.load()?;
@@ -120,12 +124,8 @@ impl Disk {
 
     /// Checks the format, and writes it where the database is new.
     fn prepare(&self, (cluster, member): (u64, u64)) -> Result<(), DiskError> {
-        let txn = self.0.begin_read().map_err(at("read"))?;
-        if let Ok(meta) = txn.open_table(META)
-            && let Some(version) = meta.get("version").map_err(at("read"))?
-        {
-            let version = version.value();
-            return if version <= FORMAT { Ok(()) } else { Err(DiskError::Newer(version)) };
+        if let Some(version) = format_of(&self.0)? {
+            return refuse_newer(version);
         }
         let txn = self.0.begin_write().map_err(at("write"))?;
         {
@@ -162,6 +162,17 @@ impl Disk {
     }
 }
 
+/// The format that a database says it has; `None`: it is new.
+fn format_of(database: &impl ReadableDatabase) -> Result<Option<u64>, DiskError> {
+    let txn = database.begin_read().map_err(at("read"))?;
+    let Ok(meta) = txn.open_table(META) else { return Ok(None) };
+    Ok(meta.get("version").map_err(at("read"))?.map(|version| version.value()))
+}
+
+fn refuse_newer(version: u64) -> Result<(), DiskError> {
+    if version <= FORMAT { Ok(()) } else { Err(DiskError::Newer(version)) }
+}
+
 fn at<E: Into<redb::Error>>(act: &'static str) -> impl Fn(E) -> DiskError {
     move |error| DiskError::Database { act, source: Box::new(error.into()) }
 }
@@ -192,4 +203,28 @@ pub fn decode((rev, sub): (u64, u64), row: &[u8]) -> Option<Record> {
     let value = Bytes::copy_from_slice(rest);
     let version = Version { rev: rev as i64, sub: sub as i64, create, count, lease, value };
     Some(Record { key: Bytes::copy_from_slice(key), version })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_newer_database_is_refused_and_left_untouched() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("store.redb");
+        let write = |version: u64| {
+            let disk = Disk::open(dir.path(), (1, 2)).unwrap().0;
+            let txn = disk.0.begin_write().unwrap();
+            txn.open_table(META).unwrap().insert("version", version).unwrap();
+            txn.commit().unwrap();
+        };
+        write(FORMAT);
+        write(FORMAT + 1);
+        let before = std::fs::read(&file).unwrap();
+        let refused = Disk::open(dir.path(), (1, 2)).unwrap_err();
+        assert_eq!(refused.to_string(), "the store's data has format 2, and this program knows 1");
+        assert_eq!(std::fs::read(&file).unwrap(), before);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "and nothing lies beside it");
+    }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Deserialize;
 use twill_core::iface::Wishes;
-use twill_core::net::Prefix;
+use twill_core::net::{BadValue, Prefix};
 
 use crate::output::Failure;
 use crate::stores::{self, StoreArgs};
@@ -23,7 +23,7 @@ pub(crate) struct AgentArgs {
     #[command(flatten)]
     store: StoreArgs,
     /// Serve the store as well; without an address on loopback only
-    #[arg(long, value_name = "ADDR:PORT", env = "TWILL_SERVE_STORE", num_args = 0..=1, default_missing_value = "127.0.0.1:2379")]
+    #[arg(long, value_name = "ADDR:PORT", env = "TWILL_SERVE_STORE", num_args = 0..=1, default_missing_value = "127.0.0.1:2379", value_parser = address_and_port)]
     serve_store: Option<SocketAddr>,
     /// Serve the store to other hosts although nothing authenticates them
     #[arg(long)]
@@ -35,7 +35,7 @@ pub(crate) struct AgentArgs {
     #[arg(long, value_name = "NAME|ADDR", env = "TWILL_IFACE", value_delimiter = ',')]
     iface: Vec<String>,
     /// Address that peers are told, when it is not the interface's own
-    #[arg(long, value_name = "ADDR", env = "TWILL_PUBLIC_IP", value_delimiter = ',')]
+    #[arg(long, value_name = "ADDR", env = "TWILL_PUBLIC_IP", value_delimiter = ',', value_parser = address)]
     public_ip: Vec<IpAddr>,
     /// Ask for this subnet
     #[arg(long, value_name = "PREFIX", env = "TWILL_SUBNET", value_delimiter = ',')]
@@ -64,13 +64,14 @@ struct File {
     key: Option<PathBuf>,
     user: Option<String>,
     password_file: Option<PathBuf>,
+    #[serde(default, deserialize_with = "served_at")]
     serve_store: Option<SocketAddr>,
     #[serde(default)]
     insecure: bool,
     network: Option<Prefix>,
     #[serde(default)]
     iface: Vec<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "addresses")]
     public_ip: Vec<IpAddr>,
     #[serde(default)]
     subnet: Vec<Prefix>,
@@ -137,6 +138,24 @@ impl AgentArgs {
             run_dir: self.run_dir.or(file.run_dir).unwrap_or_else(stores::run_dir),
         })
     }
+}
+
+/// `ADDR:PORT`.
+pub(crate) fn address_and_port(text: &str) -> Result<SocketAddr, BadValue> {
+    text.parse().map_err(|_| BadValue::new(text, "an address and port like 192.0.2.11:2379"))
+}
+
+fn address(text: &str) -> Result<IpAddr, BadValue> {
+    text.parse().map_err(|_| BadValue::new(text, "an address like 192.0.2.11"))
+}
+
+fn served_at<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Option<SocketAddr>, D::Error> {
+    address_and_port(&String::deserialize(d)?).map(Some).map_err(serde::de::Error::custom)
+}
+
+fn addresses<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Vec<IpAddr>, D::Error> {
+    let texts = Vec::<String>::deserialize(d)?;
+    texts.iter().map(|text| address(text).map_err(serde::de::Error::custom)).collect()
 }
 
 /// The settings file; `None`: there is none.

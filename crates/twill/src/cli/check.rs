@@ -13,6 +13,7 @@ use crate::agent::compose::Network;
 use crate::agent::settings::Settings;
 use crate::agent::{load_state, refuse_beside_flannel};
 use crate::output::{FINDINGS, Failure, Output};
+use crate::stores;
 
 /// CAP_NET_ADMIN and CAP_NET_RAW (include/uapi/linux/capability.h).
 const NEEDED: [(u32, &str, &str); 2] =
@@ -48,6 +49,9 @@ pub(crate) fn run(settings: &Settings, output: Output) -> anyhow::Result<ExitCod
     if let Err(failure) = refuse_beside_flannel() {
         check.failure("host", &failure);
     }
+    if let Some(Err(failure)) = settings.serve_store.map(|listen| stores::check_listen(listen, settings.insecure)) {
+        check.failure("store", &failure);
+    }
     let kernel = LinuxKernel::open(Interest::default())?;
     let host = kernel.mirror();
     let chosen = match iface::choose(host, &settings.wishes) {
@@ -67,7 +71,7 @@ pub(crate) fn run(settings: &Settings, output: Output) -> anyhow::Result<ExitCod
         Ok(text) => text,
         Err(failure) => {
             check.failure("store", &failure);
-            None
+            return finish(&check, output);
         }
     };
     match parse_config(text) {
@@ -90,7 +94,11 @@ pub(crate) fn run(settings: &Settings, output: Output) -> anyhow::Result<ExitCod
             }
         }
     }
-    output.print(&check, || describe(&check))?;
+    finish(&check, output)
+}
+
+fn finish(check: &Check, output: Output) -> anyhow::Result<ExitCode> {
+    output.print(check, || describe(check))?;
     Ok(if check.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(FINDINGS) })
 }
 

@@ -35,7 +35,7 @@ enum Command {
 )]
 struct Serve {
     /// Address and port to listen on
-    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:2379")]
+    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:2379", value_parser = crate::agent::settings::address_and_port)]
     listen: SocketAddr,
     /// Folder of the data
     #[arg(long, value_name = "DIR")]
