@@ -1,4 +1,4 @@
-//! ICMP and ICMPv6 echo over ping sockets (net/ipv4/ping.c): no program and, where the sysctl allows, no privilege.
+//! ICMP and ICMPv6 echo over ping sockets (net/ipv4/ping.c), which need no privilege where the sysctl allows them; else over raw ones.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -11,9 +11,13 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, ipproto, recvfrom, sendto, socket_with,
 };
 
-/// Echo request types of ICMP and ICMPv6.
-const ECHO: u8 = 8;
-const ECHO_V6: u8 = 128;
+use twill_packet::checksum;
+
+/// Echo request and reply of ICMP and ICMPv6.
+const ECHO: [u8; 2] = [8, 0];
+const ECHO_V6: [u8; 2] = [128, 129];
+/// What each request carries behind its header.
+const MARK: &[u8; 5] = b"twill";
 
 /// Sends one echo to each target and gives those that answer within `patience`.
 pub(crate) fn echo(targets: &[IpAddr], patience: Duration) -> io::Result<BTreeSet<IpAddr>> {
@@ -28,12 +32,18 @@ pub(crate) fn echo(targets: &[IpAddr], patience: Duration) -> io::Result<BTreeSe
 }
 
 fn echo_family(targets: &BTreeSet<IpAddr>, v4: bool, patience: Duration) -> io::Result<BTreeSet<IpAddr>> {
-    let socket = open(v4)?;
+    let (socket, raw) = open(v4)?;
+    let [request, reply] = if v4 { ECHO } else { ECHO_V6 };
+    let [id_high, id_low] = (std::process::id() as u16).to_be_bytes();
     for (n, target) in targets.iter().enumerate() {
-        let kind = if v4 { ECHO } else { ECHO_V6 };
         let [high, low] = (n as u16).to_be_bytes();
-        // Checksum and identifier are the kernel's to fill in.
-        let packet = [kind, 0, 0, 0, 0, 0, high, low, b't', b'w', b'i', b'l', b'l'];
+        let mut packet = [request, 0, 0, 0, id_high, id_low, high, low, 0, 0, 0, 0, 0];
+        packet[8..].copy_from_slice(MARK);
+        // The checksum is the kernel's to fill in, but for raw IPv4.
+        if raw && v4 {
+            let sum = checksum::of(&packet);
+            packet[2..4].copy_from_slice(&sum.to_be_bytes());
+        }
         // A target without a route has its answer: none.
         let _ = sendto(&socket, &packet, SendFlags::empty(), &SocketAddr::new(*target, 0));
     }
@@ -46,9 +56,10 @@ fn echo_family(targets: &BTreeSet<IpAddr>, v4: bool, patience: Duration) -> io::
             break;
         }
         let mut buf = [0u8; 256];
-        if let Ok((_, _, Some(from))) = recvfrom(&socket, &mut buf[..], RecvFlags::DONTWAIT)
+        if let Ok((_, len, Some(from))) = recvfrom(&socket, &mut buf[..], RecvFlags::DONTWAIT)
             && let Ok(from) = SocketAddr::try_from(from)
             && targets.contains(&from.ip())
+            && (!raw || is_reply(&buf[..len.min(buf.len())], v4, [reply, id_high, id_low]))
         {
             answered.insert(from.ip());
         }
@@ -56,8 +67,23 @@ fn echo_family(targets: &BTreeSet<IpAddr>, v4: bool, patience: Duration) -> io::
     Ok(answered)
 }
 
-fn open(v4: bool) -> io::Result<OwnedFd> {
+/// A socket, and whether it is a raw one.
+fn open(v4: bool) -> io::Result<(OwnedFd, bool)> {
     let (family, protocol) =
         if v4 { (AddressFamily::INET, ipproto::ICMP) } else { (AddressFamily::INET6, ipproto::ICMPV6) };
-    Ok(socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, Some(protocol))?)
+    let socket = |kind| socket_with(family, kind, SocketFlags::CLOEXEC, Some(protocol));
+    match socket(SocketType::DGRAM) {
+        Ok(ping) => Ok((ping, false)),
+        // A fresh network namespace allows ping sockets to nobody, root included.
+        Err(refused) => socket(SocketType::RAW).map(|raw| (raw, true)).map_err(|_| refused.into()),
+    }
+}
+
+/// True for the reply to one of our requests; a raw socket hears everything, with the IPv4 header.
+fn is_reply(packet: &[u8], v4: bool, [kind, id_high, id_low]: [u8; 3]) -> bool {
+    let header = if v4 { packet.first().map_or(0, |first| usize::from(first & 0xf) * 4) } else { 0 };
+    match packet.get(header..) {
+        Some([k, 0, _, _, high, low, _, _, mark @ ..]) => (*k, *high, *low) == (kind, id_high, id_low) && mark == MARK,
+        _ => false,
+    }
 }

@@ -58,11 +58,17 @@ impl StoreArgs {
     /// A client; it connects when it is first asked.
     pub(crate) fn connect(&self) -> Result<EtcdStore, Failure> {
         let read = |path: &PathBuf, flag: &str| {
-            std::fs::read(path)
-                .map_err(|e| Failure::new("store-config", format!("read {flag} {}: {e}", path.display())))
+            std::fs::read(path).map_err(|e| {
+                Failure::new("store-config", format!("read {flag} {}: {e}", path.display()))
+                    .hint("name a file that this user may read")
+            })
         };
         let both = |a: bool, b: bool, what: &str| {
-            if a == b { Ok(()) } else { Err(Failure::new("store-config", format!("{what} belong together"))) }
+            if a == b {
+                Ok(())
+            } else {
+                Err(Failure::new("store-config", format!("{what} belong together")).hint("give both, or neither"))
+            }
         };
         both(self.cert.is_some(), self.key.is_some(), "--cert and --key")?;
         both(self.user.is_some(), self.password_file.is_some(), "--user and --password-file")?;

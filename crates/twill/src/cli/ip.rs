@@ -11,6 +11,9 @@ use crate::output::{Failure, Output, USAGE};
 
 /// Address arithmetic: class, network, broadcast, masks; and how to cut a network for nodes.
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  twill ip calc 129.5.1.1\n  twill ip plan --network 10.244.0.0/16 --nodes 100 --containers 50"
+)]
 pub(crate) struct Ip {
     #[command(subcommand)]
     command: IpCommand,

@@ -19,6 +19,9 @@ use crate::output;
 /// Container networks that explain themselves.
 #[derive(Debug, Parser)]
 #[command(name = "twill", version, about, max_term_width = 110, disable_help_subcommand = true)]
+#[command(
+    after_help = "Examples:\n  twill lab                    see it work: hosts, agents and containers on this machine\n  twill agent --serve-store    the first host of a network\n  twill status"
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -16,6 +16,7 @@ use crate::output::{Failure, Output, columns};
 
 /// The kernel's tables, of this network namespace or a named one.
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  twill show routes\n  twill show fdb --netns /proc/4711/ns/net -o json")]
 pub(crate) struct Show {
     #[command(subcommand)]
     table: Table,

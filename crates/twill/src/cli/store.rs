@@ -15,6 +15,7 @@ use crate::stores::{self, StoreArgs};
 
 /// The embedded store, and a look into any store.
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  twill store serve\n  twill store ls /coreos.com/network/subnets")]
 pub(crate) struct Store {
     #[command(subcommand)]
     command: Command,

@@ -129,6 +129,7 @@ struct Exec {
 #[derive(Debug, Subcommand)]
 enum Node {
     /// One more host, with an agent and containers
+    #[command(after_help = "Example:\n  twill lab node add --name lab")]
     Add(Named),
 }
 

@@ -1,0 +1,248 @@
+//! What a node says of itself: shapes for programs, `plan` beside flanneld, `--check`, `--serve-store`, `peers --probe`.
+
+use std::path::Path;
+use std::process::Stdio;
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use twill_e2e::net::Bed;
+use twill_e2e::node::Node;
+use twill_e2e::{bin, eventually, installed};
+
+fn node() -> Option<(Node, tempfile::TempDir)> {
+    if !installed("etcdctl") {
+        return None;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    Some((Node::new(Bed::new()?, dir.path()), dir))
+}
+
+/// The shape of a value: each field with the name of its type; a list has the shape of its first item.
+fn shape(value: &Value) -> Value {
+    match value {
+        Value::Object(fields) => fields.iter().map(|(k, v)| (k.clone(), shape(v))).collect(),
+        Value::Array(items) => Value::Array(items.first().map(shape).into_iter().collect()),
+        Value::String(_) => "text".into(),
+        Value::Number(_) => "number".into(),
+        Value::Bool(_) => "bool".into(),
+        Value::Null => "null".into(),
+    }
+}
+
+#[test]
+fn shapes_for_programs_are_as_documented() {
+    let Some((node, _dir)) = node() else { return };
+    node.put_peer(200);
+    node.put("subnets/10.1.201.0-24", "{");
+    let plan = json!({"schema": "number", "steps": [{"op": "text", "object": "text", "why": "text"}]});
+    assert_eq!(shape(&node.twill_json("plan")), plan);
+    let check = json!({"schema": "number", "interface": "text", "why": "text", "addresses": ["text"], "mtu": "number",
+        "networks": ["text"], "backend": "text", "ports": ["text"], "findings": []});
+    assert_eq!(shape(&node.twill_json("agent --check")), check);
+    let _agent = node.agent("");
+    node.await_peer(200, true);
+    node.host.ip("route del 10.1.200.0/24");
+    node.await_peer(200, true);
+    let finding = json!({"code": "text", "object": "text", "evidence": "text", "fix": "text"});
+    let repair = json!({"unix_ms": "number", "op": "text", "object": "text", "before": "null", "why": "text"});
+    let status = json!({"schema": "number", "node": "text", "state": "text", "subnets": ["text"], "networks": ["text"],
+        "backend": "text", "devices": ["text"], "mtu": "number",
+        "underlay": {"interface": "text", "addresses": ["text"], "mtu": "number", "why": "text"},
+        "store": {"endpoints": "text", "state": "text", "revision": "number", "open": "bool"},
+        "peers": "number", "findings": [finding], "repairs": {"total": "number", "recent": [repair]}});
+    eventually("status has its shape", || {
+        let got = shape(&node.status());
+        if got == status { Ok(()) } else { Err(got) }
+    });
+    let peers = node.twill_json("peers");
+    assert_eq!(peers["peers"].as_array().unwrap().len(), 2, "{peers:#}");
+    let peer = peers["peers"].as_array().unwrap().iter().find(|p| p["fault"].is_null()).unwrap();
+    let want = json!({"lease": "text", "subnets": ["text"], "address": "text", "vtep": "text", "mac": "text",
+        "node": "null", "fault": "null"});
+    assert_eq!(shape(peer), want);
+    let leases = node.twill_json("leases");
+    let rows = leases["leases"].as_array().unwrap();
+    assert_eq!((rows.len(), leases["schema"].as_i64()), (3, Some(1)));
+    let own = rows.iter().find(|r| !r["node"].is_null()).unwrap();
+    let want = json!({"lease": "text", "public_ip": "text", "backend": "text", "node": "text", "reservation": "bool",
+        "revision": "number", "fault": "null"});
+    assert_eq!(shape(own), want);
+    assert_eq!(shape(&node.twill_json("store ls")), json!({"schema": "number", "keys": ["text"]}));
+    assert_eq!(shape(&node.twill_json("resync --accept")), json!({"schema": "number", "withdrawn": "number"}));
+    // Everything in the guide, and the same object in YAML.
+    let guide = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/guide/json.md")).unwrap();
+    for (command, answer) in
+        [("`status`", &status), ("`peers`", &peers["peers"][0]), ("`leases`", own), ("`plan`", &plan)]
+    {
+        for field in answer.as_object().unwrap().keys().filter(|k| *k != "schema") {
+            assert!(guide.contains(&format!("`{field}`")), "{command}: {field}");
+        }
+    }
+    let yaml = node.twill("leases -o yaml").1.unwrap();
+    assert!(yaml.starts_with("schema: 1\n") && yaml.contains("\nleases:\n") && yaml.contains("lease: "), "{yaml}");
+}
+
+#[test]
+fn plan_beside_flanneld_takes_no_lease_and_touches_nothing() {
+    let Some((node, dir)) = node() else { return };
+    // A stand-in: a process of that name, and what it would have made.
+    let stand_in = dir.path().join("flanneld");
+    std::fs::copy("/bin/sleep", &stand_in).unwrap();
+    let mut flanneld = node.host.command(&stand_in).arg("infinity").stdin(Stdio::null()).spawn().unwrap();
+    node.host.ip("link add flannel.1 type vxlan id 1 dstport 8472 local 10.168.0.2 dev eth0 nolearning");
+    node.host.ip("link set flannel.1 up");
+    node.put_peer(200);
+    let facts = |node: &Node| {
+        ["-d -j link show", "-j addr show", "-j route show table all", "-j neigh show"].map(|w| node.host.ip(w))
+    };
+    let (before, leases) = (facts(&node), node.leases());
+    let pid = flanneld.id();
+    eventually("the agent refuses beside it", || {
+        let (code, err) = node.twill("agent --check -o json");
+        let text = err.unwrap_or_default();
+        if code == Some(3) && text.contains("flanneld-running") { Ok(()) } else { Err((pid, text)) }
+    });
+    for words in ["plan -o json", "plan", "plan --diff"] {
+        let (code, out) = node.twill(words);
+        let out = out.unwrap();
+        assert!(code == Some(0) && out.contains("10.1.200.0"), "{out}");
+    }
+    assert_eq!(node.leases(), leases, "no lease was taken");
+    assert_eq!(facts(&node), before, "nothing was touched");
+    assert!(!node.file("state/state.json").exists() && !node.file("subnet.env").exists());
+    flanneld.kill().unwrap();
+    flanneld.wait().unwrap();
+}
+
+#[test]
+fn check_names_the_capability_that_is_missing_and_the_network_that_overlaps() {
+    let Some((node, dir)) = node() else { return };
+    if !installed("setpriv") {
+        return;
+    }
+    node.host.ip("route add 10.1.99.0/24 via 10.168.0.3");
+    let found = node.twill_json("agent --check");
+    assert_eq!(found["findings"][0]["code"], "network-overlap", "{found:#}");
+    assert!(found["findings"][0]["evidence"].as_str().unwrap().contains("10.1.99.0/24"), "{found:#}");
+    assert_eq!((&found["interface"], &found["ports"][0]), (&json!("eth0"), &json!("udp/8472")));
+    assert_eq!((&found["mtu"], &found["networks"][0]), (&json!(1450), &json!("10.1.0.0/16")));
+    node.host.ip("route del 10.1.99.0/24");
+    let mut command = node.host.command("setpriv");
+    command.args(["--bounding-set", "-net_admin", "--inh-caps", "-net_admin"]).arg(bin("twill"));
+    command.args(["agent", "--check", "--iface", "eth0", "-o", "json", "--state-dir"]).arg(dir.path().join("state"));
+    let out = command.stdin(Stdio::null()).output().unwrap();
+    let check: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(out.status.code(), Some(3), "{check:#}");
+    let named: Vec<_> = check["findings"].as_array().unwrap().iter().map(|f| (&f["code"], &f["object"])).collect();
+    assert_eq!(named, [(&json!("capability-missing"), &json!("CAP_NET_ADMIN"))], "{check:#}");
+}
+
+/// Starts the first host's agent with the store inside, in its own folders.
+fn serve(host: &twill_e2e::net::Host, dir: &Path, flags: &str) -> std::process::Child {
+    let mut command = host.command(bin("twill"));
+    command.args(["agent", "--iface", "eth0"]).args(flags.split_whitespace());
+    for (flag, name) in [("--state-dir", "state"), ("--run-dir", "run"), ("--subnet-file", "subnet.env")] {
+        command.arg(flag).arg(dir.join(name));
+    }
+    let log = std::fs::File::create(dir.join("agent.log")).unwrap();
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap()
+}
+
+fn end(mut child: std::process::Child) -> Option<i32> {
+    let _ = rustix::process::kill_process(rustix::process::Pid::from_child(&child), Signal::TERM);
+    child.wait().unwrap().code()
+}
+
+fn says(dir: &Path, words: &[&str]) {
+    eventually("the log says so", || {
+        let log = std::fs::read_to_string(dir.join("agent.log")).unwrap();
+        if words.iter().all(|w| log.contains(w)) { Ok(()) } else { Err(log) }
+    });
+}
+
+#[test]
+fn the_first_host_serves_the_store_and_tells_the_next_one_what_to_type() {
+    let Some(bed) = Bed::new() else { return };
+    let (a, b) = (bed.host("a"), bed.host("b"));
+    bed.wire(&a, "eth0", &b, "eth0");
+    a.ip("addr add 10.168.0.2/24 dev eth0");
+    b.ip("addr add 10.168.0.3/24 dev eth0");
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    // Another address without --insecure: refused, with the way out.
+    assert_eq!(end_now(serve(&a, dirs[0].path(), "--serve-store 10.168.0.2:2379")), Some(1));
+    says(dirs[0].path(), &["error: refuse to serve the store at 10.168.0.2:2379", "hint: add --insecure"]);
+    // A network that this host has already.
+    assert_eq!(end_now(serve(&a, dirs[0].path(), "--serve-store --network 10.168.0.0/16")), Some(1));
+    says(
+        dirs[0].path(),
+        &["the network 10.168.0.0/16 overlaps what this host has: ", "hint: choose another with --network"],
+    );
+    // Without an address: loopback only.
+    let alone = serve(&a, dirs[0].path(), "--serve-store");
+    eventually("the agent has its subnet", || std::fs::read_to_string(dirs[0].path().join("subnet.env")));
+    let listens = a.run("ss -Hltn");
+    assert!(listens.contains("127.0.0.1:2379") && listens.lines().count() == 1, "{listens}");
+    let env = std::fs::read_to_string(dirs[0].path().join("subnet.env")).unwrap();
+    assert!(env.contains("FLANNEL_NETWORK=10.244.0.0/16"), "the default network: {env}");
+    end(alone);
+    // For others: both hosts say that nothing authenticates, and the line that is printed works as it is.
+    let first = serve(&a, dirs[0].path(), "--serve-store 10.168.0.2:2379 --insecure");
+    says(
+        dirs[0].path(),
+        &["nothing authenticates", "on the next host type: twill agent --store http://10.168.0.2:2379"],
+    );
+    let log = std::fs::read_to_string(dirs[0].path().join("agent.log")).unwrap();
+    let line = log.lines().find_map(|l| l.split("on the next host type: twill agent ").nth(1)).unwrap().to_owned();
+    let next = serve(&b, dirs[1].path(), &line);
+    says(dirs[1].path(), &["nothing authenticates the store to us"]);
+    for (host, dir) in [(&a, &dirs[0]), (&b, &dirs[1])] {
+        eventually("both know each other", || {
+            let out = host.try_run(&format!(
+                "{} status -o json --run-dir {}/run",
+                bin("twill").display(),
+                dir.path().display()
+            ));
+            let status: Value = serde_json::from_slice(&out.stdout).unwrap_or_default();
+            if status["peers"] == 1 && status["store"]["open"] == true { Ok(()) } else { Err(status) }
+        });
+    }
+    probes(&a, &b, dirs[0].path());
+    end(next);
+    end(first);
+}
+
+fn end_now(mut child: std::process::Child) -> Option<i32> {
+    child.wait().unwrap().code()
+}
+
+/// `peers --probe` on `a`: both answer; the tunnel's port closed on `b`; the underlay's echo closed; neither.
+fn probes(a: &twill_e2e::net::Host, b: &twill_e2e::net::Host, dir: &Path) {
+    if !installed("nft") {
+        return;
+    }
+    let expect = |underlay: bool, overlay: bool, verdict: &str| {
+        eventually(verdict, || {
+            let out =
+                a.try_run(&format!("{} peers --probe -o json --run-dir {}/run", bin("twill").display(), dir.display()));
+            let peers: Value = serde_json::from_slice(&out.stdout).unwrap_or_default();
+            let probe = &peers["peers"][0]["probe"];
+            let says = probe["verdict"].as_str().is_some_and(|v| v.contains(verdict));
+            let right = probe["underlay"] == underlay && probe["overlay"] == overlay && says;
+            if right && out.status.code() == Some(if overlay { 0 } else { 3 }) { Ok(()) } else { Err(out) }
+        });
+    };
+    expect(true, true, "both answer");
+    let rule = |rule: &str| {
+        b.try_run("nft delete table inet closed");
+        for line in ["add table inet closed", "add chain inet closed in { type filter hook input priority 0 ; }"] {
+            b.run(&format!("nft {line}"));
+        }
+        b.run(&format!("nft add rule inet closed in {rule} drop"));
+    };
+    rule("udp dport 8472");
+    expect(true, false, "is the tunnel's UDP port open");
+    rule("iifname eth0 icmp type echo-request");
+    expect(false, true, "drops echo requests on the underlay");
+    b.ip("link set eth0 down");
+    expect(false, false, "neither answers");
+}
