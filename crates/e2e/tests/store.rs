@@ -138,6 +138,40 @@ fn ctl(words: &str, input: &str) -> Step {
     Step::Ctl(words.split_whitespace().map(str::to_owned).collect(), input.to_owned())
 }
 
+/// An etcdctl that watches from before the sequence on; its events as they were told.
+struct Watching(Child, std::sync::mpsc::Receiver<String>);
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        let _ = kill_process(Pid::from_child(&self.0), Signal::KILL);
+        let _ = self.0.wait();
+    }
+}
+
+impl Watching {
+    fn start(server: &Server, words: &str) -> Watching {
+        let mut command = server.host.command("etcdctl");
+        command.arg("watch").args(words.split_whitespace()).args(["-w", "json"]).env("ETCDCTL_API", "3");
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let (sender, lines) = std::sync::mpsc::channel();
+        let out = std::io::BufReader::new(child.stdout.take().unwrap());
+        std::thread::spawn(move || std::io::BufRead::lines(out).map_while(Result::ok).try_for_each(|l| sender.send(l)));
+        Watching(child, lines)
+    }
+
+    /// All events up to that of the key `/k-last`.
+    fn events(&self, server: &Server) -> Vec<Value> {
+        let mut events = Vec::new();
+        let last = |e: &Value| e["kv"]["key"] == "L2stbGFzdA==";
+        while !events.last().is_some_and(last) {
+            let line = self.1.recv_timeout(twill_e2e::PATIENCE).unwrap();
+            let answers = server.normal(&line);
+            events.extend(answers.iter().flat_map(|a| a["Events"].as_array().cloned().unwrap_or_default()));
+        }
+        events
+    }
+}
+
 /// A repeatable stream of numbers.
 struct Dice(u64);
 
@@ -155,7 +189,7 @@ fn any_step(dice: &mut Dice, revision: i64) -> Step {
     let (key, other) = (format!("/k{}", dice.below(4)), format!("/k{}", dice.below(4)));
     let value = format!("v{}", dice.below(3));
     let rev = 1 + dice.below(revision as u64 + 2) as i64;
-    match dice.below(16) {
+    match dice.below(24) {
         0..=3 => ctl(&format!("put {key} {value} --prev-kv"), ""),
         4 => ctl(&format!("put {key} {value} --lease=@{}", dice.below(3)), ""),
         5 => ctl(&format!("put {key} --ignore-value"), ""),
@@ -166,6 +200,14 @@ fn any_step(dice: &mut Dice, revision: i64) -> Step {
         10 => ctl(&format!("get /k --prefix --sort-by=MODIFY --order=DESCEND --limit={}", dice.below(3)), ""),
         11 => ctl("get / --prefix --keys-only --count-only", ""),
         12 => Step::Grant,
+        16 => ctl(&format!("get {key} --from-key --limit=2"), ""),
+        17 => ctl(&format!("get {key} {other} --sort-by=VERSION --order=ASCEND"), ""),
+        18 => ctl(&format!("get /k --prefix --sort-by=CREATE --order=DESCEND --rev={rev}"), ""),
+        19 => ctl("get /k --prefix --sort-by=VALUE --keys-only", ""),
+        20 => ctl(&format!("del {key} --from-key --prev-kv"), ""),
+        21 => ctl(&format!("put {key} {value} --ignore-lease"), ""),
+        22 => ctl(&format!("lease timetolive @{} --keys", dice.below(3)), ""),
+        23 => ctl(&format!("lease keep-alive --once @{}", dice.below(3)), ""),
         13 => ctl(&format!("lease revoke @{}", dice.below(3)), ""),
         14 => ctl(
             "txn",
@@ -191,7 +233,10 @@ fn random_sequences_are_answered_as_debians_etcd_does() {
     let mut etcds = Server::etcds(&bed, &dir.path().join("etcd"));
     let mut dice = Dice(0x9e37_79b9_7f4a_7c15);
     let mut revision = 1;
-    for n in 0..140 {
+    // From revision 1 on, so that it does not matter when the watcher has arrived.
+    let live =
+        ["--prefix /k --prev-kv --rev=1", "/k /k2 --rev=1"].map(|w| [&ours, &etcds].map(|s| Watching::start(s, w)));
+    for n in 0..160 {
         let step = match n {
             90 => ctl(&format!("compaction {}", revision / 2), ""),
             91 => ctl(&format!("get /k0 --rev={}", revision / 2 - 1), ""),
@@ -202,6 +247,48 @@ fn random_sequences_are_answered_as_debians_etcd_does() {
         assert_eq!(got, want, "step {n}: {step:?}; left is ours");
         revision = want.iter().find_map(|v| v["header"]["revision"].as_i64()).unwrap_or(revision);
     }
+    let last = ctl("put /k-last x", "");
+    assert_eq!(ours.step(&last), etcds.step(&last));
+    revision += 1;
+    for [us, them] in &live {
+        let want = them.events(&etcds);
+        assert!(want.len() > 20, "{want:?}");
+        assert_eq!(us.events(&ours), want, "told while it happened; left is ours");
+    }
+    drop(live);
+    for words in ["lease list", "compaction 999999", "get /k0 --rev=1", "get /k0 --rev=999999", "lease revoke 77"] {
+        let step = ctl(words, "");
+        let (mut got, mut want) = (ours.step(&step), etcds.step(&step));
+        // Which id is the smaller one is each server's own affair.
+        for answer in got.iter_mut().chain(&mut want) {
+            if let Some(leases) = answer.get_mut("leases").and_then(Value::as_array_mut) {
+                leases.sort_by_key(ToString::to_string);
+            }
+        }
+        assert_eq!(got, want, "{words}; left is ours");
+    }
+    // A watch from before the compaction is refused with the revision that it may begin at.
+    let refused = |server: &Server| {
+        let out = server
+            .host
+            .command("timeout")
+            .args(["5", "etcdctl", "watch", "/k0", "--rev=1"])
+            .env("ETCDCTL_API", "3")
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        (
+            out.status.code(),
+            String::from_utf8_lossy(&out.stderr)
+                .lines()
+                .filter(|l| l.contains("compact"))
+                .map(str::to_owned)
+                .collect::<Vec<_>>(),
+        )
+    };
+    let want = refused(&etcds);
+    assert!(!want.1.is_empty(), "{want:?}");
+    assert_eq!(refused(&ours), want);
     // The whole history since the compaction, with revisions and order, and the same once more with what was before.
     for words in ["watch --prefix /k --prev-kv", "watch --prefix /k0", "watch /k1 /k3"] {
         let watch = |server: &Server| {
@@ -293,4 +380,56 @@ fn another_address_needs_insecure_and_ls_prints_the_sources_lines() {
         String::from_utf8_lossy(&out.stdout),
         "/coreos.com/network/subnets/100.96.1.0-24\n/coreos.com/network/subnets/100.96.2.0-24\n/coreos.com/network/subnets/100.96.3.0-24\n"
     );
+}
+
+#[test]
+fn no_put_is_acknowledged_before_it_is_synced() {
+    if !installed("etcdctl") || !installed("strace") {
+        return;
+    }
+    let Some(bed) = Bed::new() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let host = bed.host("ours");
+    let trace = dir.path().join("trace");
+    let mut command = host.command("strace");
+    command.args([
+        "-f",
+        "-qq",
+        "-s",
+        "300",
+        "-e",
+        "trace=fdatasync,fsync,read,readv,recvfrom,write,writev,sendto,sendmsg",
+        "-o",
+    ]);
+    command.arg(&trace).arg(bin("twill")).args(["store", "serve", "--data"]).arg(dir.path().join("data"));
+    let server = Server::start(host, command);
+    for n in 0..5 {
+        assert!(server.ctl(&["put", "/key", &format!("unmistakable-{n}")], "").contains("OK"));
+    }
+    let calls = std::fs::read_to_string(&trace).unwrap();
+    let calls: Vec<&str> = calls.lines().collect();
+    for n in 0..5 {
+        // The request comes in; the first larger frames that go out on that connection are the answer.
+        let asked = calls.iter().position(|c| c.contains(&format!("unmistakable-{n}")) && is_in(c)).unwrap();
+        let fd = calls[asked].split(['(', ',']).nth(1).unwrap();
+        let answers = |c: &&str| is_out(c) && c.split(['(', ',']).nth(1) == Some(fd) && result(c) > 40;
+        let answered = asked + calls[asked..].iter().position(answers).unwrap();
+        let synced = |c: &&str| {
+            (c.contains("fdatasync(") || c.contains("fsync(") || c.contains("sync resumed")) && c.ends_with("= 0")
+        };
+        assert!(calls[asked..answered].iter().any(synced), "{:#?}", &calls[asked..=answered]);
+    }
+}
+
+/// What a call returned.
+fn result(call: &str) -> i64 {
+    call.rsplit("= ").next().and_then(|n| n.parse().ok()).unwrap_or(0)
+}
+
+fn is_in(call: &str) -> bool {
+    ["read", "recvfrom"].iter().any(|name| call.contains(name))
+}
+
+fn is_out(call: &str) -> bool {
+    ["write", "send"].iter().any(|name| call.contains(name))
 }
