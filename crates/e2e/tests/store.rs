@@ -401,7 +401,13 @@ fn no_put_is_acknowledged_before_it_is_synced() {
         "trace=fdatasync,fsync,read,readv,recvfrom,write,writev,sendto,sendmsg",
         "-o",
     ]);
-    command.arg(&trace).arg(bin("twill")).args(["store", "serve", "--data"]).arg(dir.path().join("data"));
+    // What is traced dies with its tracer.
+    command
+        .arg(&trace)
+        .args(["setpriv", "--pdeathsig", "KILL"])
+        .arg(bin("twill"))
+        .args(["store", "serve", "--data"])
+        .arg(dir.path().join("data"));
     let server = Server::start(host, command);
     for n in 0..5 {
         assert!(server.ctl(&["put", "/key", &format!("unmistakable-{n}")], "").contains("OK"));
