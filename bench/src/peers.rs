@@ -66,7 +66,8 @@ impl Rig {
         for chunk in numbers.chunks(100) {
             let mut text = String::from("\n");
             for n in chunk {
-                writeln!(text, "put /coreos.com/network/subnets/{}-24 '{}'", subnet(*n), lease(*n, *n)).unwrap();
+                // etcdctl reads a double-quoted word as Go's %q.
+                writeln!(text, "put /coreos.com/network/subnets/{}-24 {:?}", subnet(*n), lease(*n, *n)).unwrap();
             }
             let mut child = etcdctl(&["txn"]);
             std::io::Write::write_all(child.stdin.as_mut().unwrap(), format!("{text}\n\n").as_bytes()).unwrap();
@@ -82,7 +83,8 @@ impl Rig {
         for (flag, name) in [("--state-dir", "state"), ("--run-dir", "run"), ("--subnet-file", "subnet.env")] {
             command.arg(flag).arg(self.dir.path().join(name));
         }
-        Process(command.stderr(Stdio::null()).spawn().unwrap())
+        let log = std::fs::File::create(self.dir.path().join("agent.log")).unwrap();
+        Process(command.stderr(log).spawn().unwrap())
     }
 
     /// Prefixes in the namespace's tables.
@@ -94,7 +96,8 @@ impl Rig {
     fn wait_for(&self, prefixes: u32) {
         let end = Instant::now() + Duration::from_secs(120);
         while self.prefixes() < prefixes {
-            assert!(Instant::now() < end, "only {} of {prefixes} prefixes came", self.prefixes());
+            let log = || std::fs::read_to_string(self.dir.path().join("agent.log")).unwrap_or_default();
+            assert!(Instant::now() < end, "only {} of {prefixes} prefixes came: {:.2000}", self.prefixes(), log());
             std::thread::sleep(Duration::from_millis(2));
         }
     }
