@@ -226,7 +226,10 @@ fn a_lost_underlay_heals_once_it_is_back_and_a_new_address_goes_into_the_lease()
         let own = node.leases().into_iter().find(|(name, _)| name == "10.1.15.0-24").unwrap().1;
         if own.contains(r#""PublicIP":"10.168.0.9""#) { Ok(()) } else { Err((own, node.log("agent.log"))) }
     });
-    assert!(node.host.run("ip -d link show flannel.1").contains("local 10.168.0.9 dev eth0"));
+    eventually("the device sends from the new address", || {
+        let link = node.host.run("ip -d link show flannel.1");
+        if link.contains("local 10.168.0.9 dev eth0") { Ok(()) } else { Err((link, node.log("agent.log"))) }
+    });
     node.host.ip("link set eth0 mtu 1400");
     eventually("the MTU follows", || {
         let env = std::fs::read_to_string(node.file("subnet.env")).unwrap();
