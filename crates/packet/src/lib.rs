@@ -14,6 +14,7 @@
 //! - [`ipv4`], [`ipv6`], [`icmp`], [`icmpv6`], [`udp`], [`tcp`]: the packet
 //! - [`vxlan`]: the overlay
 //! - [`mod@decode`]: a whole frame, layer by layer, with byte offsets
+//! - [`offload`]: super-packets cut and merged
 //! - [`checksum`]: the internet checksum
 
 mod bytes;
@@ -26,6 +27,7 @@ pub mod icmp;
 pub mod icmpv6;
 pub mod ipv4;
 pub mod ipv6;
+pub mod offload;
 pub mod tcp;
 pub mod udp;
 pub mod vlan;
