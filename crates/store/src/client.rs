@@ -29,6 +29,8 @@ const CONNECT: Duration = Duration::from_secs(2);
 const KEEPALIVE: Duration = Duration::from_secs(10);
 /// Leases for each page of a listing: about 250 KB.
 const PAGE: i64 = 1000;
+/// HTTP/2 flow control: a page comes without waiting for us to ask for more.
+const WINDOW: u32 = 1 << 20;
 
 /// Where the store is, and who we are to it.
 #[derive(Clone, Default)]
@@ -86,6 +88,8 @@ impl EtcdStore {
             let endpoint = endpoint
                 .connect_timeout(CONNECT)
                 .tcp_nodelay(true)
+                .initial_stream_window_size(WINDOW)
+                .initial_connection_window_size(WINDOW)
                 .http2_keep_alive_interval(KEEPALIVE)
                 .keep_alive_timeout(KEEPALIVE)
                 .keep_alive_while_idle(true);

@@ -149,13 +149,15 @@ impl Mvcc {
         if request.revision > 0 && rev < self.compacted {
             return Err(Refused::Compacted);
         }
-        let found =
+        let mut found =
             self.select(&request.key, &request.range_end).filter_map(|(key, versions)| Some((key, at(versions, rev)?)));
         if request.count_only {
             return Ok(RangeResponse { count: found.count() as i64, ..RangeResponse::default() });
         }
-        let mut kvs: Vec<KeyValue> = found.map(|(key, version)| key_value(key, version)).collect();
-        let count = kvs.len() as i64;
+        // In key order the rest of a page is only counted.
+        let page = if in_key_order(request) { request.limit as usize + 1 } else { usize::MAX };
+        let mut kvs: Vec<KeyValue> = found.by_ref().take(page).map(|(key, version)| key_value(key, version)).collect();
+        let count = (kvs.len() + found.count()) as i64;
         prune(&mut kvs, request);
         sort(&mut kvs, request);
         let more = request.limit > 0 && kvs.len() as i64 > request.limit;
@@ -478,6 +480,17 @@ fn compares(compare: &Compare, version: Option<&Version>) -> bool {
         CompareResult::Greater => ordering == Ordering::Greater,
         CompareResult::Less => ordering == Ordering::Less,
     }
+}
+
+/// True for the first page of a plain listing: the first keys are the answer, whatever the later ones hold.
+fn in_key_order(request: &RangeRequest) -> bool {
+    use range_request::{SortOrder, SortTarget};
+    let bounds = [request.min_mod_revision, request.max_mod_revision];
+    let mut bounds = bounds.into_iter().chain([request.min_create_revision, request.max_create_revision]);
+    request.limit > 0
+        && request.sort_target() == SortTarget::Key
+        && request.sort_order() != SortOrder::Descend
+        && bounds.all(|bound| bound == 0)
 }
 
 fn prune(kvs: &mut Vec<KeyValue>, request: &RangeRequest) {
