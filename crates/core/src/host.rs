@@ -417,6 +417,11 @@ impl HostState {
         self.0.retain(|k, o| keep(k, o));
     }
 
+    /// Packs the map: one that grew in key order is half empty.
+    pub fn pack(&mut self) {
+        self.0 = std::mem::take(&mut self.0).into_iter().collect();
+    }
+
     /// How many objects.
     pub fn len(&self) -> usize {
         self.0.len()

@@ -5,9 +5,10 @@
 //! leases a change costs microseconds. Values are kept as bytes and read when they are asked for; that is the compact form.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use crate::lease::{Lease, LeaseKey, PeerFault, RawLease};
-use crate::net::{MacAddr, Prefix};
+use crate::net::{MacAddr, NodeId, Prefix};
 
 /// A lease as kept: without its name.
 #[derive(Debug, Clone)]
@@ -24,9 +25,9 @@ struct Entry {
 /// The leases of a store, by name.
 #[derive(Debug, Default)]
 pub struct LeaseSet {
-    entries: BTreeMap<Box<str>, Entry>,
-    by_subnet: BTreeSet<(Prefix, Box<str>)>,
-    by_mac: BTreeSet<(MacAddr, Box<str>)>,
+    entries: BTreeMap<Arc<str>, Entry>,
+    by_subnet: BTreeSet<(Prefix, Arc<str>)>,
+    by_mac: BTreeSet<(MacAddr, Arc<str>)>,
 }
 
 impl LeaseSet {
@@ -42,7 +43,7 @@ impl LeaseSet {
             mod_rev: raw.mod_rev,
             etcd_lease: raw.etcd_lease,
         };
-        let name: Box<str> = raw.name.into();
+        let name: Arc<str> = raw.name.into();
         for subnet in entry.key.iter().flat_map(LeaseKey::subnets) {
             self.by_subnet.insert((subnet, name.clone()));
         }
@@ -83,6 +84,10 @@ impl LeaseSet {
                 concerned.extend(self.put(raw));
             }
         }
+        // Maps that grew in key order are half empty.
+        self.entries = std::mem::take(&mut self.entries).into_iter().collect();
+        self.by_subnet = std::mem::take(&mut self.by_subnet).into_iter().collect();
+        self.by_mac = std::mem::take(&mut self.by_mac).into_iter().collect();
         concerned
     }
 
@@ -117,9 +122,16 @@ impl LeaseSet {
         }))
     }
 
-    /// All leases that can be read.
-    pub fn leases(&self) -> impl Iterator<Item = Lease> + '_ {
-        self.names().filter_map(|name| self.lease(name)?.ok())
+    /// The leases that can be read and may be of `node`: their value has its identity in it, or their subnet is one of these. The
+    /// values of all others are not read.
+    pub fn leases_of(&self, node: &NodeId, subnets: &[Prefix]) -> impl Iterator<Item = Lease> + '_ {
+        let identity = node.to_string().into_bytes();
+        let subnets = subnets.to_vec();
+        let may = move |entry: &Entry| {
+            entry.key.iter().flat_map(LeaseKey::subnets).any(|subnet| subnets.contains(&subnet))
+                || entry.value.windows(identity.len()).any(|part| part == identity)
+        };
+        self.entries.iter().filter(move |(_, entry)| may(entry)).filter_map(|(name, _)| self.lease(name)?.ok())
     }
 
     /// All names, in key order.
@@ -146,20 +158,20 @@ impl LeaseSet {
     fn colliding<'s>(&'s self, name: &'s str, entry: &'s Entry) -> impl Iterator<Item = String> + use<'s> {
         let subnets = entry.key.iter().flat_map(LeaseKey::subnets).flat_map(|subnet| self.overlapping(subnet));
         let macs = entry.macs.iter().flatten().flat_map(|mac| {
-            let from = (*mac, Box::from(""));
+            let from = (*mac, Arc::from(""));
             self.by_mac.range(from..).take_while(move |(m, _)| m == mac).map(|(_, name)| name)
         });
         subnets.chain(macs).filter(move |other| ***other != *name).map(ToString::to_string)
     }
 
     /// Names that hold a subnet inside or around `subnet`.
-    fn overlapping(&self, subnet: Prefix) -> impl Iterator<Item = &Box<str>> + use<'_> {
+    fn overlapping(&self, subnet: Prefix) -> impl Iterator<Item = &Arc<str>> + use<'_> {
         let at = |p: Prefix| {
-            self.by_subnet.range((p, Box::from(""))..).take_while(move |(q, _)| *q == p).map(|(_, name)| name)
+            self.by_subnet.range((p, Arc::from(""))..).take_while(move |(q, _)| *q == p).map(|(_, name)| name)
         };
         let around = (0..subnet.len()).filter_map(move |len| Prefix::truncate(subnet.addr(), len).ok()).flat_map(at);
         let inside =
-            self.by_subnet.range((subnet, Box::from(""))..).take_while(move |(q, _)| q.addr() <= subnet.last());
+            self.by_subnet.range((subnet, Arc::from(""))..).take_while(move |(q, _)| q.addr() <= subnet.last());
         around.chain(inside.filter(move |(q, _)| subnet.covers(q)).map(|(_, name)| name))
     }
 }

@@ -1,9 +1,18 @@
 //! This process and others: memory, capabilities, who else runs here.
 
-#![allow(unsafe_code, reason = "malloc_trim and prctl have no safe wrapper")]
+#![allow(unsafe_code, reason = "mallopt, malloc_trim and prctl have no safe wrapper")]
 
 use std::fs;
 use std::path::PathBuf;
+
+/// From now on all threads share one heap: what a short-lived thread freed is not kept for it.
+pub fn one_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt takes no pointer and may be called at any time from any thread.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
 
 /// Gives freed memory back to the system; worth it after bulk work.
 pub fn trim_heap() {

@@ -37,9 +37,9 @@ impl Wanted {
         dirty
     }
 
-    /// Replaces a peer's objects (none: the peer is gone); gives the keys to look at.
-    pub fn set_peer(&mut self, name: &str, objects: Vec<Object>) -> BTreeSet<Key> {
-        let mut dirty: BTreeSet<Key> = self.peers.remove(name).unwrap_or_default().into_vec().into_iter().collect();
+    /// Replaces a peer's objects (none: the peer is gone); gives the keys to look at, some of them twice.
+    pub fn set_peer(&mut self, name: &str, objects: Vec<Object>) -> Vec<Key> {
+        let mut dirty = self.peers.remove(name).unwrap_or_default().into_vec();
         for key in &dirty {
             self.desired.host.remove(key);
         }
@@ -50,6 +50,12 @@ impl Wanted {
             self.desired.host.extend(objects);
         }
         dirty
+    }
+
+    /// Packs what is kept, after bulk work.
+    pub fn pack(&mut self) {
+        self.desired.host.pack();
+        self.peers = std::mem::take(&mut self.peers).into_iter().collect();
     }
 
     /// Names of all peers that want something.

@@ -85,9 +85,13 @@ impl LinuxKernel {
         let socket = |groups| Socket::open(groups).map_err(|e| KernelError::new("open a routing netlink socket", e));
         let waker = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| KernelError::new("open an eventfd", e.into()))?;
+        let (requests, monitor) = (socket(0)?, socket(GROUPS)?);
+        monitor
+            .ignore_echoes_of(requests.port())
+            .map_err(|e| KernelError::new("filter a routing netlink socket", e))?;
         let mut kernel = Self {
-            requests: socket(0)?,
-            monitor: socket(GROUPS)?,
+            requests,
+            monitor,
             waker: Arc::new(waker),
             names: Names::default(),
             mirror: HostState::new(),
@@ -116,6 +120,11 @@ impl LinuxKernel {
         self.interest = interest;
         self.pending.all = true;
         self.read(Scope::All)
+    }
+
+    /// Packs the mirror, after bulk work.
+    pub fn pack(&mut self) {
+        self.mirror.pack();
     }
 
     /// Reads the sysctls of interest; gives the keys of those that differ from the mirror.

@@ -155,11 +155,9 @@ impl LinuxKernel {
             _ => &[],
         };
         let told = route.entries.as_slice();
-        let own = message.port == self.requests.port() && told.iter().all(|entry| have.contains(entry));
         let replaces = message.flags & flag::REPLACE != 0;
         if message.kind == rtm::NEWROUTE {
-            // Own changes are in the mirror before their echo is heard.
-            if have == told || (own && !replaces) {
+            if have == told {
                 return;
             }
             if have.is_empty() || (replaces && have.len() == 1) {

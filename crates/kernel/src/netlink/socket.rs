@@ -3,7 +3,7 @@
 //! Only the last message of a batch asks for an acknowledgement: errors always come back, so a batch of a thousand has one answer
 //! when all is well, and the receive buffer cannot overflow with acknowledgements.
 
-#![allow(unsafe_code, reason = "two socket options that no safe wrapper knows")]
+#![allow(unsafe_code, reason = "socket options that no safe wrapper knows")]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -12,6 +12,8 @@ use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, getsockname, recv, send, socket_with, sockopt,
 };
+
+use libc::{BPF_ABS, BPF_H, BPF_JEQ, BPF_JMP, BPF_LD, BPF_RET, BPF_W};
 
 use super::wire::{self, DONE, ERROR, Message, Writer, flag};
 
@@ -26,6 +28,11 @@ const BUFFER: usize = 8 << 20;
 const SEND_BUFFER: usize = 1 << 20;
 /// Extended acknowledgement: the kernel's sentence.
 const NLMSGERR_ATTR_MSG: u16 = 1;
+
+/// One instruction of the classic packet filter (include/uapi/linux/filter.h).
+fn op(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
+    libc::sock_filter { code: code as u16, jt, jf, k }
+}
 
 /// A bound socket in the namespace of the thread that opened it.
 #[derive(Debug)]
@@ -85,6 +92,41 @@ impl Socket {
     fn next_seq(&mut self) -> u32 {
         self.seq = self.seq.wrapping_add(1).max(1);
         self.seq
+    }
+
+    /// From now on the kernel keeps announcements of neighbours and routes to itself when they answer requests of the socket with
+    /// address `port`: who made them knows them from the acknowledgement. A forwarding entry's announcement names nobody, and comes.
+    ///
+    /// The filter sees the bytes in memory order, and loads them as big-endian numbers (net/core/filter.c).
+    pub(crate) fn ignore_echoes_of(&self, port: u32) -> io::Result<()> {
+        let load = |code: u32, at: u32| op(BPF_LD | BPF_ABS | code, 0, 0, at);
+        let kind = |kind: u16, then, otherwise| {
+            op(BPF_JMP | BPF_JEQ, then, otherwise, u16::from_be_bytes(kind.to_ne_bytes()).into())
+        };
+        let mut program = [
+            load(BPF_W, 12),
+            op(BPF_JMP | BPF_JEQ, 0, 6, u32::from_be_bytes(port.to_ne_bytes())),
+            load(BPF_H, 4),
+            kind(libc::RTM_NEWROUTE, 3, 0),
+            kind(libc::RTM_DELROUTE, 2, 0),
+            kind(libc::RTM_NEWNEIGH, 1, 0),
+            kind(libc::RTM_DELNEIGH, 0, 1),
+            op(BPF_RET, 0, 0, 0),
+            op(BPF_RET, 0, 0, u32::MAX),
+        ];
+        let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+        // SAFETY: the descriptor is open for the call; the pointer and length describe one live sock_fprog, whose filter points to as
+        // many live instructions as its len says; the kernel copies them and keeps neither pointer.
+        let code = unsafe {
+            libc::setsockopt(
+                self.fd.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_ATTACH_FILTER,
+                std::ptr::from_ref(&program).cast(),
+                size_of::<libc::sock_fprog>() as libc::socklen_t,
+            )
+        };
+        if code == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
     /// Sends a batch whose last message (number `last`) asks for an acknowledgement; gives the refused ones.

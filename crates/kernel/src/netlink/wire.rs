@@ -107,8 +107,6 @@ pub struct Message<'a> {
     pub flags: u16,
     /// nlmsg_seq.
     pub seq: u32,
-    /// nlmsg_pid: in a notification about a route, the socket whose request was the cause.
-    pub port: u32,
     /// What follows the header.
     pub payload: &'a [u8],
 }
@@ -126,7 +124,6 @@ pub fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
             kind: u16_at(message, 4)?,
             flags: u16_at(message, 6)?,
             seq: u32_at(message, 8)?,
-            port: u32_at(message, 12)?,
             payload: &message[HEADER..],
         })
     })

@@ -38,6 +38,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Runs the agent until it is told to end. Everything stays in the kernel.
 pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
+    process::one_heap();
     let _lock = lock(&settings)?;
     refuse_beside_flannel()?;
     let state = load_state(&settings.state_dir)?;

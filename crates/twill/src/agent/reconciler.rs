@@ -168,6 +168,8 @@ impl Reconciler {
             self.findings = None;
             self.publish_status();
             if std::mem::take(&mut self.trim) {
+                self.kernel.pack();
+                self.wanted.pack();
                 twill_kernel::process::trim_heap();
             }
         }
@@ -194,10 +196,9 @@ impl Reconciler {
                 answers.push(done);
             }
             Order::Peers(peers) => {
-                for (name, objects) in peers {
-                    let dirty = self.wanted.set_peer(&name, objects);
-                    self.ordered.extend(dirty);
-                }
+                let dirty: BTreeSet<Key> =
+                    peers.into_iter().flat_map(|(name, objects)| self.wanted.set_peer(&name, objects)).collect();
+                self.ordered.extend(dirty);
             }
             Order::Prune => {
                 self.prune = true;
