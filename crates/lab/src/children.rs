@@ -10,6 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitOptions, kill_process, wait, waitid};
 use twill_kernel::netns::Netns;
@@ -46,6 +47,8 @@ impl Children {
     /// Starts a program in a namespace; what it says goes to `log`. Gives its PID.
     pub(crate) fn spawn(&self, netns: &Netns, command: &mut Command, log: &Path) -> io::Result<u32> {
         let log: File = OpenOptions::new().create(true).append(true).open(log)?;
+        // The program has this lock as long as it lives: LabDir::silent.
+        flock(&log, FlockOperation::LockShared)?;
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         // Held until the PID is known, so that the reaper cannot come first.
         let mut all = self.lock();

@@ -6,10 +6,12 @@
 //! /run/netns/twill-<name>-<where> → /proc/PID/fd/N         root only
 //! ```
 
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
 
 use crate::error::{Act, LabError};
 use crate::layout::{LabName, UNDERLAY};
@@ -40,8 +42,8 @@ impl Home {
         if !found.is_dir() || found.uid() != uid {
             return Err(refusal(&path, "it belongs to somebody else"));
         }
-        if found.mode() & 0o022 != 0 {
-            return Err(refusal(&path, "others may write to it"));
+        if found.mode() & 0o077 != 0 {
+            return Err(refusal(&path, "others may look into it").hint(format!("chmod 700 {}", path.display())));
         }
         Ok(Self(path))
     }
@@ -118,6 +120,25 @@ impl LabDir {
             made => made,
         };
         made.act(|| format!("make {}", self.path.display()))
+    }
+
+    /// Waits until no process of a lab whose supervisor was killed writes here any more: the kernel ends them a moment after it,
+    /// and each has its log locked until then.
+    pub(crate) fn silent(&self) -> io::Result<()> {
+        let inside =
+            |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path()).collect::<Vec<_>>();
+        let top = inside(&self.path);
+        let logs = top.iter().flat_map(|path| inside(path)).chain(top.clone());
+        for log in logs.filter(|path| path.extension().is_some_and(|end| end == "log")) {
+            flock(File::open(log)?, FlockOperation::LockExclusive)?;
+        }
+        Ok(())
+    }
+
+    /// Removes what a lab whose supervisor is no more has left; true when there was something.
+    pub(crate) fn bury(&self) -> Result<bool, LabError> {
+        gone(self.silent()).act(|| format!("wait for the processes of {}", self.path.display()))?;
+        self.remove()
     }
 
     /// Removes every trace in the file system: names for `ip netns`, and the folder. True when there was one.

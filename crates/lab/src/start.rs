@@ -71,11 +71,11 @@ pub fn up(home: &Home, spec: &Spec, heard: impl FnMut(&str)) -> Result<Started, 
         return Err(LabError::new("lab-exists", format!("lab {} is there already", spec.name))
             .hint(format!("`twill lab down --name {0}` ends it, `--name` makes another one", spec.name)));
     }
-    dir.remove()?;
+    dir.bury()?;
     dir.create()?;
     let made = supervised(&dir, spec, heard);
     if made.is_err() {
-        dir.remove()?;
+        dir.bury()?;
     }
     made
 }
@@ -202,10 +202,10 @@ pub fn down(dir: &LabDir) -> Result<bool, LabError> {
                 ends(&handle, PATIENCE)?;
             }
         }
-        dir.remove()?;
+        dir.bury()?;
         return Ok(true);
     }
-    dir.remove()
+    dir.bury()
 }
 
 /// Waits until a process has ended.
