@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde_json::Value;
@@ -13,7 +14,7 @@ const NOBODY: &str = "65534";
 /// A user's own place for labs; what was left in it when a test ends fails the test.
 struct Lab {
     name: String,
-    runtime: tempfile::TempDir,
+    runtime: Rc<tempfile::TempDir>,
     program: PathBuf,
     drop_root: bool,
 }
@@ -31,7 +32,7 @@ impl Lab {
 
     fn make(drop_root: bool) -> Option<Lab> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let runtime = tempfile::Builder::new().prefix("twl").tempdir_in("/tmp").unwrap();
+        let runtime = tempfile::Builder::new().prefix("twl").tempdir_in("/tmp").map(Rc::new).unwrap();
         // A name that no other test has: `ip netns` names are the machine's.
         let name = format!("t{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let mut program = bin("twill");
@@ -55,6 +56,12 @@ impl Lab {
             }
         }
         Some(lab)
+    }
+
+    /// The same user and folder, for a lab whose name goes on after this one's.
+    fn beside(&self, end: &str) -> Lab {
+        let (runtime, program) = (Rc::clone(&self.runtime), self.program.clone());
+        Lab { name: format!("{}{end}", self.name), runtime, program, drop_root: self.drop_root }
     }
 
     /// A program as this lab's user.
@@ -190,6 +197,9 @@ fn the_scenario_vxlan_has_the_tables_of_the_source() {
     for layer in ["outer Ethernet", "outer IPv4", "outer UDP", "VXLAN", "inner Ethernet", "inner IPv4"] {
         assert!(shown.contains(layer), "{layer} is missing: {shown}");
     }
+    for vni in ["VNI 2: 1 arrived at eth0, 0 came out", "VNI 1: 1 arrived at eth0, 1 came out"] {
+        assert!(shown.contains(vni), "{vni}: {shown}");
+    }
     let neigh = lab.run("exec node1 -- ip neigh show dev flannel.1");
     assert!(neigh.contains("10.1.16.0 lladdr") && neigh.contains("PERMANENT"), "{neigh}");
     let mac = neigh.split_whitespace().nth(2).unwrap();
@@ -301,7 +311,7 @@ fn root_sees_the_namespaces_with_ip_netns() {
 }
 
 #[test]
-fn an_altered_forwarding_entry_changes_the_explanation_while_the_agent_is_held() {
+fn each_entry_altered_while_the_agent_is_held_changes_the_explanation() {
     for lab in [Lab::new(), Lab::without_root()].into_iter().flatten() {
         lab.run("up");
         let before = lab.run("explain container-1 container-2");
@@ -309,10 +319,52 @@ fn an_altered_forwarding_entry_changes_the_explanation_while_the_agent_is_held()
         assert_eq!(lab.json("agent hold node1")["nodes"][0]["agent"], "held");
         let fdb = lab.run("exec node1 -- bridge fdb show dev flannel.1");
         let mac = fdb.lines().find(|l| l.contains("10.168.0.3")).unwrap().split_whitespace().next().unwrap().to_owned();
-        lab.run(&format!("exec node1 -- bridge fdb replace {mac} dev flannel.1 dst 10.168.0.77 self permanent"));
-        let held = lab.try_run("explain container-1 container-2");
-        assert_eq!(held.status.code(), Some(3), "{}", text(&held.stdout));
-        assert!(text(&held.stdout).contains("10.168.0.77"), "{}", text(&held.stdout));
+        let route = "10.1.16.0/24 via 10.1.16.0 dev flannel.1 proto 116 onlink";
+        // What is typed on node1 and where the path then ends, the last one last: it stays for the agent.
+        for (fault, mend, place, code, says) in [
+            // The default route takes it to the underlay, which is no router.
+            (
+                format!("ip route del {route}"),
+                format!("ip route add {route}"),
+                "underlay",
+                "forwarding-off",
+                "10.1.16.3",
+            ),
+            (
+                "ip neigh del 10.1.16.0 dev flannel.1".to_owned(),
+                format!("ip neigh add 10.1.16.0 lladdr {mac} dev flannel.1 nud permanent"),
+                "node1",
+                "no-neighbour",
+                "10.1.16.0",
+            ),
+            (
+                format!("bridge fdb del {mac} dev flannel.1 dst 10.168.0.3 self"),
+                format!("bridge fdb add {mac} dev flannel.1 dst 10.168.0.3 self permanent"),
+                "node1",
+                "no-fdb-entry",
+                &mac,
+            ),
+            (
+                format!("bridge fdb replace {mac} dev flannel.1 dst 10.168.0.77 self permanent"),
+                String::new(),
+                "node1",
+                "nobody-answers",
+                "10.168.0.77",
+            ),
+        ] {
+            lab.run(&format!("exec node1 -- {fault}"));
+            let held = lab.try_run("explain container-1 container-2 -o json");
+            assert_eq!(held.status.code(), Some(3), "{fault}: {}", text(&held.stdout));
+            let there = serde_json::from_slice::<Value>(&held.stdout).unwrap()["there"]["verdict"].clone();
+            assert_eq!((&there["code"], &there["place"]), (&code.into(), &place.into()), "{fault}: {there}");
+            let spoken = text(&lab.try_run("explain container-1 container-2").stdout);
+            let end = spoken.lines().find(|line| line.contains(&format!("it stops at {place}"))).unwrap();
+            assert!(end.contains(says) && end.contains(code), "{fault}: {spoken}");
+            if !mend.is_empty() {
+                lab.run(&format!("exec node1 -- {mend}"));
+                assert!(lab.run("explain container-1 container-2").contains("it arrives"), "{mend}");
+            }
+        }
         let failed = lab.try_run("ping -o json");
         assert_eq!(failed.status.code(), Some(3));
         let failed: Value = serde_json::from_slice(&failed.stdout).unwrap();
@@ -324,6 +376,40 @@ fn an_altered_forwarding_entry_changes_the_explanation_while_the_agent_is_held()
         });
         assert_eq!(lab.json("ping")["reachable"], 2);
     }
+}
+
+#[test]
+fn no_broadcast_and_no_arp_crosses_the_tunnel_while_both_containers_talk() {
+    if !installed("tcpdump") {
+        return;
+    }
+    let Some(lab) = Lab::new() else { return };
+    lab.run("up --scenario vxlan");
+    let mut command = lab.wrapped(&lab.program);
+    let name = format!("--name={}", lab.name);
+    command.args(["lab", "exec", &name, "node1", "--", "tcpdump", "-nn", "-e", "-l", "-c", "20", "-i", "flannel.1"]);
+    // The kernel's own IPv6 group reports enter the device too, and find no host: the last assertion.
+    command.arg("not ip6");
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = std::io::BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("listening on") {
+        line.clear();
+        assert!(std::io::BufRead::read_line(&mut said, &mut line).unwrap() > 0, "tcpdump has ended");
+    }
+    eventually("twenty frames have crossed", || {
+        // Both ask for MACs again and again: the question must stay on their own host.
+        for container in ["container-1", "container-2"] {
+            lab.run(&format!("exec {container} -- ip neigh flush all"));
+        }
+        lab.run("ping");
+        if child.try_wait().unwrap().is_some() { Ok(()) } else { Err("not yet") }
+    });
+    let shown = text(&child.wait_with_output().unwrap().stdout);
+    assert_eq!(shown.matches("ICMP echo").count(), 20, "{shown}");
+    assert!(!shown.contains("ARP") && !shown.contains("ff:ff:ff:ff:ff:ff"), "{shown}");
+    let fdb = lab.run("exec node1 -- bridge fdb show dev flannel.1");
+    assert!(fdb.contains("10.168.0.3") && !fdb.contains("00:00:00:00:00:00"), "no entry for what is for all: {fdb}");
 }
 
 #[test]
@@ -376,11 +462,16 @@ fn capture_decodes_what_passes_layer_by_layer() {
 }
 
 #[test]
-fn a_large_lab_reaches_everybody() {
+fn the_largest_lab_reaches_everybody() {
     let Some(lab) = Lab::new() else { return };
-    lab.run("up --nodes 8 --containers 2");
+    lab.run("up --nodes 16 --containers 4");
     let ping = lab.json("ping");
-    assert_eq!((&ping["pairs"], &ping["reachable"]), (&240.into(), &240.into()), "{ping}");
+    assert_eq!((&ping["pairs"], &ping["reachable"]), (&4032.into(), &4032.into()), "{ping}");
+    let full = lab.try_run("node add -o json");
+    assert_eq!(full.status.code(), Some(1));
+    let full: Value = serde_json::from_slice(&full.stdout).unwrap();
+    assert_eq!(full["error"]["code"], "lab-full");
+    assert!(full["error"]["message"].as_str().unwrap().contains("at most 16"), "{full}");
 }
 
 #[test]
@@ -419,8 +510,7 @@ fn what_is_asked_for_wrongly_is_refused_in_words() {
     let Some(lab) = Lab::new() else { return };
     for (line, exit, word) in [
         ("up --backend udp", 2, "backend-not-built"),
-        ("up --nodes 17", 2, ""),
-        ("up --containers 0", 2, ""),
+        ("up --scenario bridge --nodes 1 --containers 2 --store none", 2, ""),
         ("up --scenario bridge --nodes 2", 2, "bad-lab"),
         ("status", 1, "no-such-lab"),
         ("ping", 1, "no-such-lab"),
@@ -430,7 +520,107 @@ fn what_is_asked_for_wrongly_is_refused_in_words() {
         assert_eq!(out.status.code(), Some(exit), "{line}: {}", text(&out.stderr));
         assert!(text(&out.stdout).contains(word), "{line}: {}", text(&out.stdout));
     }
+    for (line, allowed) in [("up --nodes 17", "1..=16"), ("up --nodes 0", "1..=16"), ("up --containers 5", "1..=4")] {
+        let out = lab.try_run(line);
+        assert_eq!(out.status.code(), Some(2), "{line}");
+        assert!(text(&out.stderr).contains(allowed), "{line}: {}", text(&out.stderr));
+    }
+    for name in ["", "..", "../x", "a/b", "/etc", "A", "-x", "a b", "a\nb", "ä", "x*", &"x".repeat(33)] {
+        for act in ["up", "status", "down", "ping"] {
+            let out = lab.wrapped(&lab.program).args(["lab", act, &format!("--name={name}")]).output().unwrap();
+            assert_eq!(out.status.code(), Some(2), "{act} {name:?}");
+            assert!(text(&out.stderr).contains("1 to 32 characters"), "{act} {name:?}: {}", text(&out.stderr));
+        }
+    }
     lab.assert_gone();
+}
+
+#[test]
+fn a_folder_of_somebody_else_or_open_to_others_is_refused() {
+    let Some(lab) = Lab::new() else { return };
+    let refused = |why: &str| {
+        let out = lab.try_run("up --scenario bridge -o json");
+        let error: Value = serde_json::from_slice(&out.stdout).unwrap();
+        assert_eq!((out.status.code(), &error["error"]["code"]), (Some(1), &"lab-home".into()), "{error}");
+        assert!(error["error"]["message"].as_str().unwrap().contains(why), "{error}");
+    };
+    std::fs::create_dir(lab.folder()).unwrap();
+    for mode in ["777", "755", "710"] {
+        assert!(Command::new("chmod").arg(mode).arg(lab.folder()).status().unwrap().success());
+        refused("others may look into it");
+    }
+    std::fs::remove_dir(lab.folder()).unwrap();
+    let elsewhere = lab.runtime.path().join("elsewhere");
+    std::fs::create_dir(&elsewhere).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, lab.folder()).unwrap();
+    refused("somebody else");
+    std::fs::remove_file(lab.folder()).unwrap();
+    if rustix::process::geteuid().is_root() {
+        std::fs::create_dir(lab.folder()).unwrap();
+        assert!(Command::new("chown").arg(NOBODY).arg(lab.folder()).status().unwrap().success());
+        refused("somebody else");
+        std::fs::remove_dir(lab.folder()).unwrap();
+    }
+    lab.run("up --scenario bridge");
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(lab.folder()).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o700);
+}
+
+#[test]
+fn two_labs_stand_side_by_side() {
+    for lab in [Lab::new(), Lab::without_root()].into_iter().flatten() {
+        let other = lab.beside("-b");
+        lab.run("up");
+        other.run("up");
+        assert_eq!(lab.json("list")["labs"].as_array().unwrap().len(), 2);
+        assert_eq!(lab.json("ping")["reachable"], 2);
+        assert_eq!(other.json("ping")["reachable"], 2);
+        lab.run("down");
+        assert_eq!(other.json("ping")["reachable"], 2, "the other one stands");
+        other.run("down");
+        lab.assert_gone();
+        other.assert_gone();
+    }
+}
+
+#[test]
+fn a_supervisor_killed_at_any_moment_of_up_leaves_nothing() {
+    for lab in [Lab::new(), Lab::without_root()].into_iter().flatten() {
+        let mark = format!("{}\"", lab.name);
+        let supervisors = || {
+            let all = std::fs::read_dir("/proc").unwrap().flatten();
+            let ours = all.filter_map(|entry| {
+                let pid = entry.file_name().to_str()?.parse::<u32>().ok()?;
+                let line = text(&std::fs::read(entry.path().join("cmdline")).ok()?);
+                (line.contains("supervise") && line.contains(&mark)).then_some(pid)
+            });
+            ours.collect::<Vec<u32>>()
+        };
+        let agents = || processes(&format!("{}/twill/lab-{}/", lab.runtime.path().display(), lab.name));
+        // From its first instant to when the store and all agents run.
+        for moment in 0..=5 {
+            let mut command = lab.wrapped(&lab.program);
+            command.args(["lab", "up", "--nodes=4", "--containers=2", &format!("--name={}", lab.name)]);
+            let client = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+            eventually("it has come so far", || {
+                if supervisors().is_empty() || agents().len() < moment { Err(agents()) } else { Ok(()) }
+            });
+            for pid in supervisors() {
+                let _ = Command::new("kill").args(["-KILL", &pid.to_string()]).output();
+            }
+            let out = client.wait_with_output().unwrap();
+            let _ = lab.try_run("down");
+            if !out.status.success() {
+                assert!(text(&out.stderr).contains("error: "), "{}", text(&out.stderr));
+            }
+            eventually("no process is left", || {
+                let mut left = agents();
+                left.extend(supervisors().iter().map(u32::to_string));
+                if left.is_empty() { Ok(()) } else { Err(left) }
+            });
+            lab.assert_gone();
+        }
+    }
 }
 
 #[test]

@@ -69,8 +69,11 @@ fn inside(state: &LabState, place: &str) -> Result<Command, LabError> {
 #[expect(clippy::disallowed_methods, reason = "it is the user's own command that becomes this process")]
 pub fn become_command(words: &[OsString]) -> std::io::Error {
     process::die_with_parent();
+    // One is root in there: root's programs are found, also from a user's shell that does not know their folders.
+    let mut path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/bin:/bin".into());
+    path.push(":/usr/local/sbin:/usr/sbin:/sbin");
     match words.split_first() {
-        Some((program, rest)) => Command::new(program).args(rest).exec(),
+        Some((program, rest)) => Command::new(program).args(rest).env("PATH", path).exec(),
         None => std::io::Error::from(std::io::ErrorKind::InvalidInput),
     }
 }

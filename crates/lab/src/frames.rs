@@ -1,5 +1,6 @@
 //! What passes several devices of one namespace while something happens.
 
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 use twill_core::net::LinkName;
 use twill_kernel::capture::Capture;
 use twill_kernel::netns::Netns;
-use twill_packet::{Header, decode, icmp};
+use twill_packet::{Header, decode, icmp, vxlan};
 
 use crate::error::{Act, LabError};
 
@@ -64,6 +65,31 @@ pub fn during<T>(netns: &Netns, devices: &[LinkName], act: impl FnOnce() -> T) -
     }
     all.sort_by_key(|seen: &Seen| seen.at);
     Ok((all, did))
+}
+
+/// The VNI and the inner frame of a VXLAN packet.
+pub fn wrapped(frame: &[u8]) -> Option<(u32, &[u8])> {
+    decode(frame).iter().find_map(|layer| match layer.header {
+        Header::Vxlan(header) => Some((header.vni, frame.get(layer.offset + vxlan::LEN..)?)),
+        _ => None,
+    })
+}
+
+/// Sends a captured VXLAN packet's datagram once more from a host, with that VNI, to the port that it went to.
+pub fn send_again(from: &Netns, frame: &[u8], vni: u32, to: IpAddr) -> Result<(), LabError> {
+    let layers = decode(frame);
+    let port = layers.iter().find_map(|layer| match layer.header {
+        Header::Udp(header) => Some(header.dst_port),
+        _ => None,
+    });
+    let (Some(port), Some((_, inner))) = (port, wrapped(frame)) else {
+        return Err(LabError::new("lab-failed", "send a packet again: it is not VXLAN"));
+    };
+    let mut datagram = vec![0; vxlan::LEN];
+    vxlan::Repr { vni, policy: None }.emit(&mut datagram).act(|| "write a VXLAN header".into())?;
+    datagram.extend_from_slice(inner);
+    let sent = from.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?.send_to(&datagram, (to, port)));
+    sent.and_then(|sent| sent).map(drop).act(|| format!("send a packet to {to}"))
 }
 
 fn keep(device: LinkName, mut capture: Capture, over: &AtomicBool) -> Vec<Seen> {

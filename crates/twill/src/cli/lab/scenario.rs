@@ -64,12 +64,12 @@ fn vxlan(state: &LabState) -> Result<Vec<Section>, LabError> {
     let from = enter::open(state, &first.name)?;
     let (eth0, flannel) = (name("eth0")?, name("flannel.1")?);
     let (seen, answer) = frames::during(&node, &[eth0, flannel], || ping::one(&from, last.address))?;
-    let wrapped =
-        |seen: &&Seen| seen.device == eth0 && decode(&seen.bytes).iter().any(|l| matches!(l.header, Header::Vxlan(_)));
+    let wrapped = |seen: &&Seen| seen.device == eth0 && frames::wrapped(&seen.bytes).is_some();
     if let Some(packet) = seen.iter().find(wrapped) {
         let lines = render(&decode(&packet.bytes)).lines().map(str::to_owned).collect();
         let title = format!("{} pings {}: the packet on eth0 of node1, layer by layer", first.name, last.name);
         sections.push(Section { title, lines });
+        sections.push(whose(state, packet, first, last)?);
     }
     let inside: Vec<&Seen> = seen.iter().filter(|seen| seen.device == flannel).collect();
     let broadcast = inside.iter().filter(|seen| seen.bytes.starts_with(&[0xff; 6])).count();
@@ -78,6 +78,32 @@ fn vxlan(state: &LabState) -> Result<Vec<Section>, LabError> {
     let lines = inside.iter().map(|seen| seen.says()).chain([counted, answered(last, &answer)]).collect();
     sections.push(Section { title: "what crossed flannel.1 of node1 meanwhile".into(), lines });
     Ok(sections)
+}
+
+/// The same datagram once more from node1, with a foreign VNI and with its own: what comes out of the other host's flannel.1.
+fn whose(state: &LabState, packet: &Seen, first: &ContainerInfo, last: &ContainerInfo) -> Result<Section, LabError> {
+    let host = state.hosts.iter().rfind(|host| host.containers.iter().any(|c| c.name == last.name));
+    let host = host.ok_or_else(|| LabError::new("lab-failed", format!("find the host of {}", last.name)))?;
+    let (sender, receiver, answerer) =
+        (enter::open(state, "node1")?, enter::open(state, &host.name)?, enter::open(state, &last.name)?);
+    let (eth0, flannel) = (name("eth0")?, name("flannel.1")?);
+    let own = frames::wrapped(&packet.bytes).map_or(0, |(vni, _)| vni);
+    let mut lines = Vec::new();
+    for vni in [own + 1, own] {
+        let (seen, sent) = frames::during(&receiver, &[eth0, flannel], || {
+            let sent = frames::send_again(&sender, &packet.bytes, vni, host.address);
+            // Its answer tells that the frame before has been dealt with.
+            let _ = ping::one(&answerer, first.address);
+            sent
+        })?;
+        sent?;
+        let inner = frames::wrapped(&packet.bytes).map(|(_, inner)| inner);
+        let came = seen.iter().filter(|s| s.device == eth0 && frames::wrapped(&s.bytes) == inner.map(|i| (vni, i)));
+        let out = seen.iter().filter(|s| s.device == flannel && Some(&s.bytes[..]) == inner);
+        lines.push(format!("VNI {vni}: {} arrived at eth0, {} came out of flannel.1", came.count(), out.count()));
+    }
+    let title = format!("the VNI tells flannel.1 of {} whether a frame is its own: that packet sent again", host.name);
+    Ok(Section { title, lines })
 }
 
 /// Each frame once, in the order in which the pinging container's port saw them, with the ports that it passed.
