@@ -3,6 +3,7 @@
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use crate::backend::udp::UdpConfig;
 use crate::backend::vxlan::VxlanConfig;
 use crate::flannel::go_json::Fields;
 use crate::net::{BadValue, Mtu, Port, Prefix, Vni, ip_to_bits};
@@ -34,9 +35,11 @@ pub struct Range {
 /// The `Backend` object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum BackendConfig {
+    /// Type udp, which an absent Backend means, as in flannel.
+    Udp(UdpConfig),
     /// Type vxlan.
     Vxlan(VxlanConfig),
-    /// A type of flannel's that is not built here yet, by its name; absent means udp, as in flannel.
+    /// A type of flannel's that is not built here yet, by its name.
     NotBuilt(String),
 }
 
@@ -68,7 +71,10 @@ const KEYS: [&str; 13] = [
     "Backend",
     "NoMasqCIDRs",
 ];
+const UDP_KEYS: [&str; 2] = ["Type", "Port"];
 const VXLAN_KEYS: [&str; 6] = ["Type", "VNI", "Port", "MTU", "GBP", "Learning"];
+/// flannel's default (pkg/backend/udp/udp_amd64.go).
+const UDP_PORT: i64 = 8285;
 /// The kernel's own VXLAN port where flannel's config says 0 (drivers/net/vxlan/vxlan_core.c `vxlan_port`).
 const VXLAN_PORT: i64 = 8472;
 
@@ -90,7 +96,7 @@ impl NetworkConfig {
         let backend = match fields.get("Backend") {
             Some(raw) => backend(raw, &mut ignored)?,
             None if fields.has("Backend") => return Err(fault("Backend", "null", "an object with a Type")),
-            None => BackendConfig::NotBuilt("udp".into()),
+            None => udp(&Fields::default()).map(BackendConfig::Udp)?,
         };
         Ok((NetworkConfig { v4, v6, backend }, ignored))
     }
@@ -200,6 +206,11 @@ fn backend(raw: &RawValue, ignored: &mut Vec<String>) -> Result<BackendConfig, C
             }
             vxlan(&fields).map(BackendConfig::Vxlan)
         }
+        "udp" => {
+            let unknown = fields.unknown(&UDP_KEYS);
+            ignored.extend(unknown.iter().map(|key| format!("Backend.{key} is not a key of the udp backend")));
+            udp(&fields).map(BackendConfig::Udp)
+        }
         known if KNOWN_TYPES.contains(&known) => Ok(BackendConfig::NotBuilt(kind)),
         _ => Err(fault(
             "Backend.Type",
@@ -207,6 +218,12 @@ fn backend(raw: &RawValue, ignored: &mut Vec<String>) -> Result<BackendConfig, C
             "one of vxlan, udp, host-gw, wireguard, ipip, ipsec, alloc, extension, tencent-vpc",
         )),
     }
+}
+
+fn udp(fields: &Fields<'_>) -> Result<UdpConfig, ConfigFault> {
+    let port = value::<i64>(fields, "Port", "a port from 1 to 65535").map_err(|f| f.below("Backend"))?;
+    let port = Port::try_from(port.filter(|&port| port != 0).unwrap_or(UDP_PORT));
+    Ok(UdpConfig { port: port.map_err(|bad| ConfigFault { key: "Backend.Port".into(), bad })? })
 }
 
 fn vxlan(fields: &Fields<'_>) -> Result<VxlanConfig, ConfigFault> {

@@ -4,6 +4,7 @@
 
 pub mod net;
 pub mod node;
+pub mod overlay;
 
 use std::fmt::Debug;
 use std::path::PathBuf;

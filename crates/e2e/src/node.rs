@@ -204,7 +204,7 @@ impl Node {
     }
 }
 
-fn spawn(mut command: std::process::Command, log: &Path) -> Daemon {
+pub(crate) fn spawn(mut command: std::process::Command, log: &Path) -> Daemon {
     let file = std::fs::File::options().create(true).append(true).open(log).unwrap();
     Daemon(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file).spawn().unwrap())
 }

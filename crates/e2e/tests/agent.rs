@@ -296,9 +296,9 @@ fn broken_and_foreign_leases_are_named_and_disturb_nobody() {
 fn a_bad_config_is_named_and_the_last_good_one_stays() {
     let Some((node, _dir)) = node() else { return };
     node.put_peer(40);
-    node.put("config", r#"{"Network":"10.1.0.0/16","Backend":{"Type":"udp"}}"#);
+    node.put("config", r#"{"Network":"10.1.0.0/16","Backend":{"Type":"host-gw"}}"#);
     let _agent = node.agent_at_once("--subnet 10.1.15.0/24");
-    assert!(node.finding("backend-not-built")["evidence"].as_str().unwrap().contains("udp"));
+    assert!(node.finding("backend-not-built")["evidence"].as_str().unwrap().contains("host-gw"));
     node.put("config", r#"{"network":"10.1.0.0/16","Surprise":1,"Backend":{"type":"VXLAN","DirectRouting":true}}"#);
     node.await_peer(40, true);
     let ignored: Vec<String> =

@@ -151,7 +151,7 @@ fn a_backend_that_is_not_built_says_so() {
     let Some((node, _dir)) = node() else { return };
     for (config, name) in [
         (r#"{"Network":"10.1.0.0/16","Backend":{"type":"Host-GW"}}"#, "host-gw"),
-        (r#"{"Network":"10.1.0.0/16"}"#, "udp"),
+        (r#"{"Network":"10.1.0.0/16","Backend":{"Type":"alloc"}}"#, "alloc"),
         (r#"{"Network":"10.1.0.0/16","Backend":{"Type":"wireguard"}}"#, "wireguard"),
     ] {
         put_config(&node, config.as_bytes());

@@ -48,7 +48,7 @@ fn shapes_for_programs_are_as_documented() {
     let status = json!({"schema": "number", "node": "text", "state": "text", "subnets": ["text"], "networks": ["text"],
         "backend": "text", "devices": ["text"], "mtu": "number",
         "underlay": {"interface": "text", "addresses": ["text"], "mtu": "number", "why": "text"},
-        "store": {"endpoints": "text", "state": "text", "revision": "number", "open": "bool"},
+        "store": {"endpoints": "text", "state": "text", "revision": "number", "open": "bool"}, "tunnel": "null",
         "peers": "number", "findings": [finding], "repairs": {"total": "number", "recent": [repair]}});
     eventually("status has its shape", || {
         let got = shape(&node.status());

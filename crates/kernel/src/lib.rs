@@ -2,11 +2,13 @@
 //!
 //! - [`Kernel`]: what the reconciler needs of a network namespace; [`LinuxKernel`] is the real one, [`MemoryKernel`] its twin
 //! - [`lookup`]: the kernel's own routing decision; [`wires`]: the other ends of veth pairs
+//! - [`tun`], [`udp`], [`icmp`]: the doors of a tunnel in user space, each with its twin
 //! - [`netns`]: namespaces; [`sysctl`], [`files`], [`capture`]: the rest of the host
 //! - [`netlink::wire`]: netlink's bytes
 
 pub mod capture;
 pub mod files;
+pub mod icmp;
 mod linux;
 pub mod lookup;
 mod memory;
@@ -14,6 +16,8 @@ pub mod netlink;
 pub mod netns;
 pub mod process;
 pub mod sysctl;
+pub mod tun;
+pub mod udp;
 pub mod wires;
 
 use std::time::Duration;

@@ -1,5 +1,6 @@
 //! Backends: from one peer's lease to the objects that reach it. Each is one pure file.
 
+pub mod udp;
 pub mod vxlan;
 
 use std::collections::BTreeMap;
@@ -7,8 +8,10 @@ use std::net::IpAddr;
 
 use crate::config::BackendConfig;
 use crate::host::{HostState, Object};
-use crate::lease::{LeaseAttrs, Peer, PeerFault};
+use crate::lease::{Lease, LeaseAttrs, Peer, PeerFault};
 use crate::net::{Inet, LinkName, MacAddr, Mtu, NodeId, Prefix};
+
+pub use udp::{TunnelPeer, TunnelSpec};
 
 /// What a backend may know of this node.
 #[derive(Debug, Clone, PartialEq)]
@@ -57,6 +60,15 @@ impl Underlay {
     }
 }
 
+/// What reaches a peer.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// In the kernel: neighbour, forwarding entry, route.
+    pub objects: Vec<Object>,
+    /// In the tunnel, where the backend has one.
+    pub tunnel: Option<TunnelPeer>,
+}
+
 /// A backend that cannot work with this configuration on this host.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -81,8 +93,12 @@ pub trait Backend: std::fmt::Debug + Send + Sync {
     fn mtu(&self, underlay: &Underlay, v4: bool) -> Result<Mtu, Refusal>;
     /// Own objects: device, address, sysctls.
     fn base(&self, cx: &Cx) -> Result<HostState, Refusal>;
-    /// A peer's objects: neighbour, forwarding entry, route. A fault drops that peer only.
-    fn peer(&self, cx: &Cx, peer: &Peer) -> Result<Vec<Object>, PeerFault>;
+    /// What reaches a peer. A fault drops that peer only.
+    fn peer(&self, cx: &Cx, peer: &Peer) -> Result<Reach, PeerFault>;
+    /// The tunnel that user space runs, where the backend has one. A backend opens no socket.
+    fn tunnel(&self, _cx: &Cx) -> Result<Option<TunnelSpec>, Refusal> {
+        Ok(None)
+    }
     /// What our own lease says of us: type and data (identity is added by the caller).
     fn attrs(&self, cx: &Cx) -> LeaseAttrs;
 }
@@ -90,11 +106,46 @@ pub trait Backend: std::fmt::Debug + Send + Sync {
 /// The backend that a config names.
 pub fn build(config: &BackendConfig) -> Result<Box<dyn Backend>, Refusal> {
     match config {
+        BackendConfig::Udp(udp) => Ok(Box::new(udp.clone())),
         BackendConfig::Vxlan(vxlan) => Ok(Box::new(vxlan.clone())),
         BackendConfig::NotBuilt(name) => Err(Refusal {
             code: "backend-not-built",
             message: format!("backend {name:?} is not built yet"),
-            hint: "set Backend.Type to vxlan in the network config (an absent Backend means udp)".into(),
+            hint: "set Backend.Type to vxlan or udp in the network config".into(),
         }),
+    }
+}
+
+/// The underlay address of the host that holds the lease.
+fn host_of(cx: &Cx, lease: &Lease, v4: bool) -> Result<IpAddr, PeerFault> {
+    let host = if v4 { lease.attrs.public_ip.map(IpAddr::V4) } else { lease.attrs.public_ipv6.map(IpAddr::V6) };
+    let key = if v4 { "PublicIP" } else { "PublicIPv6" };
+    let host = host.ok_or_else(|| lease.fault("bad-lease-value", format!("{key} is missing")))?;
+    if host.is_unspecified() || host.is_multicast() || host.is_loopback() || host == IpAddr::from([255; 4]) {
+        return Err(lease.fault("bad-lease-value", format!("{key} {host} is not the address of a host")));
+    }
+    let own = if v4 { cx.underlay.v4 } else { cx.underlay.v6 };
+    if own.is_some_and(|inet| inet.addr == host) || cx.underlay.public(v4) == Some(host) {
+        return Err(lease.fault("duplicate-public-ip", format!("{key} {host} is this node's own address")));
+    }
+    if let Some(network) = cx.networks.iter().find(|network| network.contains(host)) {
+        let reason =
+            format!("{key} {host} lies in the network {network}: its packets would go through the tunnel again");
+        return Err(lease.fault("bad-lease-value", reason));
+    }
+    Ok(host)
+}
+
+fn as_v4(ip: IpAddr) -> Option<std::net::Ipv4Addr> {
+    match ip {
+        IpAddr::V4(ip) => Some(ip),
+        IpAddr::V6(_) => None,
+    }
+}
+
+fn as_v6(ip: IpAddr) -> Option<std::net::Ipv6Addr> {
+    match ip {
+        IpAddr::V4(_) => None,
+        IpAddr::V6(ip) => Some(ip),
     }
 }

@@ -5,8 +5,6 @@
 //!   10.1.16.0/24 ──route──▶ via 10.1.16.0 onlink ──neigh──▶ VTEP MAC of node2 ──fdb──▶ 10.168.0.3
 //! ```
 
-use std::net::IpAddr;
-
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -17,7 +15,7 @@ use crate::host::{
 use crate::lease::{Lease, LeaseAttrs, Peer, PeerFault};
 use crate::net::{Inet, LinkName, MacAddr, Mtu, NodeId, Port, Prefix, Vni};
 
-use super::{Backend, Cx, Refusal, Underlay};
+use super::{Backend, Cx, Reach, Refusal, Underlay, as_v4, as_v6, host_of};
 
 /// Outer Ethernet header is the underlay's; what the tunnel adds to an inner IP packet: outer IPv4 20 + UDP 8 + VXLAN 8 + inner Ethernet 14.
 const OVERHEAD_V4: u32 = 50;
@@ -92,13 +90,13 @@ impl Backend for VxlanConfig {
         Ok(host)
     }
 
-    fn peer(&self, cx: &Cx, peer: &Peer) -> Result<Vec<Object>, PeerFault> {
+    fn peer(&self, cx: &Cx, peer: &Peer) -> Result<Reach, PeerFault> {
         let lease = &peer.lease;
         let mut objects = Vec::with_capacity(3);
         for subnet in lease.key.subnets().filter(|s| cx.subnets.iter().any(|own| own.is_v4() == s.is_v4())) {
             let v4 = subnet.is_v4();
             let Some(link) = self.device_of(v4) else { continue };
-            let host = self.host(cx, lease, v4)?;
+            let host = host_of(cx, lease, v4)?;
             let mac = self.vtep_mac(lease, v4)?;
             if mac == cx.mac(link) {
                 return Err(lease.fault("mac-clash", format!("its VtepMAC {mac} is this node's own")));
@@ -133,7 +131,7 @@ impl Backend for VxlanConfig {
                 }),
             }));
         }
-        Ok(objects)
+        Ok(Reach { objects, tunnel: None })
     }
 
     fn attrs(&self, cx: &Cx) -> LeaseAttrs {
@@ -159,21 +157,6 @@ impl VxlanConfig {
     /// `flannel.<VNI>` or `flannel-v6.<VNI>`; the longest, `flannel-v6.16777215`, is over Linux's 15 bytes: `None`.
     fn device_of(&self, v4: bool) -> Option<LinkName> {
         format!("flannel{}.{}", if v4 { "" } else { "-v6" }, self.vni).parse().ok()
-    }
-
-    /// The host that holds the lease.
-    fn host(&self, cx: &Cx, lease: &Lease, v4: bool) -> Result<IpAddr, PeerFault> {
-        let host = if v4 { lease.attrs.public_ip.map(IpAddr::V4) } else { lease.attrs.public_ipv6.map(IpAddr::V6) };
-        let key = if v4 { "PublicIP" } else { "PublicIPv6" };
-        let host = host.ok_or_else(|| lease.fault("bad-lease-value", format!("{key} is missing")))?;
-        if host.is_unspecified() || host.is_multicast() || host.is_loopback() || host == IpAddr::from([255; 4]) {
-            return Err(lease.fault("bad-lease-value", format!("{key} {host} is not the address of a host")));
-        }
-        let own = if v4 { cx.underlay.v4 } else { cx.underlay.v6 };
-        if own.is_some_and(|inet| inet.addr == host) || cx.underlay.public(v4) == Some(host) {
-            return Err(lease.fault("duplicate-public-ip", format!("{key} {host} is this node's own address")));
-        }
-        Ok(host)
     }
 
     /// `VtepMAC`, once type and VNI agree with ours.
@@ -231,18 +214,4 @@ pub fn derive_mac(node: &NodeId, device: LinkName) -> MacAddr {
     mac.copy_from_slice(&digest[..6]);
     mac[0] = (mac[0] | 0x02) & 0xfe;
     MacAddr(mac)
-}
-
-fn as_v4(ip: IpAddr) -> Option<std::net::Ipv4Addr> {
-    match ip {
-        IpAddr::V4(ip) => Some(ip),
-        IpAddr::V6(_) => None,
-    }
-}
-
-fn as_v6(ip: IpAddr) -> Option<std::net::Ipv6Addr> {
-    match ip {
-        IpAddr::V4(_) => None,
-        IpAddr::V6(ip) => Some(ip),
-    }
 }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::ops::RangeInclusive;
 
-use twill_core::host::Object;
+use twill_core::host::{Link, LinkKind, Object};
 use twill_core::reconcile::{Op, Outcome, Plan, StepError, effect};
 
 use super::LinuxKernel;
@@ -12,6 +12,7 @@ use crate::netlink::encode::Encoder;
 use crate::netlink::socket::Refusal;
 use crate::netlink::wire::Writer;
 use crate::sysctl;
+use crate::tun::{Offloads, TunDevice};
 
 /// Kernel memory that a small message takes in a receive buffer, rounded up.
 const TRUESIZE: usize = 2048;
@@ -91,6 +92,16 @@ impl<'a> Applier<'a> {
                     self.kernel.mirror.insert(op.object().clone());
                 });
         }
+        match op {
+            Op::Create(Object::Link(link)) if link.kind == LinkKind::Tun => self.make_tun(None, link),
+            Op::Recreate { from: Object::Link(from), to: Object::Link(link) } if link.kind == LinkKind::Tun => {
+                self.make_tun(Some(from), link)
+            }
+            _ => self.encode(op),
+        }
+    }
+
+    fn encode(&mut self, op: &Op) -> Result<(), StepError> {
         let before = self.writer.mark();
         let LinuxKernel { names, requests, .. } = &mut *self.kernel;
         let mut encoder = Encoder { writer: &mut self.writer, names, seq: requests.seq(), files: &mut self.files };
@@ -98,6 +109,27 @@ impl<'a> Applier<'a> {
             self.writer.rewind(before);
             StepError::Refused { errno: libc::ENODEV, text }
         })
+    }
+
+    /// Netlink makes no TUN device: it comes by its own ioctl, outlives its descriptor, and is then brought to what is wanted.
+    fn make_tun(&mut self, instead_of: Option<&Link>, link: &Link) -> Result<(), StepError> {
+        let refused = |e: std::io::Error, act: &str| StepError::Refused {
+            errno: e.raw_os_error().unwrap_or(libc::EIO),
+            text: format!("{act} {}: {e}", link.name),
+        };
+        self.flush();
+        if let Some(old) = instead_of {
+            self.encode(&Op::Delete(Object::Link(Box::new(old.clone()))))?;
+            let mut writer = std::mem::take(&mut self.writer);
+            let last = writer.ask_ack();
+            self.kernel.requests.batch(&writer, last).map_err(|e| refused(e, "delete"))?;
+        }
+        let device = TunDevice::open(link.name.as_str(), Offloads::NONE).map_err(|e| refused(e, "make tun"))?;
+        device.set_persistent(true).map_err(|e| refused(e, "keep tun"))?;
+        self.kernel.absorb().map_err(|e| refused(e, "look at tun"))?;
+        let found = self.kernel.mirror.link(link.name).cloned();
+        let from = found.ok_or_else(|| refused(libc_error(libc::ENODEV), "look at tun"))?;
+        self.encode(&Op::Update { from: Object::Link(Box::new(from)), to: Object::Link(Box::new(link.clone())) })
     }
 
     /// Sends the batch, notes what was refused, and brings the mirror along.
@@ -163,4 +195,8 @@ impl<'a> Applier<'a> {
             op => effect(&mut self.kernel.mirror, op),
         }
     }
+}
+
+fn libc_error(errno: i32) -> std::io::Error {
+    std::io::Error::from_raw_os_error(errno)
 }

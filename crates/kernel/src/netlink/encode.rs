@@ -151,6 +151,7 @@ impl Encoder<'_> {
                     });
                 });
             }),
+            // A TUN device comes by its own ioctl.
             LinkKind::Tun | LinkKind::Other { .. } => return Err(format!("cannot make {link}")),
         }
         self.writer.end();

@@ -4,6 +4,7 @@
 //! others, so no flow is ever reordered. What has no readable ports (a fragment, options, another protocol) ends every item of its
 //! pair of addresses: it may belong to any of those flows.
 
+use std::net::IpAddr;
 use std::ops::Range;
 
 use super::{Gso, Inner, Transport, Vnet};
@@ -46,6 +47,11 @@ pub struct Item {
 }
 
 impl Item {
+    /// The source address of its packets.
+    pub const fn src(&self) -> IpAddr {
+        self.inner.src
+    }
+
     /// Only what has a readable transport header is ever merged.
     fn transport(&self) -> Transport {
         self.inner.transport.unwrap_or(Transport::Udp)

@@ -6,10 +6,12 @@
 //! ```
 //! Merging what [`segment`] cut gives the super-packet back, byte for byte.
 
+mod answer;
 mod coalesce;
 mod inner;
 mod segmentation;
 
+pub use answer::{Trouble, error_about, fragment};
 pub use coalesce::{Coalescer, Item, Merge};
 pub use inner::{Bad, Inner, Transport};
 pub use segmentation::{Segments, segment};

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use twill_core::alloc::Me;
-use twill_core::backend::{self, Backend, Cx, Refusal, Underlay};
+use twill_core::backend::{self, Backend, Cx, Reach, Refusal, Underlay};
 use twill_core::config::NetworkConfig;
 use twill_core::host::{HostState, LinkKind, Object, PROTO_TWILL};
 use twill_core::lease::{Lease, LeaseKey, Peer, PeerFault};
@@ -76,8 +76,8 @@ impl Network {
         Claim { devices, protocol: Some(PROTO_TWILL), networks: self.cx.networks.clone() }
     }
 
-    /// The objects of one lease, which is not our own. A peer of another backend is left out with its reason.
-    pub(crate) fn peer(&self, leases: &LeaseSet, name: &str) -> Option<Result<Vec<Object>, PeerFault>> {
+    /// What reaches the holder of one lease, which is not our own. A peer of another backend is left out with its reason.
+    pub(crate) fn peer(&self, leases: &LeaseSet, name: &str) -> Option<Result<Reach, PeerFault>> {
         let peer = |lease: Lease| {
             if lease.attrs.backend_type.as_deref() != self.backend.lease_type() {
                 let theirs = lease.attrs.backend_type.clone().unwrap_or_else(|| "udp".into());

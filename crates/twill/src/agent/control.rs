@@ -21,13 +21,15 @@ use twill_kernel::Waker;
 
 use super::reconciler::Order;
 use super::session::Command;
-use super::view::{Peers, View};
+use super::tunnel::SharedGauge;
+use super::view::{Peers, TunnelView, View};
 use crate::output::Failure;
 
 /// What the handlers reach.
 #[derive(Clone)]
 pub(crate) struct Control {
     pub(crate) view: Arc<Mutex<View>>,
+    pub(crate) gauge: SharedGauge,
     pub(crate) orders: Sender<Order>,
     pub(crate) waker: Waker,
     pub(crate) commands: mpsc::Sender<Command>,
@@ -85,7 +87,8 @@ fn ended() -> Refused {
 }
 
 async fn status(State(control): State<Control>) -> Answer {
-    let view = control.view.lock().map_err(|_| ended())?.clone();
+    let mut view = control.view.lock().map_err(|_| ended())?.clone();
+    view.tunnel = control.gauge.lock().map_err(|_| ended())?.as_ref().map(TunnelView::of);
     answer(view)
 }
 

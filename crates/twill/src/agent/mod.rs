@@ -4,6 +4,7 @@
 //! - [`session`]: the node's life in the store (async)
 //! - [`reconciler`]: the thread that owns the kernel
 //! - [`compose`]: from leases and facts to what is wanted
+//! - [`tunnel`]: the udp backend's tunnel
 //! - [`control`], [`view`]: the control API and what it shows
 
 pub(crate) mod compose;
@@ -11,6 +12,7 @@ pub(crate) mod control;
 pub(crate) mod reconciler;
 pub(crate) mod session;
 pub(crate) mod settings;
+pub(crate) mod tunnel;
 pub(crate) mod view;
 
 use std::path::Path;
@@ -29,6 +31,7 @@ use self::control::Control;
 use self::reconciler::Reconciler;
 use self::session::Session;
 use self::settings::Settings;
+use self::tunnel::SharedGauge;
 use self::view::{StoreView, View};
 use crate::output::Failure;
 use crate::stores;
@@ -50,7 +53,9 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
         ..View::default()
     }));
     let (host_sender, host) = watch::channel(Arc::new(HostState::new()));
-    let reconciler = Reconciler::new(host_sender, Arc::clone(&view)).context("look at this host's network")?;
+    let gauge = SharedGauge::default();
+    let reconciler =
+        Reconciler::new(host_sender, Arc::clone(&view), Arc::clone(&gauge)).context("look at this host's network")?;
     let (waker, (orders, receiver)) = (reconciler.waker(), std::sync::mpsc::channel());
     let thread = std::thread::Builder::new().name("reconciler".into());
     let thread = thread.spawn(move || reconciler.run(&receiver)).context("start the reconciler")?;
@@ -65,7 +70,8 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
             tracing::warn!(endpoints = store.endpoints(), "nothing authenticates the store to us, nor us to the store");
         }
         let (commands, command_receiver) = mpsc::channel(16);
-        let control = Control { view: Arc::clone(&view), orders: orders.clone(), waker: waker.clone(), commands };
+        let control =
+            Control { view: Arc::clone(&view), gauge, orders: orders.clone(), waker: waker.clone(), commands };
         let session =
             Session::new(settings.clone(), store, orders.clone(), waker.clone(), host, view, command_receiver, state);
         let (stop, stopped) = oneshot::channel::<()>();

@@ -12,10 +12,12 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{oneshot, watch};
+use twill_core::backend::{Reach, TunnelSpec};
 use twill_core::host::{HostState, Key, Object, PROTO_TWILL};
 use twill_core::reconcile::{Caps, Claim, Healer, Journal, Plan, Scope, Wanted, plan, shadowed};
 use twill_kernel::{Interest, Kernel, KernelError, LinuxKernel};
 
+use super::tunnel::{SharedGauge, TunnelHost};
 use super::view::{PlanView, Repairs, View};
 
 /// Sysctls announce nothing: they are read again this often.
@@ -31,10 +33,10 @@ const SHOWN_REPAIRS: usize = 20;
 
 /// What the reconciler is told.
 pub(crate) enum Order {
-    /// The node's own objects, what is claimed, and what to watch. Answered when applied.
-    Base { base: HostState, claim: Claim, prune: bool, done: oneshot::Sender<()> },
-    /// Peers' objects by name; none: the peer is gone.
-    Peers(Vec<(String, Vec<Object>)>),
+    /// The node's own objects, what is claimed, what to watch, and the tunnel. Answered when applied.
+    Base { base: HostState, claim: Claim, prune: bool, tunnel: Option<TunnelSpec>, done: oneshot::Sender<()> },
+    /// What reaches peers, by name; nothing: the peer is gone.
+    Peers(Vec<(String, Reach)>),
     /// What is not wanted may be removed now.
     Prune,
     /// Repair nothing (true), or go on (false).
@@ -49,6 +51,7 @@ pub(crate) enum Order {
 pub(crate) struct Reconciler {
     kernel: LinuxKernel,
     wanted: Wanted,
+    tunnel: TunnelHost,
     healer: Healer,
     journal: Journal,
     start: Instant,
@@ -70,9 +73,14 @@ pub(crate) struct Reconciler {
 }
 
 impl Reconciler {
-    pub(crate) fn new(host: watch::Sender<Arc<HostState>>, view: Arc<Mutex<View>>) -> Result<Self, KernelError> {
+    pub(crate) fn new(
+        host: watch::Sender<Arc<HostState>>,
+        view: Arc<Mutex<View>>,
+        gauge: SharedGauge,
+    ) -> Result<Self, KernelError> {
         let kernel = LinuxKernel::open(Interest { devices: Some(BTreeSet::new()), ..Interest::default() })?;
         let mut reconciler = Self {
+            tunnel: TunnelHost::new(kernel.waker(), gauge),
             kernel,
             wanted: Wanted::default(),
             healer: Healer::default(),
@@ -127,6 +135,7 @@ impl Reconciler {
                 }
             }
             self.reconcile();
+            self.bring_up_tunnel();
             for done in answers {
                 // Whoever asked may have gone.
                 let _ = done.send(());
@@ -177,7 +186,8 @@ impl Reconciler {
 
     fn on_order(&mut self, order: Order, answers: &mut Vec<oneshot::Sender<()>>) {
         match order {
-            Order::Base { base, claim, prune, done } => {
+            Order::Base { base, claim, prune, tunnel, done } => {
+                self.tunnel.set_spec(tunnel);
                 let devices =
                     base.iter().filter_map(|(key, _)| if let Key::Link(name) = key { Some(*name) } else { None });
                 let devices = devices.chain(claim.devices.iter().copied()).collect();
@@ -196,8 +206,11 @@ impl Reconciler {
                 answers.push(done);
             }
             Order::Peers(peers) => {
-                let dirty: BTreeSet<Key> =
-                    peers.into_iter().flat_map(|(name, objects)| self.wanted.set_peer(&name, objects)).collect();
+                let dirty = peers.into_iter().flat_map(|(name, reach)| {
+                    self.tunnel.set_peer(&name, reach.tunnel);
+                    self.wanted.set_peer(&name, reach.objects)
+                });
+                let dirty: BTreeSet<Key> = dirty.collect();
                 self.ordered.extend(dirty);
             }
             Order::Prune => {
@@ -215,6 +228,8 @@ impl Reconciler {
                 let names: Vec<String> = self.wanted.peer_names().map(str::to_owned).collect();
                 names.iter().for_each(|name| drop(self.wanted.set_peer(name, Vec::new())));
                 self.wanted.set_base(HostState::new());
+                self.tunnel.set_spec(None);
+                self.tunnel.clear_peers();
                 (self.all, self.prune, self.settled) = (true, true, false);
                 answers.push(done);
             }
@@ -265,6 +280,15 @@ impl Reconciler {
         self.settled |= !failed;
     }
 
+    fn bring_up_tunnel(&mut self) {
+        let before = (self.tunnel.finding().cloned(), self.tunnel.peer_count());
+        let again = self.tunnel.bring_up(self.kernel.mirror(), self.now());
+        self.wake = [self.wake, again].into_iter().flatten().min();
+        if before != (self.tunnel.finding().cloned(), self.tunnel.peer_count()) {
+            self.findings = Some(self.now());
+        }
+    }
+
     fn is_ours(&self, key: &Key) -> bool {
         self.wanted.desired().host.get(key).is_some()
     }
@@ -291,13 +315,14 @@ impl Reconciler {
     fn publish_status(&mut self) {
         let mut findings = shadowed(self.wanted.desired(), self.kernel.mirror());
         findings.extend(self.healer.findings());
+        findings.extend(self.tunnel.finding().cloned());
         let recent =
             self.journal.repairs().rev().take(SHOWN_REPAIRS).cloned().collect::<Vec<_>>().into_iter().rev().collect();
         if let Ok(mut view) = self.view.lock() {
             view.findings.retain(|f| f.code.starts_with("session:") || !KERNEL_CODES.contains(&f.code.as_str()));
             view.findings.extend(findings);
             view.repairs = Repairs { total: self.journal.total(), recent };
-            view.peers = self.wanted.peer_count();
+            view.peers = self.wanted.peer_count() + self.tunnel.peer_count();
             if self.held {
                 view.state = "held".into();
             } else if view.state == "held" {
@@ -308,7 +333,7 @@ impl Reconciler {
 }
 
 /// Findings that come from here; the others are the session's.
-const KERNEL_CODES: [&str; 3] = ["route-shadowed", "fought-over", "kernel-refused"];
+const KERNEL_CODES: [&str; 4] = ["route-shadowed", "fought-over", "kernel-refused", "tunnel-down"];
 
 /// One line for each change, or one for all when there are many.
 fn log(plan: &Plan, results: &[Result<(), twill_core::reconcile::StepError>], drift: bool) {

@@ -4,6 +4,8 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 use twill_core::reconcile::{Finding, Repair};
+use twill_tunnel::counters::{CallsSnapshot, Dropped, FlowSnapshot};
+use twill_tunnel::{Gauge, Means};
 
 /// The whole state, as `status` shows it.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -26,6 +28,8 @@ pub(crate) struct View {
     pub(crate) underlay: Option<UnderlayView>,
     /// The store.
     pub(crate) store: StoreView,
+    /// The udp backend's tunnel, while it runs.
+    pub(crate) tunnel: Option<TunnelView>,
     /// Peers that are programmed.
     pub(crate) peers: usize,
     /// What a person should know.
@@ -41,6 +45,41 @@ pub(crate) struct UnderlayView {
     pub(crate) addresses: Vec<String>,
     pub(crate) mtu: u32,
     pub(crate) why: String,
+}
+
+/// The udp backend's tunnel.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct TunnelView {
+    pub(crate) device: String,
+    /// The socket's address and port.
+    pub(crate) local: String,
+    /// What the kernel grants.
+    pub(crate) means: Means,
+    /// Packets and bytes on the wire, from and to all peers.
+    pub(crate) sent: FlowSnapshot,
+    pub(crate) received: FlowSnapshot,
+    /// Calls between the tunnel and the kernel.
+    pub(crate) calls: CallsSnapshot,
+    /// ICMP errors sent about packets that went no further.
+    pub(crate) icmp_errors: u64,
+    /// Packets dropped, by cause; what never occurred is left out.
+    pub(crate) drops: Vec<Dropped>,
+}
+
+impl TunnelView {
+    pub(crate) fn of(gauge: &Gauge) -> Self {
+        let counters = gauge.counters();
+        Self {
+            device: gauge.spec().device.to_string(),
+            local: gauge.spec().local.to_string(),
+            means: gauge.means(),
+            sent: counters.peers.iter().map(|peer| peer.sent).sum(),
+            received: counters.peers.iter().map(|peer| peer.received).sum(),
+            calls: counters.calls,
+            icmp_errors: counters.icmp_errors,
+            drops: counters.drops,
+        }
+    }
 }
 
 /// The store as the agent sees it.

@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::agent::control;
-use crate::agent::view::{PeerView, Peers, Probe, View};
+use crate::agent::view::{PeerView, Peers, Probe, TunnelView, View};
 use crate::output::{FINDINGS, Failure, Output, columns};
 use crate::{probe, stores};
 
@@ -75,6 +75,9 @@ fn describe(view: &View) -> String {
         "store     {} {} at revision {}{open}",
         view.store.endpoints, view.store.state, view.store.revision
     ));
+    if let Some(tunnel) = &view.tunnel {
+        lines.extend(describe_tunnel(tunnel));
+    }
     lines.push(format!("peers     {}", view.peers));
     lines.push(format!("repairs   {}", view.repairs.total));
     for repair in &view.repairs.recent {
@@ -90,6 +93,16 @@ fn describe(view: &View) -> String {
         lines.push(format!("          fix: {}", finding.fix));
     }
     lines.join("\n")
+}
+
+fn describe_tunnel(tunnel: &TunnelView) -> Vec<String> {
+    let mut lines = vec![format!("tunnel    {} on UDP {}: {}", tunnel.device, tunnel.local, tunnel.means)];
+    for (what, flow) in [("sent", tunnel.sent), ("received", tunnel.received)] {
+        lines.push(format!("  {what:<8}{} packets, {} bytes", flow.packets, flow.bytes));
+    }
+    let causes = tunnel.drops.iter().map(|drop| format!("{} {}", drop.cause, drop.packets)).collect::<Vec<_>>();
+    lines.push(format!("  dropped {}", if causes.is_empty() { "none".into() } else { causes.join(", ") }));
+    lines
 }
 
 /// Time of day, UTC.

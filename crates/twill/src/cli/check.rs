@@ -134,10 +134,12 @@ fn on_network(
     host: &twill_core::host::HostState,
     state: &twill_core::state_file::State,
 ) {
-    check.backend = network.backend.lease_type().map(str::to_owned);
+    check.backend = Some(network.backend.lease_type().unwrap_or("udp").to_owned());
     check.mtu = network.mtu().ok().map(|mtu| mtu.get());
-    if let config::BackendConfig::Vxlan(vxlan) = &config.backend {
-        check.ports.push(format!("udp/{}", vxlan.port));
+    match &config.backend {
+        config::BackendConfig::Vxlan(vxlan) => check.ports.push(format!("udp/{}", vxlan.port)),
+        config::BackendConfig::Udp(udp) => check.ports.push(format!("udp/{}", udp.port)),
+        config::BackendConfig::NotBuilt(_) => {}
     }
     let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
     for clash in config::overlaps(&config.networks(), host, &devices, &state.subnets) {

@@ -93,8 +93,8 @@ fn compute(settings: &Settings) -> anyhow::Result<Plan> {
     wanted.set_claim(network.claim(&state));
     wanted.set_base(network.backend.base(&network.cx).map_err(refused)?);
     for name in leases.names().filter(|name| own.as_deref() != Some(*name)) {
-        if let Some(Ok(objects)) = network.peer(&leases, name) {
-            wanted.set_peer(name, objects);
+        if let Some(Ok(reach)) = network.peer(&leases, name) {
+            wanted.set_peer(name, reach.objects);
         }
     }
     let sysctls = wanted

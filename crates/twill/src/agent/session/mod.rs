@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
+use twill_core::backend::Reach;
 use twill_core::config::{self, NetworkConfig};
 use twill_core::host::HostState;
 use twill_core::iface;
@@ -262,13 +263,9 @@ impl Session {
             if name == own_name {
                 continue;
             }
-            let objects = match network.peer(&self.leases, &name) {
-                None => Vec::new(),
-                Some(Ok(objects)) => {
-                    self.faults.remove(&name);
-                    peers.push((name, objects));
-                    continue;
-                }
+            let reach = match network.peer(&self.leases, &name) {
+                None => Reach::default(),
+                Some(Ok(reach)) => reach,
                 Some(Err(fault)) => {
                     let finding = Finding {
                         code: fault.code.into(),
@@ -279,12 +276,12 @@ impl Session {
                     if self.faults.insert(name.clone(), finding.clone()) != Some(finding) {
                         tracing::warn!(code = fault.code, "{fault}");
                     }
-                    peers.push((name, Vec::new()));
+                    peers.push((name, Reach::default()));
                     continue;
                 }
             };
             self.faults.remove(&name);
-            peers.push((name, objects));
+            peers.push((name, reach));
         }
         if !peers.is_empty() {
             self.order(Order::Peers(peers));

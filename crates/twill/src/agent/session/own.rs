@@ -126,10 +126,12 @@ impl Session {
         self.state.subnets = own.key.subnets().collect();
         self.state.networks = network.cx.networks.clone();
         self.save();
-        match network.backend.base(&network.cx) {
-            Ok(base) => {
+        let both = network.backend.base(&network.cx).and_then(|base| Ok((base, network.backend.tunnel(&network.cx)?)));
+        match both {
+            Ok((base, tunnel)) => {
                 let (done, applied) = oneshot::channel();
-                self.order(Order::Base { base, claim: network.claim(&self.state), prune: self.prune, done });
+                let claim = network.claim(&self.state);
+                self.order(Order::Base { base, claim, prune: self.prune, tunnel, done });
                 let _ = applied.await;
                 self.write_subnet_env(network, own);
             }

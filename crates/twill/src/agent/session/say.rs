@@ -152,7 +152,7 @@ impl Session {
         let Ok(mut view) = self.view.lock() else { return };
         view.subnets = network.cx.subnets.iter().map(ToString::to_string).collect();
         view.networks = network.cx.networks.iter().map(ToString::to_string).collect();
-        view.backend = network.backend.lease_type().map(str::to_owned);
+        view.backend = Some(network.backend.lease_type().unwrap_or("udp").to_owned());
         view.devices = network.devices().iter().map(ToString::to_string).collect();
         view.mtu = network.mtu().ok().map(|mtu| mtu.get());
     }

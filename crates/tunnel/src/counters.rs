@@ -1,0 +1,294 @@
+//! What passed, and what did not. The pumps add without a lock; whoever asks sees each number whole.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use twill_packet::offload::Bad;
+
+use crate::peers::Peers;
+
+/// Why a packet was dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[repr(u8)]
+pub enum Cause {
+    /// From the device: no peer stands for its destination.
+    NoPeer,
+    /// From the device: a super-packet whose headers do not hang together.
+    BadOffload,
+    /// To the wire: larger than the path takes.
+    TooBig,
+    /// To the wire: the kernel refused for another reason (no route, a full queue, a firewall).
+    SendFailed,
+    /// From the wire: its outer source is no peer's address.
+    NotAPeer,
+    /// From the wire: its inner source is not that peer's.
+    WrongSource,
+    /// From the wire: larger than there was room.
+    Cut,
+    /// Either way: fewer bytes than a header.
+    Truncated,
+    /// Either way: neither IPv4 nor IPv6.
+    NotIp,
+    /// Either way: lengths that do not fit the bytes.
+    BadLength,
+    /// Either way: a wrong header checksum.
+    BadChecksum,
+    /// Either way: TTL 0.
+    NoHops,
+    /// To the device: it is down, or refuses.
+    DeviceRefused,
+    /// From the socket: an error instead of a datagram.
+    ReceiveFailed,
+}
+
+impl Cause {
+    /// All, in order.
+    pub const ALL: [Cause; 14] = [
+        Cause::NoPeer,
+        Cause::BadOffload,
+        Cause::TooBig,
+        Cause::SendFailed,
+        Cause::NotAPeer,
+        Cause::WrongSource,
+        Cause::Cut,
+        Cause::Truncated,
+        Cause::NotIp,
+        Cause::BadLength,
+        Cause::BadChecksum,
+        Cause::NoHops,
+        Cause::DeviceRefused,
+        Cause::ReceiveFailed,
+    ];
+}
+
+impl std::fmt::Display for Cause {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Cause::NoPeer => "no-peer",
+            Cause::BadOffload => "bad-offload",
+            Cause::TooBig => "too-big",
+            Cause::SendFailed => "send-failed",
+            Cause::NotAPeer => "not-a-peer",
+            Cause::WrongSource => "wrong-source",
+            Cause::Cut => "cut",
+            Cause::Truncated => "truncated",
+            Cause::NotIp => "not-ip",
+            Cause::BadLength => "bad-length",
+            Cause::BadChecksum => "bad-checksum",
+            Cause::NoHops => "no-hops",
+            Cause::DeviceRefused => "device-refused",
+            Cause::ReceiveFailed => "receive-failed",
+        })
+    }
+}
+
+impl From<Bad> for Cause {
+    fn from(bad: Bad) -> Self {
+        match bad {
+            Bad::Truncated => Cause::Truncated,
+            Bad::NotIp => Cause::NotIp,
+            Bad::Length => Cause::BadLength,
+            Bad::Checksum => Cause::BadChecksum,
+            Bad::Ttl => Cause::NoHops,
+        }
+    }
+}
+
+/// The counters of a tunnel; they only grow.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Calls that cross between this program and the kernel.
+    pub(crate) calls: Calls,
+    /// ICMP errors that were sent.
+    pub(crate) answers: AtomicU64,
+    drops: [AtomicU64; Cause::ALL.len()],
+    peers: Mutex<HashMap<String, Arc<PeerCounters>>>,
+}
+
+/// System calls of the pumps.
+#[derive(Debug, Default)]
+pub(crate) struct Calls {
+    pub(crate) waits: AtomicU64,
+    pub(crate) tun_reads: AtomicU64,
+    pub(crate) tun_writes: AtomicU64,
+    pub(crate) udp_sends: AtomicU64,
+    pub(crate) udp_receives: AtomicU64,
+}
+
+/// What passed to and from one peer.
+#[derive(Debug, Default)]
+pub struct PeerCounters {
+    pub(crate) out: Flow,
+    pub(crate) into: Flow,
+    /// Milliseconds of Unix time when the last packet came from it.
+    pub(crate) seen_ms: AtomicU64,
+}
+
+/// One direction.
+#[derive(Debug, Default)]
+pub(crate) struct Flow {
+    /// IP packets as they are on the wire.
+    pub(crate) packets: AtomicU64,
+    /// Their bytes.
+    pub(crate) bytes: AtomicU64,
+    /// What the device was handed, or handed over: packets or super-packets.
+    pub(crate) super_packets: AtomicU64,
+    /// Datagrams or merged datagrams that the socket took or gave.
+    pub(crate) messages: AtomicU64,
+}
+
+impl Flow {
+    pub(crate) fn add(&self, packets: usize, bytes: usize, super_packets: usize, messages: usize) {
+        add(&self.packets, packets);
+        add(&self.bytes, bytes);
+        add(&self.super_packets, super_packets);
+        add(&self.messages, messages);
+    }
+
+    fn snapshot(&self) -> FlowSnapshot {
+        FlowSnapshot {
+            packets: get(&self.packets),
+            bytes: get(&self.bytes),
+            super_packets: get(&self.super_packets),
+            messages: get(&self.messages),
+        }
+    }
+}
+
+impl PeerCounters {
+    /// A packet came from this peer now.
+    pub(crate) fn seen_now(&self) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
+        self.seen_ms.store(now, Ordering::Relaxed);
+    }
+}
+
+impl Counters {
+    pub(crate) fn drop(&self, cause: Cause, packets: usize) {
+        add(&self.drops[cause as usize], packets);
+    }
+
+    /// Gives each of these peers the counters of its name, and forgets all other names.
+    pub(crate) fn keep<'a>(&self, peers: impl Iterator<Item = (&'a str, &'a mut Arc<PeerCounters>)>) {
+        let mut known = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut old = std::mem::take(&mut *known);
+        for (name, counters) in peers {
+            if let Some(before) = old.remove(name) {
+                *counters = before;
+            }
+            known.insert(name.to_owned(), Arc::clone(counters));
+        }
+    }
+
+    pub(crate) fn snapshot(&self, peers: &Peers) -> Snapshot {
+        let drops = Cause::ALL.into_iter().zip(&self.drops).map(|(cause, count)| (cause, get(count)));
+        let peers = peers.iter().map(|peer| PeerSnapshot {
+            lease: peer.told.name.clone(),
+            host: peer.told.host,
+            sent: peer.counters.out.snapshot(),
+            received: peer.counters.into.snapshot(),
+            last_seen_ms: Some(get(&peer.counters.seen_ms)).filter(|ms| *ms != 0),
+        });
+        Snapshot {
+            calls: CallsSnapshot {
+                waits: get(&self.calls.waits),
+                tun_reads: get(&self.calls.tun_reads),
+                tun_writes: get(&self.calls.tun_writes),
+                udp_sends: get(&self.calls.udp_sends),
+                udp_receives: get(&self.calls.udp_receives),
+            },
+            icmp_errors: get(&self.answers),
+            drops: drops.filter(|(_, count)| *count > 0).map(|(cause, packets)| Dropped { cause, packets }).collect(),
+            peers: peers.collect(),
+        }
+    }
+}
+
+pub(crate) fn add(counter: &AtomicU64, number: usize) {
+    counter.fetch_add(number as u64, Ordering::Relaxed);
+}
+
+fn get(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
+
+/// All counters at one moment.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Calls into the kernel.
+    pub calls: CallsSnapshot,
+    /// ICMP errors that were sent about packets that went no further.
+    pub icmp_errors: u64,
+    /// What was dropped; causes that never occurred are left out.
+    pub drops: Vec<Dropped>,
+    /// For each peer.
+    pub peers: Vec<PeerSnapshot>,
+}
+
+/// Calls into the kernel by kind: each crosses between user and kernel space once, whatever it carries.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CallsSnapshot {
+    /// Waits for either descriptor.
+    pub waits: u64,
+    /// Reads of the device, those that found nothing included.
+    pub tun_reads: u64,
+    /// Writes to the device.
+    pub tun_writes: u64,
+    /// Sends on the socket.
+    pub udp_sends: u64,
+    /// Receives on the socket, those that found nothing included.
+    pub udp_receives: u64,
+}
+
+/// Packets dropped for one cause.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dropped {
+    /// The cause.
+    pub cause: Cause,
+    /// How many.
+    pub packets: u64,
+}
+
+/// One peer's counters.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerSnapshot {
+    /// Its lease's name.
+    pub lease: String,
+    /// Its address on the underlay.
+    pub host: IpAddr,
+    /// To it.
+    pub sent: FlowSnapshot,
+    /// From it.
+    pub received: FlowSnapshot,
+    /// Unix time in milliseconds of the last packet from it; `None`: never.
+    pub last_seen_ms: Option<u64>,
+}
+
+/// One direction of one peer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlowSnapshot {
+    /// IP packets as they are on the wire.
+    pub packets: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Packets or super-packets that crossed the device.
+    pub super_packets: u64,
+    /// Datagrams or runs of datagrams that crossed the socket.
+    pub messages: u64,
+}
+
+impl std::iter::Sum for FlowSnapshot {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |a, b| Self {
+            packets: a.packets + b.packets,
+            bytes: a.bytes + b.bytes,
+            super_packets: a.super_packets + b.super_packets,
+            messages: a.messages + b.messages,
+        })
+    }
+}

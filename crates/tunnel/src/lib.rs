@@ -1,0 +1,329 @@
+//! The tunnel of the udp backend: two plain threads between a TUN device and a UDP socket.
+//!
+//! ```text
+//!   kernel ──▶ flannel0 ──read──▶ out: whose subnet? ──▶ send ──▶ UDP 8285 of that host
+//!   kernel ◀── flannel0 ◀─write── into: a peer's? its own inner source? ◀── receive ◀── UDP 8285
+//! ```
+//! - [`peers`]: who stands for which inner addresses, looked up by longest prefix and replaced as a whole
+//! - [`counters`]: what passed, for each peer, and what was dropped, by cause
+//! - `out`, `into`: the two directions
+//!
+//! The payload is the bare inner packet, as flannel has it. TTL is never touched: the two hosts' kernels have done so.
+
+pub mod counters;
+mod into;
+mod out;
+pub mod peers;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::io::Errno;
+use twill_core::backend::TunnelSpec;
+use twill_kernel::icmp::IcmpSockets;
+use twill_kernel::tun::{Offloads, Tun, TunDevice};
+use twill_kernel::udp::{Udp, UdpSocket};
+use twill_packet::offload::Merge;
+
+use crate::counters::{Counters, Snapshot, add};
+use crate::into::Into;
+use crate::out::Out;
+use crate::peers::Peers;
+
+/// A running tunnel. Dropped, it ends and closes its descriptors; the device stays where it is persistent.
+#[derive(Debug)]
+pub struct Tunnel {
+    shared: Arc<Shared>,
+    ends: Option<Ends>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// The descriptors that a tunnel reads and writes.
+#[derive(Debug)]
+struct Ends {
+    tun: Arc<TunDevice>,
+    udp: Arc<UdpSocket>,
+}
+
+/// Reads a tunnel's counters, from any thread, and holds none of its descriptors.
+#[derive(Debug, Clone)]
+pub struct Gauge(Arc<Shared>);
+
+/// What this kernel grants the tunnel; each absence costs speed, none an ability (but the last).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Means {
+    /// The device hands over and takes TCP super-packets over IPv4.
+    pub tso4: bool,
+    /// The same over IPv6.
+    pub tso6: bool,
+    /// The same of UDP.
+    pub uso: bool,
+    /// Many datagrams go into one send (UDP_SEGMENT).
+    pub udp_segment: bool,
+    /// Many datagrams come out of one receive (UDP_GRO).
+    pub udp_gro: bool,
+    /// Senders are told of what goes no further (needs CAP_NET_RAW).
+    pub icmp: bool,
+}
+
+impl std::fmt::Display for Means {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let all = [
+            (self.tso4, "tso4"),
+            (self.tso6, "tso6"),
+            (self.uso, "uso"),
+            (self.udp_segment, "udp-segment"),
+            (self.udp_gro, "udp-gro"),
+            (self.icmp, "icmp"),
+        ];
+        let names =
+            |on: bool| all.iter().filter(|(has, _)| *has == on).map(|(_, name)| *name).collect::<Vec<_>>().join(" ");
+        let (has, lacks) = (names(true), names(false));
+        f.write_str(if has.is_empty() { "none" } else { &has })?;
+        if lacks.is_empty() { Ok(()) } else { write!(f, " (without {lacks})") }
+    }
+}
+
+/// The device was deleted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Lost;
+
+/// What the pumps and the handle share.
+pub(crate) struct Shared {
+    spec: TunnelSpec,
+    pub(crate) counters: Counters,
+    tun: Offloads,
+    merges: bool,
+    answers: bool,
+    segments: AtomicBool,
+    peers: Mutex<Arc<Peers>>,
+    /// Counts replacements: a pump takes the new peers where its number is not this one.
+    version: AtomicU64,
+    /// Readable once the pumps are to end.
+    stop: OwnedFd,
+    stopped: AtomicBool,
+    /// Set by a pump that found its device gone.
+    lost: AtomicBool,
+    on_loss: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Tunnel {
+    /// Starts the pumps. `tun` and `udp` are open in the node's namespace; nobody else reads them from here on. `on_loss` is called from
+    /// a pump's thread when the device was deleted: [`Tunnel::is_alive`] is then false, and the tunnel is to be started anew.
+    pub fn start(
+        spec: TunnelSpec,
+        tun: TunDevice,
+        udp: UdpSocket,
+        peers: Peers,
+        on_loss: impl Fn() + Send + Sync + 'static,
+    ) -> io::Result<Tunnel> {
+        // Nobody is told then, and `Means` says so.
+        let icmp = IcmpSockets::open().ok();
+        let counters = Counters::default();
+        let shared = Arc::new(Shared {
+            spec,
+            peers: Mutex::new(Arc::new(peers.counted(&counters))),
+            counters,
+            tun: tun.offloads(),
+            merges: udp.merges(),
+            answers: icmp.is_some(),
+            segments: AtomicBool::new(udp.segments()),
+            version: AtomicU64::new(1),
+            stop: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            stopped: AtomicBool::new(false),
+            lost: AtomicBool::new(false),
+            on_loss: Box::new(on_loss),
+        });
+        let ends = Ends { tun: Arc::new(tun), udp: Arc::new(udp) };
+        let mut tunnel = Tunnel { shared: Arc::clone(&shared), ends: None, threads: Vec::with_capacity(2) };
+        let (tun, udp, state) = (Arc::clone(&ends.tun), Arc::clone(&ends.udp), Arc::clone(&shared));
+        tunnel.thread("tunnel-out", move || {
+            let mut pump = Out::new();
+            // The first packet after a wait does not wait for others.
+            let mut reads = 1;
+            state.run(tun.as_fd(), || {
+                let more = pump.round(&state, (&*tun, &*udp, icmp.as_ref()), reads);
+                reads = if more == Ok(true) { usize::MAX } else { 1 };
+                more
+            });
+        })?;
+        let (tun, udp) = (Arc::clone(&ends.tun), Arc::clone(&ends.udp));
+        tunnel.thread("tunnel-in", move || {
+            let mut pump = Into::new(merge(tun.offloads()));
+            shared.run(udp.as_fd(), || pump.round(&shared, &*tun, &*udp));
+        })?;
+        tunnel.ends = Some(ends);
+        Ok(tunnel)
+    }
+
+    fn thread(&mut self, name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        self.threads.push(std::thread::Builder::new().name(name.to_owned()).spawn(run)?);
+        Ok(())
+    }
+
+    /// What it was started with.
+    pub fn spec(&self) -> &TunnelSpec {
+        &self.shared.spec
+    }
+
+    /// Replaces all peers at once: each packet sees the old ones or the new ones. The counters of a peer that stays go on.
+    pub fn replace_peers(&self, peers: Peers) {
+        let peers = Arc::new(peers.counted(&self.shared.counters));
+        *self.shared.peers.lock().unwrap_or_else(PoisonError::into_inner) = peers;
+        self.shared.version.fetch_add(1, Ordering::Release);
+    }
+
+    /// A handle on its counters.
+    pub fn gauge(&self) -> Gauge {
+        Gauge(Arc::clone(&self.shared))
+    }
+
+    /// False once the device was deleted under it.
+    pub fn is_alive(&self) -> bool {
+        !self.shared.lost.load(Ordering::Acquire)
+    }
+
+    /// Ends the pumps, waits for them, and gives the descriptors back: nobody reads them any more.
+    pub fn stop(mut self) -> Option<(TunDevice, UdpSocket)> {
+        self.join();
+        let Ends { tun, udp } = self.ends.take()?;
+        Some((Arc::into_inner(tun)?, Arc::into_inner(udp)?))
+    }
+
+    fn join(&mut self) {
+        self.shared.stopped.store(true, Ordering::Release);
+        // A full counter is readable as well.
+        let _ = rustix::io::write(&self.shared.stop, &1u64.to_ne_bytes());
+        for thread in self.threads.drain(..) {
+            // A pump that panicked has ended too.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Tunnel {
+    fn drop(&mut self) {
+        self.join();
+    }
+}
+
+impl Shared {
+    pub(crate) fn current(&self) -> Arc<Peers> {
+        Arc::clone(&self.peers.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The peers with their number, where they are newer than `known`.
+    pub(crate) fn newer(&self, known: u64) -> Option<(u64, Arc<Peers>)> {
+        let version = self.version.load(Ordering::Acquire);
+        (version != known).then(|| (version, self.current()))
+    }
+
+    /// A send may have found out that the underlay's device cannot cut.
+    pub(crate) fn set_segments(&self, segments: bool) {
+        if self.segments.load(Ordering::Relaxed) != segments {
+            self.segments.store(segments, Ordering::Relaxed);
+        }
+    }
+
+    /// A pump's life: a round for as long as there may be more, then a wait, until the tunnel ends or its device is gone.
+    fn run(&self, fd: BorrowedFd<'_>, mut round: impl FnMut() -> Result<bool, Lost>) {
+        let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(&self.stop, PollFlags::IN)];
+        loop {
+            add(&self.counters.calls.waits, 1);
+            // An interrupted wait is one that found nothing.
+            let _ = poll(&mut fds, None);
+            loop {
+                if self.stopped.load(Ordering::Acquire) {
+                    return;
+                }
+                match round() {
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    Err(Lost) => return self.lose(),
+                }
+            }
+        }
+    }
+
+    /// The device is gone: says so once.
+    fn lose(&self) {
+        if !self.lost.swap(true, Ordering::AcqRel) {
+            (self.on_loss)();
+        }
+    }
+}
+
+impl Gauge {
+    /// What passed so far.
+    pub fn counters(&self) -> Snapshot {
+        self.0.counters.snapshot(&self.0.current())
+    }
+
+    /// What the kernel grants.
+    pub fn means(&self) -> Means {
+        let Offloads { tcp4, tcp6, udp, .. } = self.0.tun;
+        Means {
+            tso4: tcp4,
+            tso6: tcp6,
+            uso: udp,
+            udp_segment: self.0.segments.load(Ordering::Relaxed),
+            udp_gro: self.0.merges,
+            icmp: self.0.answers,
+        }
+    }
+
+    /// What it was started with.
+    pub fn spec(&self) -> &TunnelSpec {
+        &self.0.spec
+    }
+}
+
+/// What a device takes uncut, in the words of the coalescer.
+fn merge(offloads: Offloads) -> Merge {
+    Merge { tcp4: offloads.tcp4, tcp6: offloads.tcp6, udp: offloads.udp }
+}
+
+/// The device was deleted: its descriptor stands for nothing any more (drivers/net/tun.c, `tun_get`).
+fn is_gone(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::BADFD.raw_os_error())
+}
+
+/// ICMP errors that may still be sent: a burst, and then so many each second, as the kernel bounds its own (net.ipv4.icmp_msgs_per_sec).
+#[derive(Debug)]
+struct Budget {
+    left: u32,
+    since: Instant,
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self { left: Self::BURST, since: Instant::now() }
+    }
+}
+
+impl Budget {
+    const BURST: u32 = 50;
+    const REFILL: Duration = Duration::from_millis(50);
+
+    fn spend(&mut self) -> bool {
+        if self.left == 0 && self.since.elapsed() >= Self::REFILL {
+            *self = Self::default();
+        }
+        let may = self.left > 0;
+        self.left = self.left.saturating_sub(1);
+        may
+    }
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("spec", &self.spec).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,221 @@
+//! Device → wire: super-packets are cut, and what goes to one host side by side leaves in one call.
+
+use std::io::{self, ErrorKind};
+use std::sync::Arc;
+
+use rustix::io::Errno;
+use twill_kernel::icmp::Icmp;
+use twill_kernel::tun::{HEADER, Tun};
+use twill_kernel::udp::{MAX_BYTES, MAX_SEGMENTS, Outgoing, Udp};
+use twill_packet::offload::{Inner, Trouble, Vnet, error_about, fragment, segment};
+
+use crate::counters::{Cause, add};
+use crate::peers::Peers;
+use crate::{Budget, Lost, Shared, is_gone};
+
+/// Room for the largest packet that a device hands over.
+const PACKET: usize = 65_536 + 256;
+/// Packets and bytes that are read before they are sent, when more wait to be read.
+const READS: usize = 64;
+const BYTES: usize = 128 << 10;
+
+/// The pump's own memory.
+pub(crate) struct Out {
+    packet: Vec<u8>,
+    /// Packets as they go on the wire, side by side.
+    cut: Vec<u8>,
+    batch: Vec<Outgoing>,
+    /// For each message of the batch.
+    notes: Vec<Note>,
+    failed: Vec<(usize, Option<i32>)>,
+    error: Vec<u8>,
+    peers: Arc<Peers>,
+    version: u64,
+    answers: Budget,
+}
+
+/// What a message carries.
+#[derive(Clone, Copy)]
+struct Note {
+    peer: usize,
+    super_packets: usize,
+}
+
+impl Out {
+    pub(crate) fn new() -> Self {
+        Self {
+            packet: vec![0; PACKET],
+            cut: Vec::with_capacity(BYTES + 2 * PACKET),
+            batch: Vec::with_capacity(READS),
+            notes: Vec::with_capacity(READS),
+            failed: Vec::with_capacity(READS),
+            error: Vec::with_capacity(2048),
+            peers: Arc::default(),
+            version: 0,
+            answers: Budget::default(),
+        }
+    }
+
+    /// Reads at most `reads` packets and sends them. True: there may be more.
+    pub(crate) fn round(
+        &mut self,
+        shared: &Shared,
+        (tun, udp, icmp): (&impl Tun, &impl Udp, Option<&impl Icmp>),
+        reads: usize,
+    ) -> Result<bool, Lost> {
+        if let Some((version, peers)) = shared.newer(self.version) {
+            (self.version, self.peers) = (version, peers);
+        }
+        self.batch.clear();
+        self.notes.clear();
+        self.cut.clear();
+        let mut more = true;
+        for _ in 0..reads.min(READS) {
+            let mut header = [0; HEADER];
+            add(&shared.counters.calls.tun_reads, 1);
+            match tun.read(&mut header, &mut self.packet) {
+                Ok(len) => {
+                    if let Err(cause) = self.take(shared, &header, len, icmp) {
+                        shared.counters.drop(cause, 1);
+                    }
+                }
+                Err(error) if is_gone(&error) => return Err(Lost),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                // Nothing there.
+                Err(_) => {
+                    more = false;
+                    break;
+                }
+            }
+            if self.cut.len() >= BYTES {
+                break;
+            }
+        }
+        if !self.batch.is_empty() {
+            self.send(shared, udp, icmp);
+        }
+        Ok(more)
+    }
+
+    /// Cuts one packet or super-packet and puts it into the batch.
+    fn take(
+        &mut self,
+        shared: &Shared,
+        header: &[u8; HEADER],
+        len: usize,
+        icmp: Option<&impl Icmp>,
+    ) -> Result<(), Cause> {
+        let vnet = Vnet::parse(header).ok_or(Cause::BadOffload)?;
+        let start = self.cut.len();
+        let segments = segment(&vnet, &self.packet[..len], &mut self.cut).map_err(|_| Cause::BadOffload)?;
+        let first = start..self.cut.len().min(start + segments.size);
+        let found = Inner::check(&self.cut[first.clone()]).map_err(Cause::from).and_then(|inner| {
+            let peer = self.peers.position(inner.dst);
+            peer.ok_or_else(|| {
+                if let Some(icmp) = icmp.filter(|_| self.answers.spend())
+                    && error_about(&self.cut[first.clone()], &inner, Trouble::NoRoute, &mut self.error)
+                    && icmp.send(inner.src, &self.error).is_ok()
+                {
+                    add(&shared.counters.answers, 1);
+                }
+                Cause::NoPeer
+            })
+        });
+        match found {
+            Ok(peer) => {
+                self.append(peer, start, segments.size);
+                Ok(())
+            }
+            Err(cause) => {
+                self.cut.truncate(start);
+                Err(cause)
+            }
+        }
+    }
+
+    /// What stands from `start` on goes to a peer: behind what goes there already, where one call can carry both.
+    fn append(&mut self, peer: usize, start: usize, size: usize) {
+        let len = self.cut.len() - start;
+        let to = self.peers.at(peer).to;
+        let count = len.div_ceil(size);
+        if let (Some(last), Some(note)) = (self.batch.last_mut(), self.notes.last_mut()) {
+            let whole = last.len % last.segment == 0;
+            let fits = last.len + len <= MAX_BYTES && last.count() + count <= MAX_SEGMENTS;
+            let like = size == last.segment || (count == 1 && size < last.segment);
+            if note.peer == peer && whole && fits && like {
+                last.len += len;
+                note.super_packets += 1;
+                return;
+            }
+        }
+        // What is too much for one call goes in equal parts: a small rest would cost as much as a large one.
+        let run = MAX_SEGMENTS.min(MAX_BYTES / size).max(1);
+        let run = count.div_ceil(count.div_ceil(run));
+        let mut at = start;
+        while at < start + len {
+            let part = (run * size).min(start + len - at);
+            self.batch.push(Outgoing { to, start: at, len: part, segment: size });
+            self.notes.push(Note { peer, super_packets: usize::from(at == start) });
+            at += part;
+        }
+    }
+
+    fn send(&mut self, shared: &Shared, udp: &impl Udp, icmp: Option<&impl Icmp>) {
+        let failed = &mut self.failed;
+        failed.clear();
+        let calls = udp.send(&self.cut, &self.batch, &mut |n, error: io::Error| failed.push((n, error.raw_os_error())));
+        add(&shared.counters.calls.udp_sends, calls);
+        for (number, (message, note)) in self.batch.iter().zip(&self.notes).enumerate() {
+            if self.failed.iter().any(|(n, _)| *n == number) {
+                continue;
+            }
+            let flow = &self.peers.at(note.peer).counters.out;
+            flow.add(message.count(), message.len, note.super_packets, 1);
+        }
+        for at in 0..self.failed.len() {
+            let (number, errno) = self.failed[at];
+            let message = self.batch[number];
+            if errno == Some(Errno::MSGSIZE.raw_os_error()) {
+                self.too_big(shared, &message, (udp, icmp));
+            } else {
+                shared.counters.drop(Cause::SendFailed, message.count());
+            }
+        }
+        shared.set_segments(udp.segments());
+    }
+
+    /// The path takes less than the device: what may be cut is cut, and of the rest the sender is told.
+    fn too_big(&mut self, shared: &Shared, message: &Outgoing, (udp, icmp): (&impl Udp, Option<&impl Icmp>)) {
+        let outer = if message.to.is_ipv4() { 28 } else { 48 };
+        let mtu = udp.path_mtu(message.to.ip()).map_or(0, |mtu| mtu.saturating_sub(outer));
+        let (mut parts, mut lengths, mut told) = (Vec::new(), Vec::new(), false);
+        for at in (0..message.len).step_by(message.segment.max(1)) {
+            let end = message.len.min(at + message.segment);
+            let packet = &self.cut[message.start + at..message.start + end];
+            let Ok(inner) = Inner::check(packet) else { continue };
+            // The last one of a run may be short enough, and has gone.
+            if packet.len() <= mtu || fragment(packet, &inner, mtu, &mut parts, &mut lengths) {
+                continue;
+            }
+            shared.counters.drop(Cause::TooBig, 1);
+            let trouble = Trouble::TooBig { mtu: mtu.min(usize::from(u16::MAX)) as u16 };
+            if let Some(icmp) = icmp.filter(|_| !told && mtu > 0 && self.answers.spend()) {
+                told =
+                    error_about(packet, &inner, trouble, &mut self.error) && icmp.send(inner.src, &self.error).is_ok();
+                add(&shared.counters.answers, told.into());
+            }
+        }
+        let mut start = 0;
+        let batch: Vec<Outgoing> = lengths
+            .iter()
+            .map(|&len| {
+                start += len;
+                Outgoing { to: message.to, start: start - len, len, segment: len }
+            })
+            .collect();
+        let mut lost = 0;
+        let calls = udp.send(&parts, &batch, &mut |_, _| lost += 1);
+        add(&shared.counters.calls.udp_sends, calls);
+        shared.counters.drop(Cause::SendFailed, lost);
+    }
+}
