@@ -5,10 +5,12 @@
 //! | `cold` | exec to last route, 10,000 and 20,000 leases; device lost; one change; memory; idle | `ip -batch` + `bridge -batch` of the same objects | 1.3 ×; 2.2 ×; 1.5 ×; 5 ms p99; 25 MB; 0.6 % |
 //! | `small` | exec to first route; idle with 100 peers | | 100 ms; 0.3 % |
 //! | `lab` | `twill lab`, start to end | | 3 s |
+//! | `drift` | 100 peers, every kind of drift, altered to repaired | | 200 ms |
 //! | `tcp` | TCP between containers of a lab | the same network by hand | 0.95 × |
 //!
 //! Needs root. The result is kept in `bench/runs/<date>-<n>/`: command, versions, raw numbers, verdicts.
 
+mod drift;
 mod peers;
 mod report;
 mod tcp;
@@ -23,7 +25,7 @@ fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     if wanted.iter().any(|w| w == "--help") {
         println!(
-            "cargo run --release -p twill-bench -- [cold] [small] [lab] [tcp]\nwithout a name: all of them; needs root"
+            "cargo run --release -p twill-bench -- [cold] [small] [drift] [lab] [tcp]\nwithout a name: all of them; needs root"
         );
         return;
     }
@@ -35,6 +37,9 @@ fn main() {
     }
     if wants("small") {
         peers::small(&twill, &mut report);
+    }
+    if wants("drift") {
+        drift::run(&twill, &mut report);
     }
     if wants("tcp") {
         tcp::run(&twill, &mut report);

@@ -15,7 +15,7 @@ use twill_store::{EtcdStore, StoreConfig, Swap};
 use crate::report::{Report, median};
 
 /// A child that ends with the measurement.
-struct Process(Child);
+pub(crate) struct Process(Child);
 
 impl Drop for Process {
     fn drop(&mut self) {
@@ -25,8 +25,8 @@ impl Drop for Process {
 }
 
 /// A host with an underlay and a store that serves `peers` leases below 10.0.0.0/8.
-struct Rig {
-    host: Host,
+pub(crate) struct Rig {
+    pub(crate) host: Host,
     _other: Host,
     _bed: Bed,
     dir: tempfile::TempDir,
@@ -34,7 +34,7 @@ struct Rig {
 }
 
 impl Rig {
-    fn new(twill: &Path, peers: u32) -> Rig {
+    pub(crate) fn new(twill: &Path, peers: u32) -> Rig {
         let bed = Bed::new().expect("needs root");
         let (host, other) = (bed.host("node"), bed.host("other"));
         bed.wire(&host, "eth0", &other, "eth0");
@@ -76,7 +76,7 @@ impl Rig {
         Rig { host, _other: other, _bed: bed, dir, _store: store }
     }
 
-    fn agent(&self, twill: &Path) -> Process {
+    pub(crate) fn agent(&self, twill: &Path) -> Process {
         let _ = std::fs::remove_dir_all(self.dir.path().join("state"));
         let mut command = self.host.command(twill);
         command.args(["agent", "--iface", "eth0", "--subnet", "10.255.0.0/24"]);
@@ -93,7 +93,7 @@ impl Rig {
         text.lines().filter_map(|l| l.trim().strip_prefix("Prefixes:")).map(|n| n.trim().parse::<u32>().unwrap()).sum()
     }
 
-    fn wait_for(&self, prefixes: u32) {
+    pub(crate) fn wait_for(&self, prefixes: u32) {
         let end = Instant::now() + Duration::from_secs(120);
         while self.prefixes() < prefixes {
             let log = || std::fs::read_to_string(self.dir.path().join("agent.log")).unwrap_or_default();
@@ -103,7 +103,7 @@ impl Rig {
     }
 
     /// Takes away the agent and all that it made; its lease as well.
-    fn clear(&self, agent: Process) {
+    pub(crate) fn clear(&self, agent: Process) {
         drop(agent);
         let _ = self.host.try_run("ip link del flannel.1");
         let _ = self.host.try_run("etcdctl del /coreos.com/network/subnets/10.255.0.0-24");

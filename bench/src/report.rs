@@ -35,6 +35,12 @@ impl Report {
         self.row(what, samples, p99, Some((p99 <= target, format!("≤ {target}"))));
     }
 
+    /// A row whose highest sample must not be above `target`.
+    pub(crate) fn max_at_most(&mut self, what: &str, samples: &[f64], target: f64) {
+        let most = percentile(samples, 1.0);
+        self.row(what, samples, most, Some((most <= target, format!("≤ {target}"))));
+    }
+
     /// A row without a target.
     pub(crate) fn note(&mut self, what: &str, samples: &[f64]) {
         self.row(what, samples, median(samples), None);
