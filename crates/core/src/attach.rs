@@ -142,6 +142,7 @@ fn default_route(link: LinkName, gateway: IpAddr) -> Object {
         kind: UNICAST,
         scope: 0,
         src: None,
+        special: false,
     };
     Object::Route(Route { key: RouteKey { table: TABLE_MAIN, dst, tos: 0, metric }, entries: Few::One(entry) })
 }

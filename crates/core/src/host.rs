@@ -237,6 +237,9 @@ pub struct RouteEntry {
     pub scope: u8,
     /// Preferred source address.
     pub src: Option<IpAddr>,
+    /// It has metrics, an encapsulation, a realm or a next-hop object of its own.
+    #[serde(default)]
+    pub special: bool,
 }
 
 /// A policy rule.

@@ -180,6 +180,7 @@ mod tests {
             kind: 1,
             scope: 0,
             src: None,
+            special: false,
         }
     }
 

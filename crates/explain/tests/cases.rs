@@ -72,6 +72,7 @@ impl Build for PlaceFacts {
                 kind: 1,
                 scope: if inet.addr.is_ipv4() { 253 } else { 0 },
                 src: inet.addr.is_ipv4().then_some(inet.addr),
+                special: false,
             };
             let key = RouteKey { table: 254, dst: inet.network(), tos: 0, metric: 0 };
             self.state.insert(Object::Route(Route { key, entries: Few::One(entry) }));
@@ -89,6 +90,7 @@ impl Build for PlaceFacts {
             kind: 1,
             scope: 0,
             src: None,
+            special: false,
         };
         let key = RouteKey { table: 254, dst: dst.parse().unwrap(), tos: 0, metric: 0 };
         self.state.insert(Object::Route(Route { key, entries: Few::One(entry) }));

@@ -24,7 +24,7 @@ fn route() -> impl Strategy<Value = Object> {
     (address(), 0..129u8, any::<u32>(), any::<u32>(), any::<u8>(), hop).prop_map(
         |(dst, len, table, metric, tos, (via, dev, onlink, protocol, src))| {
             let dst = Prefix::truncate(dst, len.min(family_bits(&dst))).unwrap();
-            let entry = RouteEntry { via, dev: Some(dev), onlink, protocol, kind: 1, scope: 0, src };
+            let entry = RouteEntry { via, dev: Some(dev), onlink, protocol, kind: 1, scope: 0, src, special: false };
             Object::Route(Route { key: RouteKey { table, dst, tos, metric }, entries: Few::One(entry) })
         },
     )

@@ -109,6 +109,7 @@ fn desired(peers: u8) -> Desired {
                 kind: 1,
                 scope: 0,
                 src: None,
+                special: false,
             }),
         }));
     }

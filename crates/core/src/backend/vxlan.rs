@@ -128,6 +128,7 @@ impl Backend for VxlanConfig {
                     kind: 1,
                     scope: 0,
                     src: None,
+                    special: false,
                 }),
             }));
         }

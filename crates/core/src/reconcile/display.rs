@@ -14,7 +14,9 @@ impl fmt::Display for Object {
             Object::Sysctl { path, value } => write!(f, "sysctl {path} = {value}"),
             Object::Addr(Addr { link, inet, .. }) => write!(f, "address {inet} dev {link}"),
             Object::Neigh(neigh) => write!(f, "neigh {}", words::neigh_line(neigh)),
-            Object::Fdb(fdb) => write!(f, "fdb {}", words::fdb_line(fdb).replace('\n', "; ")),
+            Object::Fdb(fdb) => {
+                write!(f, "fdb {}{}", words::fdb_line(fdb).replace('\n', "; "), more(fdb.special))
+            }
             Object::Route(route) => route.fmt(f),
             Object::Rule(Rule { key, table, .. }) => {
                 write!(f, "rule {}: {}", key.priority, key.selector)?;
@@ -66,9 +68,15 @@ impl fmt::Display for Link {
 
 impl fmt::Display for Route {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let lines = self.entries.as_slice().iter().map(|entry| words::route_line(&self.key, entry));
+        let lines =
+            self.entries.as_slice().iter().map(|entry| words::route_line(&self.key, entry) + more(entry.special));
         write!(f, "route {}", lines.collect::<Vec<_>>().join("; then "))
     }
+}
+
+/// A line does not name everything that an object can have; no object of ours has more.
+const fn more(special: bool) -> &'static str {
+    if special { " with attributes that are not Twill's" } else { "" }
 }
 
 impl fmt::Display for Op {

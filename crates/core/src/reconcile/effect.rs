@@ -146,6 +146,7 @@ fn connect(have: &mut HostState, addr: &Addr) {
         kind: 1,
         scope: 253,
         src: Some(addr.inet.addr),
+        special: false,
     };
     let mut entries: Vec<RouteEntry> = match have.remove(&Key::Route(key)) {
         Some(Object::Route(route)) => route.entries.into(),

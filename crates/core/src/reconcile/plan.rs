@@ -7,7 +7,7 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::host::{Few, HostState, Key, Link, LinkKind, Object, Route};
+use crate::host::{Few, HostState, Key, Link, LinkKind, Object, PROTO_KERNEL, Route, RouteEntry};
 use crate::net::LinkName;
 
 use super::{Caps, Desired, Op, Plan, Scope, Step, StepId, Why, effect};
@@ -82,18 +82,22 @@ impl Draft {
 
     /// The wanted entry must be there, and no other of ours beside it. Foreign twins stay: they are a finding, not ours to remove.
     fn make_route(&mut self, want: &Desired, wanted: &Route, found: &Route) {
-        let is_wanted = |entry| wanted.entries.first() == Some(entry);
-        let foreign = found.entries.as_slice().iter().filter(|e| !is_wanted(*e) && !want.claim.owns_entry(found, e));
-        let mut foreign: Vec<_> = foreign.cloned().collect();
-        let present = found.entries.as_slice().iter().position(is_wanted);
-        let mut ours = found.entries.as_slice().iter().filter(|e| want.claim.owns_entry(found, e));
-        if present.is_some() && ours.all(is_wanted) {
+        let entries = found.entries.as_slice();
+        let is_wanted = |entry: &RouteEntry| wanted.entries.first() == Some(entry);
+        // A wanted route that goes through our device is ours under any protocol number: somebody has altered it.
+        let on_our_device = |entry: &RouteEntry| entry.dev.is_some_and(|dev| want.claim.devices.contains(&dev));
+        let is_ours = |entry: &RouteEntry| {
+            want.claim.owns_entry(found, entry) || (on_our_device(entry) && entry.protocol != PROTO_KERNEL)
+        };
+        let present = entries.iter().position(is_wanted);
+        if present.is_some() && entries.iter().filter(|entry| is_ours(entry)).all(is_wanted) {
             return;
         }
-        let place = present.unwrap_or(0).min(foreign.len());
-        foreign.splice(place..place, wanted.entries.as_slice().iter().cloned());
-        let to = Object::Route(Route { key: wanted.key, entries: Few::from(foreign) });
-        if found.entries.as_slice().iter().any(|e| want.claim.owns_entry(found, e)) {
+        let mut stay: Vec<_> = entries.iter().filter(|entry| !is_wanted(entry) && !is_ours(entry)).cloned().collect();
+        let place = present.unwrap_or(0).min(stay.len());
+        stay.splice(place..place, wanted.entries.as_slice().iter().cloned());
+        let to = Object::Route(Route { key: wanted.key, entries: Few::from(stay) });
+        if entries.iter().any(is_ours) {
             self.push(Op::Update { from: Object::Route(found.clone()), to }, Why::Differs);
         } else {
             self.push(Op::Create(Object::Route(wanted.clone())), Why::Missing);

@@ -57,9 +57,14 @@ pub(crate) mod rta {
     pub(crate) const GATEWAY: u16 = 5;
     pub(crate) const PRIORITY: u16 = 6;
     pub(crate) const PREFSRC: u16 = 7;
+    pub(crate) const METRICS: u16 = 8;
     pub(crate) const MULTIPATH: u16 = 9;
+    pub(crate) const FLOW: u16 = 11;
     pub(crate) const TABLE: u16 = 15;
     pub(crate) const VIA: u16 = 18;
+    pub(crate) const PREF: u16 = 20;
+    pub(crate) const ENCAP: u16 = 22;
+    pub(crate) const NH_ID: u16 = 30;
 }
 
 pub(crate) const NUD_NOARP: u16 = 0x40;
@@ -210,6 +215,8 @@ pub(crate) fn route(payload: &[u8], names: &Names) -> Option<Route> {
         kind: *payload.get(7)?,
         scope: *payload.get(6)?,
         src: attr(rest, rta::PREFSRC).and_then(ip),
+        special: [rta::METRICS, rta::FLOW, rta::ENCAP, rta::NH_ID].into_iter().any(|kind| attr(rest, kind).is_some())
+            || attr(rest, rta::PREF).is_some_and(|pref| pref != [0]),
     };
     let entries = match attr(rest, rta::MULTIPATH) {
         Some(hops) => Few::from(multipath(hops, &base, names)),

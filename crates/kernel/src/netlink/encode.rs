@@ -280,11 +280,16 @@ impl Encoder<'_> {
     }
 
     /// From the twins that are there to those that shall be: the first is replaced in place when it has to go, so that no packet
-    /// finds the table without a route.
+    /// finds the table without a route. IPv6 refuses a next hop on one device that the tables find on another, `onlink` or not
+    /// (net/ipv6/route.c `ip6_route_check_nh_onlink`): there the other device's entry goes first.
     fn change_route(&mut self, from: &Route, to: &Route) -> Result<(), Unwritable> {
         let (was, will) = (from.entries.as_slice(), to.entries.as_slice());
         let mut gone: Vec<&RouteEntry> = was.iter().filter(|entry| !will.contains(entry)).collect();
         for entry in will.iter().filter(|entry| !was.contains(entry)) {
+            let strays = |other: &&RouteEntry| !to.key.dst.is_v4() && other.dev != entry.dev;
+            for stray in gone.extract_if(.., |other| strays(other)) {
+                self.route(from, stray, rtm::DELROUTE, 0)?;
+            }
             if gone.first().is_some_and(|first| was.first() == Some(*first)) {
                 self.route(to, entry, rtm::NEWROUTE, flag::CREATE | flag::REPLACE)?;
                 gone.remove(0);

@@ -34,10 +34,10 @@ const SHOWN_REPAIRS: usize = 20;
 /// What the reconciler is told.
 pub(crate) enum Order {
     /// The node's own objects, what is claimed, what to watch, and the tunnel. Answered when applied.
-    Base { base: HostState, claim: Claim, prune: bool, tunnel: Option<TunnelSpec>, done: oneshot::Sender<()> },
+    Base { base: HostState, claim: Claim, tunnel: Option<TunnelSpec>, done: oneshot::Sender<()> },
     /// What reaches peers, by name; nothing: the peer is gone.
     Peers(Vec<(String, Reach)>),
-    /// What is not wanted may be removed now.
+    /// What is not wanted may be removed from now on: every peer is known.
     Prune,
     /// Repair nothing (true), or go on (false).
     Hold(bool),
@@ -87,7 +87,7 @@ impl Reconciler {
             journal: Journal::default(),
             start: Instant::now(),
             held: false,
-            prune: true,
+            prune: false,
             ordered: BTreeSet::new(),
             drifted: BTreeSet::new(),
             all: false,
@@ -186,7 +186,7 @@ impl Reconciler {
 
     fn on_order(&mut self, order: Order, answers: &mut Vec<oneshot::Sender<()>>) {
         match order {
-            Order::Base { base, claim, prune, tunnel, done } => {
+            Order::Base { base, claim, tunnel, done } => {
                 self.tunnel.set_spec(tunnel);
                 let devices =
                     base.iter().filter_map(|(key, _)| if let Key::Link(name) = key { Some(*name) } else { None });
@@ -202,7 +202,6 @@ impl Reconciler {
                 self.ordered.extend(dirty);
                 self.all = true;
                 self.settled = false;
-                self.prune = prune;
                 answers.push(done);
             }
             Order::Peers(peers) => {

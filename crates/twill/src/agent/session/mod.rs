@@ -144,6 +144,9 @@ impl Session {
         self.establish(&network, &own).await;
         let all: BTreeSet<String> = self.leases.names().map(str::to_owned).chain(concerned).collect();
         self.send_peers(&network, &own, all);
+        if self.prune {
+            self.order(Order::Prune);
+        }
         self.set_state("running");
         self.follow(network, config, own, revision).await
     }

@@ -131,14 +131,14 @@ impl Session {
             Ok((base, tunnel)) => {
                 let (done, applied) = oneshot::channel();
                 let claim = network.claim(&self.state);
-                self.order(Order::Base { base, claim, prune: self.prune, tunnel, done });
+                self.order(Order::Base { base, claim, tunnel, done });
                 let _ = applied.await;
                 self.write_subnet_env(network, own);
             }
             Err(refusal) => self.find(refusal.code, "backend", &refusal.message, &refusal.hint),
         }
-        // What an earlier config had is gone now.
-        if old.iter().any(|device| !network.devices().contains(device)) {
+        // What an earlier config had is gone, or goes with the peers' order to prune.
+        if self.prune && old.iter().any(|device| !network.devices().contains(device)) {
             self.state.devices.retain(|device, _| network.devices().contains(device));
             self.save();
         }
