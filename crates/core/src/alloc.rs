@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use crate::config::{NetworkConfig, Range};
 use crate::lease::{Lease, LeaseKey};
 use crate::lease_set::LeaseSet;
-use crate::net::{NodeId, Prefix};
+use crate::net::{MacAddr, NodeId, Prefix};
 
 /// What this node knows of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,6 +16,8 @@ pub struct Me {
     pub addresses: Vec<IpAddr>,
     /// Subnets that the state file, subnet.env or the live device say were ours.
     pub remembered: Vec<Prefix>,
+    /// MACs of the live tunnel devices.
+    pub macs: Vec<MacAddr>,
     /// Subnets that were asked for by `--subnet`.
     pub wished: Vec<Prefix>,
 }
@@ -33,12 +35,17 @@ pub enum Choice {
     Refuse(String),
 }
 
-/// True when the lease is this node's: by identity; without one (flannel's) by address and a memory of the subnet.
+/// True when the lease is this node's: by identity; without one (flannel's) by address and a memory of the subnet. With another
+/// identity only when the living device has the very MAC that the lease tells: then it is our identity that was lost.
+///
+/// docs/decisions/0006 says why.
 pub fn is_mine(lease: &Lease, me: &Me) -> bool {
-    match lease.attrs.node {
-        Some(node) => node == me.node,
-        None => lease.is_at(&me.addresses) && lease.key.subnets().any(|subnet| me.remembered.contains(&subnet)),
+    if lease.attrs.node == Some(me.node) {
+        return true;
     }
+    let remembered = lease.is_at(&me.addresses) && lease.key.subnets().any(|subnet| me.remembered.contains(&subnet));
+    let on_device = || lease.vtep_macs().iter().flatten().any(|mac| me.macs.contains(mac));
+    remembered && (lease.attrs.node.is_none() || on_device())
 }
 
 /// Decides. `seed` chooses among the free subnets: other nodes that start in the same second have other seeds.
@@ -136,7 +143,8 @@ mod tests {
     }
 
     fn me(n: u8) -> Me {
-        Me { node: NodeId([n; 16]), addresses: vec![IpAddr::from([10, 0, 0, n])], remembered: vec![], wished: vec![] }
+        let addresses = vec![IpAddr::from([10, 0, 0, n])];
+        Me { node: NodeId([n; 16]), addresses, remembered: vec![], macs: vec![], wished: vec![] }
     }
 
     fn raw(name: &str, value: &str, rev: i64) -> RawLease {
@@ -205,6 +213,16 @@ mod tests {
         let flannels = Lease::parse(&raw("10.0.1.0-24", r#"{"PublicIP":"10.0.0.7"}"#, 1)).unwrap();
         assert!(!is_mine(&flannels, &me(7)), "the address alone is not enough");
         let remembering = Me { remembered: vec!["10.0.1.0/24".parse().unwrap()], ..me(7) };
-        assert!(is_mine(&flannels, &remembering) && !is_mine(&flannels, &Me { addresses: vec![], ..remembering }));
+        assert!(is_mine(&flannels, &remembering));
+        assert!(!is_mine(&flannels, &Me { addresses: vec![], ..remembering.clone() }));
+        let value = format!(
+            r#"{{"PublicIP":"10.0.0.7","BackendData":{{"VtepMAC":"02:00:00:00:00:07"}},"Twill":{{"node":"{}"}}}}"#,
+            NodeId([9; 16])
+        );
+        let before = Lease::parse(&raw("10.0.1.0-24", &value, 1)).unwrap();
+        assert!(!is_mine(&before, &remembering), "another identity at our address is another node");
+        let living = Me { macs: vec!["02:00:00:00:00:07".parse().unwrap()], ..remembering };
+        assert!(is_mine(&before, &living), "unless our device has its MAC");
+        assert!(!is_mine(&before, &Me { remembered: vec![], ..living }));
     }
 }

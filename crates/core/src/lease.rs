@@ -8,7 +8,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::flannel::attrs;
-use crate::net::{NodeId, Prefix};
+use crate::net::{MacAddr, NodeId, Prefix};
 
 /// One key below `<prefix>/subnets/`, as it came from the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,6 +54,14 @@ impl Lease {
     pub fn is_at(&self, addresses: &[IpAddr]) -> bool {
         let told = [self.attrs.public_ip.map(IpAddr::V4), self.attrs.public_ipv6.map(IpAddr::V6)];
         told.into_iter().flatten().any(|ip| addresses.contains(&ip))
+    }
+
+    /// The MACs of the holder's tunnel devices, IPv4 first, as far as they can be read.
+    pub fn vtep_macs(&self) -> [Option<MacAddr>; 2] {
+        [&self.attrs.backend_data, &self.attrs.backend_v6_data].map(|data| {
+            let fields = data.as_ref()?.as_object()?;
+            fields.iter().rfind(|(key, _)| key.eq_ignore_ascii_case("VtepMAC"))?.1.as_str()?.parse().ok()
+        })
     }
 
     /// A fault of this lease.

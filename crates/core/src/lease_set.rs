@@ -37,7 +37,7 @@ impl LeaseSet {
         let lease = Lease::parse(&raw).ok();
         let entry = Entry {
             key: raw.name.parse().ok(),
-            macs: lease.as_ref().map_or([None; 2], macs),
+            macs: lease.as_ref().map_or([None; 2], Lease::vtep_macs),
             value: raw.value.into(),
             create_rev: raw.create_rev,
             mod_rev: raw.mod_rev,
@@ -144,6 +144,11 @@ impl LeaseSet {
         self.by_subnet.iter().map(|(subnet, _)| *subnet)
     }
 
+    /// True when a lease tells this MAC.
+    pub fn has_mac(&self, mac: MacAddr) -> bool {
+        self.by_mac.range((mac, Arc::from(""))..).next().is_some_and(|(told, _)| *told == mac)
+    }
+
     /// How many.
     pub fn len(&self) -> usize {
         self.entries.len()
@@ -176,14 +181,6 @@ impl LeaseSet {
     }
 }
 
-/// The MACs that a lease tells, as far as they can be read.
-fn macs(lease: &Lease) -> [Option<MacAddr>; 2] {
-    [&lease.attrs.backend_data, &lease.attrs.backend_v6_data].map(|data| {
-        let fields = data.as_ref()?.as_object()?;
-        fields.iter().rfind(|(key, _)| key.eq_ignore_ascii_case("VtepMAC"))?.1.as_str()?.parse().ok()
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -200,7 +197,7 @@ mod tests {
     fn slow_winners(all: &BTreeMap<String, RawLease>) -> BTreeSet<String> {
         let parsed: Vec<(&String, Lease)> = all.iter().filter_map(|(n, r)| Some((n, Lease::parse(r).ok()?))).collect();
         let collide = |a: &Lease, b: &Lease| {
-            a.key.subnets().any(|x| b.key.subnets().any(|y| x.overlaps(&y))) || macs(a)[0] == macs(b)[0]
+            a.key.subnets().any(|x| b.key.subnets().any(|y| x.overlaps(&y))) || a.vtep_macs()[0] == b.vtep_macs()[0]
         };
         let loses = |name: &String, lease: &Lease| {
             parsed.iter().any(|(n, l)| *n != name && collide(lease, l) && (l.create_rev, *n) < (lease.create_rev, name))

@@ -325,6 +325,35 @@ fn what_somebody_reverts_again_and_again_is_left_alone_and_named() {
     }
     let finding = node.finding("fought-over");
     assert!(finding["object"].as_str().unwrap().contains("10.1.40.0/24"), "{finding}");
+    assert!(finding["evidence"].as_str().unwrap().contains("somebody else manages this"), "{finding}");
+    // From now on theirs stands, while everything else goes on.
+    node.host.try_run("ip route del 10.1.40.0/24");
+    node.put_peer(41);
+    node.await_peer(41, true);
+    assert_eq!(node.host.run("ip route show 10.1.40.0/24"), "", "it is left alone");
+}
+
+/// All that `clean` and `leave` might change: devices, addresses, routes, neighbours, forwarding entries, files, leases.
+fn everything(node: &Node) -> Vec<String> {
+    let mut all: Vec<String> = ["-d link", "addr", "route show table all", "neigh show nud permanent"]
+        .iter()
+        .map(|words| node.host.ip(words))
+        .collect();
+    all.push(node.host.run("bridge fdb show"));
+    for file in ["state/state.json", "subnet.env"] {
+        all.push(std::fs::read_to_string(node.file(file)).unwrap_or_else(|_| format!("no {file}")));
+    }
+    all.push(format!("{:?}", node.leases()));
+    all
+}
+
+/// Nothing of Twill's is left, and all that is not Twill's is there.
+fn assert_gone(node: &Node) {
+    let mut all = everything(node);
+    all.pop().expect("the leases, which are not the host's");
+    let left = all.join("\n");
+    assert!(!left.contains("flannel.1") && !left.contains("proto 116") && !left.contains("10.1.40."), "{left}");
+    assert!(left.contains("192.0.2.0/24") && left.contains("no subnet.env"), "{left}");
 }
 
 #[test]
@@ -334,31 +363,44 @@ fn clean_removes_everything_owned_and_leave_gives_the_subnet_back() {
     node.host.ip("route add 192.0.2.0/24 via 10.168.0.3");
     let agent = node.agent("--subnet 10.1.15.0/24");
     node.await_peer(40, true);
+    let (code, said) = node.twill("clean");
     assert!(
-        node.twill("clean").1.unwrap_err().contains("agent-running") || node.twill("clean").0 == Some(1),
-        "not beside a running agent"
+        code == Some(1) && said.as_ref().unwrap_err().contains("stop it first"),
+        "beside a running agent: {said:?}"
     );
     agent.end(Signal::TERM);
+    let before = everything(&node);
     let dry = node.twill_json("clean --dry-run");
-    assert!(dry["steps"].to_string().contains("flannel.1"), "{dry}");
-    node.await_peer(40, true);
-    node.twill("clean").1.unwrap();
-    assert!(!node.host.run("ip link").contains("flannel.1"));
-    assert!(node.host.run("ip route").contains("192.0.2.0/24"), "what is not ours stays");
-    assert!(!node.file("subnet.env").exists());
+    let announced = dry["steps"].to_string();
+    assert!(announced.contains("flannel.1") && announced.contains("subnet.env"), "{dry}");
+    assert_eq!(everything(&node), before, "a dry run changes nothing");
+    let done = node.twill_json("clean");
+    assert_eq!((&done["steps"], &done["failed"]), (&dry["steps"], &serde_json::json!([])), "it does what it announced");
+    assert_gone(&node);
+    assert!(done["left"].to_string().contains("ip_forward"), "{done}");
     assert!(node.leases().iter().any(|(name, _)| name == "10.1.15.0-24"), "clean leaves the lease");
 
-    let _agent = node.agent("");
+    let agent = node.agent("");
     node.await_peer(40, true);
     std::fs::create_dir_all(node.file("state/attachments")).unwrap();
     std::fs::write(node.file("state/attachments/abc:eth0.json"), "{}").unwrap();
+    let before = everything(&node);
     assert!(node.twill("leave").1.unwrap_err().contains("abc:eth0"));
     std::fs::remove_file(node.file("state/attachments/abc:eth0.json")).unwrap();
-    node.twill("leave --dry-run").1.unwrap();
-    node.await_peer(40, true);
+    let dry = node.twill_json("leave --dry-run");
+    assert_eq!(
+        (&dry["left"], &dry["subnets"][0], &dry["removes"][0]),
+        (&false.into(), &"10.1.15.0/24".into(), &"flannel.1".into())
+    );
+    assert_eq!(everything(&node), before, "neither a refusal nor a dry run changes anything");
     node.twill("leave").1.unwrap();
-    assert!(!node.host.run("ip link").contains("flannel.1"));
+    assert_gone(&node);
     assert!(!node.leases().iter().any(|(name, _)| name == "10.1.15.0-24"), "leave gives the lease back");
+    eventually("the agent ends", || {
+        let (code, said) = node.twill("status");
+        if code == Some(1) { Ok(()) } else { Err(said) }
+    });
+    drop(agent);
 }
 
 #[test]
@@ -375,9 +417,14 @@ fn check_says_what_is_in_the_way_and_exits_with_three() {
     assert!(code == Some(3) && text.as_ref().unwrap().contains("http://"), "{text:?}");
 }
 
+/// Agents that start together; more of them with TWILL_TEST_AGENTS (bench/runs keeps a run with two hundred).
+fn how_many_agents() -> usize {
+    std::env::var("TWILL_TEST_AGENTS").ok().and_then(|text| text.parse().ok()).unwrap_or(24)
+}
+
 #[test]
 fn agents_that_start_together_for_as_many_subnets_all_get_one() {
-    const AGENTS: usize = 24;
+    let agents = how_many_agents();
     let Some(bed) = Bed::new() else { return };
     if !installed("etcdctl") {
         return;
@@ -386,62 +433,60 @@ fn agents_that_start_together_for_as_many_subnets_all_get_one() {
     // A store on a bridge that joins all agents' hosts.
     let hub = bed.host("hub");
     hub.ip("link add br0 type bridge");
-    hub.ip("addr add 10.168.0.1/24 dev br0");
+    hub.ip("addr add 10.168.0.1/16 dev br0");
     hub.ip("link set br0 up");
-    let hosts: Vec<_> = (0..AGENTS)
-        .map(|n| {
-            let host = bed.host(&format!("node{n}"));
-            bed.wire(&host, "eth0", &hub, &format!("p{n}"));
-            hub.ip(&format!("link set p{n} master br0"));
-            host.ip(&format!("addr add 10.168.0.{}/24 dev eth0", 10 + n));
-            host
-        })
-        .collect();
-    let store = hub
-        .command(twill_e2e::bin("twill"))
-        .args(["store", "serve", "--insecure", "--listen", "10.168.0.1:2379", "--data"])
-        .arg(dir.path().join("store"))
-        .stderr(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
-    let mut children = vec![Ended(store)];
+    let hosts: Vec<_> = (0..agents).map(|n| bed.host(&format!("node{n}"))).collect();
+    let wires = hosts.iter().enumerate().map(|(n, host)| {
+        let pid = host.pid();
+        format!("link add p{n} type veth peer name eth0 netns {pid}\nlink set p{n} master br0 up\n")
+    });
+    std::fs::write(dir.path().join("wires"), wires.collect::<String>()).unwrap();
+    hub.ip(&format!("-batch {}", dir.path().join("wires").display()));
+    let mut store = hub.command(twill_e2e::bin("twill"));
+    store.args(["store", "serve", "--insecure", "--listen", "10.168.0.1:2379", "--data"]).arg(dir.path().join("store"));
+    let mut children = vec![Ended(store.stderr(std::process::Stdio::null()).spawn().unwrap())];
     let config = format!(
-        r#"{{"Network":"10.1.0.0/16","SubnetMin":"10.1.1.0","SubnetMax":"10.1.{AGENTS}.0","Backend":{{"Type":"vxlan"}}}}"#
+        r#"{{"Network":"10.1.0.0/16","SubnetMin":"10.1.1.0","SubnetMax":"10.1.{agents}.0","Backend":{{"Type":"vxlan"}}}}"#
     );
     let etcdctl = |words: &[&str]| {
-        let out = hub
-            .command("etcdctl")
+        let mut command = hub.command("etcdctl");
+        let out = command
             .env("ETCDCTL_API", "3")
             .args(["--endpoints", "http://10.168.0.1:2379"])
             .args(words)
             .output()
             .unwrap();
-        if out.status.success() {
-            Ok(String::from_utf8(out.stdout).unwrap())
-        } else {
-            Err(String::from_utf8(out.stderr).unwrap())
-        }
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        if out.status.success() { Ok(text(out.stdout)) } else { Err(text(out.stderr)) }
     };
     eventually("the store takes the config", || etcdctl(&["put", "/coreos.com/network/config", &config]));
+    let twill = twill_e2e::bin("twill");
     for (n, host) in hosts.iter().enumerate() {
-        let mut command = host.command(twill_e2e::bin("twill"));
-        command.args(["agent", "--iface", "eth0", "--store", "http://10.168.0.1:2379"]);
-        for flag in ["state-dir", "run-dir"] {
-            command.arg(format!("--{flag}")).arg(dir.path().join(format!("{n}/{flag}")));
-        }
-        command.arg("--subnet-file").arg(dir.path().join(format!("{n}/subnet.env")));
-        children.push(Ended(command.stderr(std::process::Stdio::null()).spawn().unwrap()));
+        let own = dir.path().join(n.to_string());
+        let line = format!(
+            "ip addr add 10.168.{}.{}/16 dev eth0 && ip link set eth0 up && exec {} agent --iface eth0 --store http://10.168.0.1:2379 \
+             --state-dir {own}/state --run-dir {own}/run --subnet-file {own}/subnet.env",
+            1 + n / 200,
+            10 + n % 200,
+            twill.display(),
+            own = own.display()
+        );
+        let mut command = host.command("sh");
+        children.push(Ended(command.args(["-c", &line]).stderr(std::process::Stdio::null()).spawn().unwrap()));
     }
     let subnets = eventually("every agent has a subnet", || {
         let read = |n: usize| std::fs::read_to_string(dir.path().join(format!("{n}/subnet.env"))).ok();
         let all: Vec<String> =
-            (0..AGENTS).filter_map(read).filter_map(|env| env.lines().nth(1).map(str::to_owned)).collect();
-        if all.len() == AGENTS { Ok(all) } else { Err(all.len()) }
+            (0..agents).filter_map(read).filter_map(|env| env.lines().nth(1).map(str::to_owned)).collect();
+        if all.len() == agents { Ok(all) } else { Err(all.len()) }
     });
     let distinct: std::collections::BTreeSet<_> = subnets.iter().collect();
-    assert_eq!(distinct.len(), AGENTS, "{subnets:?}");
+    assert_eq!(distinct.len(), agents, "{subnets:?}");
     let leases = etcdctl(&["get", "--prefix", "--keys-only", "/coreos.com/network/subnets/"]).unwrap();
-    assert_eq!(leases.split_whitespace().count(), AGENTS);
+    assert_eq!(leases.split_whitespace().count(), agents);
+    for child in &mut children {
+        assert_eq!(child.0.try_wait().unwrap(), None, "nobody has given up");
+    }
 }
 
 /// A child that is ended, by pid, with the test.

@@ -25,7 +25,13 @@ pub fn effect(have: &mut HostState, op: &Op) {
 }
 
 fn create(have: &mut HostState, object: &Object) {
-    have.insert(object.clone());
+    let mut made = object.clone();
+    // A route goes behind the twins that it finds.
+    if let (Object::Route(route), Some(Object::Route(twins))) = (&mut made, have.get(&object.key())) {
+        let all = twins.entries.as_slice().iter().chain(route.entries.as_slice());
+        route.entries = Few::from(all.cloned().collect::<Vec<_>>());
+    }
+    have.insert(made);
     if let Object::Addr(addr) = object
         && have.link(addr.link).is_some_and(|l| l.up)
     {
@@ -67,8 +73,17 @@ fn update(have: &mut HostState, from: &Object, to: &Object) {
 }
 
 fn delete(have: &mut HostState, object: &Object) {
-    have.remove(&object.key());
+    let was = have.remove(&object.key());
     match object {
+        // Twins that are not named stay.
+        Object::Route(gone) => {
+            let Some(Object::Route(was)) = was else { return };
+            let mut left: Vec<RouteEntry> = was.entries.into();
+            left.retain(|entry| !gone.entries.as_slice().contains(entry));
+            if !left.is_empty() {
+                have.insert(Object::Route(Route { key: gone.key, entries: left.into() }));
+            }
+        }
         Object::Link(link) => link_gone(have, link.name),
         Object::Addr(addr) => {
             let connected = RouteKey { table: TABLE_MAIN, dst: addr.inet.network(), tos: 0, metric: 0 };

@@ -93,8 +93,14 @@ impl Draft {
         if present.is_some() && entries.iter().filter(|entry| is_ours(entry)).all(is_wanted) {
             return;
         }
-        let mut stay: Vec<_> = entries.iter().filter(|entry| !is_wanted(entry) && !is_ours(entry)).cloned().collect();
-        let place = present.unwrap_or(0).min(stay.len());
+        let stays = |entry: &&RouteEntry| !is_wanted(entry) && !is_ours(entry);
+        let mut stay: Vec<_> = entries.iter().filter(stays).cloned().collect();
+        // Where the kernel puts it: in the place of the first one, or behind all.
+        let place = match present {
+            Some(at) => entries[..at].iter().filter(stays).count(),
+            None if entries.first().is_some_and(is_ours) => 0,
+            None => stay.len(),
+        };
         stay.splice(place..place, wanted.entries.as_slice().iter().cloned());
         let to = Object::Route(Route { key: wanted.key, entries: Few::from(stay) });
         if entries.iter().any(is_ours) {

@@ -168,17 +168,11 @@ impl Encoder<'_> {
             }
             _ => None,
         };
-        self.begin(rtm::NEWLINK, 0);
-        self.ifinfo(index, (from.up != to.up).then_some(to.up));
-        let changed = Link {
-            mac: to.mac.filter(|mac| from.mac != Some(*mac)),
-            mtu: to.mtu.filter(|mtu| from.mtu != Some(*mtu)),
-            ..to.clone()
-        };
-        let w = &mut *self.writer;
-        link_attrs(w, &changed, master);
+        // Two requests: the kernel refuses an MTU beside VXLAN's own attributes (`vxlan_nl2conf`), and a lower device bounds it.
         if let Some((vxlan, was, lower)) = vxlan {
-            w.nest(ifla::LINKINFO, |w| {
+            self.begin(rtm::NEWLINK, 0);
+            self.ifinfo(index, None);
+            self.writer.nest(ifla::LINKINFO, |w| {
                 w.text(ifla::INFO_KIND, "vxlan");
                 w.nest(ifla::INFO_DATA, |w| {
                     w.attr(ifla::VXLAN_LEARNING, &[u8::from(vxlan.learning)]);
@@ -190,8 +184,19 @@ impl Encoder<'_> {
                     }
                 });
             });
+            self.writer.end();
         }
-        self.writer.end();
+        let changed = Link {
+            mac: to.mac.filter(|mac| from.mac != Some(*mac)),
+            mtu: to.mtu.filter(|mtu| from.mtu != Some(*mtu)),
+            ..to.clone()
+        };
+        if changed.mac.is_some() || changed.mtu.is_some() || master.is_some() || from.up != to.up {
+            self.begin(rtm::NEWLINK, 0);
+            self.ifinfo(index, (from.up != to.up).then_some(to.up));
+            link_attrs(self.writer, &changed, master);
+            self.writer.end();
+        }
         Ok(())
     }
 

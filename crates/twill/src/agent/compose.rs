@@ -45,16 +45,18 @@ impl Network {
     /// Takes the subnets of our lease, and the MACs that it tells: peers have programmed them.
     pub(crate) fn take(&mut self, key: &LeaseKey, own: Option<&Lease>) {
         self.cx.subnets = key.subnets().collect();
-        let told = own.map(|lease| [&lease.attrs.backend_data, &lease.attrs.backend_v6_data]);
-        for (subnet, data) in self.cx.subnets.clone().into_iter().zip(told.into_iter().flatten()) {
-            let mac = data
-                .as_ref()
-                .and_then(|d| d.get("VtepMAC")?.as_str()?.parse::<MacAddr>().ok())
-                .filter(MacAddr::is_unicast);
+        let [v4, v6] = own.map_or([None; 2], Lease::vtep_macs);
+        for subnet in self.cx.subnets.clone() {
+            let mac = if subnet.is_v4() { v4 } else { v6 }.filter(MacAddr::is_unicast);
             if let (Some(mac), Some(device)) = (mac, self.backend.devices(&[subnet]).first()) {
                 self.cx.macs.insert(*device, mac);
             }
         }
+    }
+
+    /// A new lease tells no MAC that another one tells already: the machine was cloned, or its lease is lost.
+    pub(crate) fn avoid_macs_of(&mut self, leases: &LeaseSet) {
+        self.cx.macs.retain(|_, mac| !leases.has_mac(*mac));
     }
 
     /// Tunnel devices in use.
@@ -96,9 +98,13 @@ impl Network {
 
 /// Hardware addresses by precedence: live device, state file; what neither knows is derived, and the own lease comes on top.
 fn macs(devices: &[LinkName], host: &HostState, state: &State) -> BTreeMap<LinkName, MacAddr> {
-    let live = |name: LinkName| host.link(name).filter(|l| matches!(l.kind, LinkKind::Vxlan(_))).and_then(|l| l.mac);
-    let known = |name: &LinkName| state.devices.get(name).copied().or_else(|| live(*name));
+    let known = |name: &LinkName| live_mac(host, *name).or_else(|| state.devices.get(name).copied());
     devices.iter().filter_map(|name| Some((*name, known(name)?))).collect()
+}
+
+/// The MAC of a tunnel device that is there.
+fn live_mac(host: &HostState, name: LinkName) -> Option<MacAddr> {
+    host.link(name).filter(|link| matches!(link.kind, LinkKind::Vxlan(_))).and_then(|link| link.mac)
 }
 
 /// Who we are when it comes to leases: addresses, and every memory of a subnet.
@@ -119,5 +125,6 @@ pub(crate) fn me(
         _ => None,
     });
     remembered.extend(on_device.filter_map(|ip| Prefix::truncate(ip, 24).ok()).filter(|p| p.is_v4()));
-    Me { node: state.node, addresses, remembered, wished: wished.to_vec() }
+    let macs = devices.iter().filter_map(|name| live_mac(host, *name)).collect();
+    Me { node: state.node, addresses, remembered, macs, wished: wished.to_vec() }
 }

@@ -85,6 +85,7 @@ fn compute(settings: &Settings) -> anyhow::Result<Plan> {
         Choice::GiveBack(lease) => Some(lease.key.to_string()),
         Choice::Create(key) => {
             network.take(&key, None);
+            network.avoid_macs_of(&leases);
             None
         }
         Choice::Refuse(reason) => return Err(Failure::new("no-free-subnet", reason).into()),

@@ -79,7 +79,10 @@ pub(crate) struct Session {
     seen: Option<(u64, i64)>,
     /// The first listing may prune what an earlier run left; a strange one may not.
     prune: bool,
-    last_wait: String,
+    /// What was last said of a store that is away.
+    last_away: &'static str,
+    /// What is waited for, by code and message.
+    waiting: Option<(&'static str, String)>,
 }
 
 impl Session {
@@ -108,7 +111,8 @@ impl Session {
             withheld: BTreeSet::new(),
             seen: None,
             prune: true,
-            last_wait: String::new(),
+            last_away: "",
+            waiting: None,
         }
     }
 
@@ -147,6 +151,7 @@ impl Session {
         if self.prune {
             self.order(Order::Prune);
         }
+        self.waits_no_more();
         self.set_state("running");
         self.follow(network, config, own, revision).await
     }
@@ -227,7 +232,9 @@ impl Session {
                 lacking.len(),
                 known.len()
             );
-            tracing::warn!("{evidence}: nothing is withdrawn until `twill resync --accept`");
+            if !self.has_found("strange-listing", &evidence) {
+                tracing::warn!("{evidence}: nothing is withdrawn until `twill resync --accept`");
+            }
             self.find("strange-listing", "leases", &evidence, "if this is right: twill resync --accept");
             self.prune &= !first;
             self.withheld.extend(lacking);

@@ -47,6 +47,7 @@ impl Session {
                 }
                 Choice::Create(key) => {
                     network.take(&key, None);
+                    network.avoid_macs_of(&self.leases);
                     if let Some(lease) = self.create(network, key).await? {
                         return Ok(Some(lease));
                     }

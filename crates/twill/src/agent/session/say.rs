@@ -14,21 +14,34 @@ use crate::output::Failure;
 
 /// Waiting, and saying why.
 impl Session {
-    /// Says once what is missing, and waits until the host changes, or a while has passed.
+    /// Says once what is missing, and waits until the host changes, or a while has passed. It is a finding until [`Session::waits_no_more`].
     pub(super) async fn wait_for(&mut self, code: &'static str, message: &str, hint: &str) {
-        if self.last_wait != message {
+        if self.waiting.as_ref().is_none_or(|(_, said)| said != message) {
             tracing::warn!(code, hint, "{message}: waiting");
-            message.clone_into(&mut self.last_wait);
+            self.waits_no_more();
+            self.waiting = Some((code, message.to_owned()));
         }
         self.find(code, "node", message, hint);
         self.set_state("waiting");
-        let _ = timeout(Duration::from_millis(500), self.host.changed()).await;
-        self.unfind(code);
+        let mut host = self.host.clone();
+        let change = async { drop(timeout(Duration::from_millis(500), host.changed()).await) };
+        self.answer_until(change, code, message).await;
     }
 
-    /// Lets time pass, answering what needs no store.
+    /// What was waited for is there.
+    pub(super) fn waits_no_more(&mut self) {
+        if let Some((code, _)) = self.waiting.take() {
+            self.unfind(code);
+        }
+    }
+
+    /// Lets time pass.
     pub(super) async fn pause(&mut self, wait: Duration) {
-        let end = sleep(wait);
+        self.answer_until(sleep(wait), "store-away", "the store is away").await;
+    }
+
+    /// Answers what is asked meanwhile by a node that has no lease in its hands.
+    async fn answer_until(&mut self, end: impl Future<Output = ()>, code: &'static str, why: &str) {
         tokio::pin!(end);
         loop {
             tokio::select! {
@@ -37,8 +50,8 @@ impl Session {
                     Command::Peers(reply) => drop(reply.send(Vec::new())),
                     Command::Accept(reply) => drop(reply.send(0)),
                     Command::Leave(reply) => {
-                        let failure = Failure::new("store-away", "the store is away, the lease cannot be given back");
-                        drop(reply.send(Err(failure.hint("bring the store back, or remove everything here with: twill clean"))));
+                        let failure = Failure::new(code, format!("the lease cannot be given back now: {why}"));
+                        drop(reply.send(Err(failure.hint("try again when this is cured, or remove everything here with: twill clean"))));
                     }
                 },
             }
@@ -47,9 +60,9 @@ impl Session {
 
     pub(super) fn say_away(&mut self, error: &StoreError) {
         let message = error.to_string();
-        if self.last_wait != message {
+        if self.last_away != error.code() {
             tracing::warn!(code = error.code(), hint = error.hint(), "{message}: the data path keeps running");
-            self.last_wait.clone_from(&message);
+            self.last_away = error.code();
         }
         if let Ok(mut view) = self.view.lock() {
             view.store.state = "away".into();
@@ -58,7 +71,7 @@ impl Session {
     }
 
     pub(super) fn say_up(&mut self, revision: i64) {
-        self.last_wait.clear();
+        self.last_away = "";
         for code in ["store-away", "store-denied", "store-compacted", "config-missing", "bad-config"] {
             self.unfind(code);
         }
@@ -101,6 +114,11 @@ impl Session {
                 fix: fix.into(),
             });
         }
+    }
+
+    /// True when this is shown already.
+    pub(super) fn has_found(&self, code: &str, evidence: &str) -> bool {
+        self.view.lock().is_ok_and(|view| view.findings.iter().any(|f| f.code == code && f.evidence == evidence))
     }
 
     pub(super) fn unfind(&self, code: &str) {

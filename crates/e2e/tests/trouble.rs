@@ -1,0 +1,172 @@
+//! Situations that stop a node: each has its clear message, the agent waits, and goes on by itself when it is cured.
+
+use rustix::process::Signal;
+use serde_json::json;
+use twill_e2e::net::Bed;
+use twill_e2e::node::Node;
+use twill_e2e::{eventually, installed};
+
+fn node() -> Option<(Node, tempfile::TempDir)> {
+    if !installed("etcdctl") {
+        return None;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    Some((Node::new(Bed::new()?, dir.path()), dir))
+}
+
+/// Waits until `status` says nothing is wrong, with this subnet.
+fn runs(node: &Node, subnet: &str) {
+    eventually(&format!("the node runs with {subnet}, and nothing is left to say"), || {
+        let status = node.status();
+        let right = status["state"] == "running" && status["subnets"][0] == subnet && status["findings"] == json!([]);
+        if right { Ok(()) } else { Err((status.to_string(), node.log("agent.log"))) }
+    });
+}
+
+/// The finding's evidence has these words, the log has said it once, and it names a way out.
+fn told(node: &Node, code: &str, words: &[&str]) {
+    let finding = node.finding(code);
+    let evidence = finding["evidence"].as_str().unwrap();
+    assert!(words.iter().all(|word| evidence.contains(word)), "{finding}");
+    assert_ne!(finding["fix"], "", "{finding}");
+}
+
+#[test]
+fn an_interface_that_is_missing_down_or_without_address_is_waited_for() {
+    let Some((node, _dir)) = node() else { return };
+    node.put_peer(40);
+    node.host.ip("link set eth0 down");
+    node.host.ip("addr flush dev eth0");
+    node.host.ip("link set eth0 name eth7");
+    let _agent = node.agent_at_once("--subnet 10.1.15.0/24");
+    told(&node, "iface-missing", &["eth0"]);
+    // What needs no lease is answered meanwhile.
+    assert_eq!(node.twill_json("peers")["peers"], json!([]));
+    let refused = node.twill("leave").1.unwrap_err();
+    assert!(refused.contains("no interface is") && refused.contains("twill clean"), "{refused}");
+    node.host.ip("link set eth7 name eth0");
+    told(&node, "iface-down", &["eth0"]);
+    node.host.ip("link set eth0 up");
+    told(&node, "iface-without-address", &["eth0"]);
+    node.host.ip("addr add 10.168.0.2/24 dev eth0");
+    node.await_peer(40, true);
+    runs(&node, "10.1.15.0/24");
+    let log = node.log("agent.log");
+    for code in ["iface-missing", "iface-down", "iface-without-address"] {
+        assert_eq!(log.matches(&format!("code=\"{code}\"")).count(), 1, "said once: {log}");
+    }
+    // The same while it runs: named, and the data path stays.
+    node.host.ip("link set eth0 down");
+    told(&node, "iface-down", &["eth0"]);
+    node.await_peer(40, true);
+    node.host.ip("link set eth0 up");
+    runs(&node, "10.1.15.0/24");
+    node.host.ip("addr flush dev eth0");
+    told(&node, "iface-without-address", &["eth0"]);
+    node.await_peer(40, true);
+    node.host.ip("addr add 10.168.0.2/24 dev eth0");
+    runs(&node, "10.1.15.0/24");
+}
+
+#[test]
+fn an_overlap_and_the_lack_of_a_free_subnet_are_waited_for() {
+    let Some((node, _dir)) = node() else { return };
+    node.put(
+        "config",
+        r#"{"Network":"10.1.0.0/16","SubnetMin":"10.1.40.0","SubnetMax":"10.1.41.0","Backend":{"Type":"vxlan"}}"#,
+    );
+    node.put_peer(40);
+    node.put_peer(41);
+    node.host.ip("route add 10.1.99.0/24 via 10.168.0.3");
+    let _agent = node.agent_at_once("");
+    told(&node, "network-overlap", &["10.1.0.0/16", "10.1.99.0/24"]);
+    assert!(!node.host.run("ip link").contains("flannel"), "nothing is made");
+    node.host.ip("route del 10.1.99.0/24");
+    told(&node, "no-free-subnet", &["no free subnet", "10.1.40.0"]);
+    assert_eq!(node.leases().len(), 2, "nobody's lease is taken");
+    node.delete("subnets/10.1.41.0-24");
+    node.await_peer(40, true);
+    runs(&node, "10.1.41.0/24");
+    let log = node.log("agent.log");
+    for code in ["network-overlap", "no-free-subnet"] {
+        assert_eq!(log.matches(&format!("code=\"{code}\"")).count(), 1, "said once: {log}");
+    }
+}
+
+#[test]
+fn a_subnet_that_is_asked_for_and_held_is_refused_in_words() {
+    let Some((node, _dir)) = node() else { return };
+    node.put_peer(40);
+    node.put_peer(41);
+    let _agent = node.agent_at_once("--subnet 10.1.40.0/24");
+    told(&node, "no-free-subnet", &["--subnet 10.1.40.0/24", "held"]);
+    node.delete("subnets/10.1.40.0-24");
+    runs(&node, "10.1.40.0/24");
+}
+
+#[test]
+fn an_own_lease_that_is_deleted_or_overwritten_is_taken_again_or_given_up() {
+    let Some((node, _dir)) = node() else { return };
+    node.put_peer(40);
+    let agent = node.agent("--subnet 10.1.15.0/24");
+    node.await_peer(40, true);
+    agent.end(Signal::TERM);
+    let agent = node.agent("");
+    node.await_peer(40, true);
+    let lease = |node: &Node, name: &str| node.leases().into_iter().find(|(n, _)| n == name).map(|(_, value)| value);
+    let (index, before) = (node.host.json("link show flannel.1")[0]["ifindex"].clone(), lease(&node, "10.1.15.0-24"));
+    // Deleted by hand: taken again as it was; device and peers stay.
+    node.delete("subnets/10.1.15.0-24");
+    eventually("the lease is back", || {
+        let now = lease(&node, "10.1.15.0-24");
+        if now == before { Ok(()) } else { Err((now, node.log("agent.log"))) }
+    });
+    node.await_peer(40, true);
+    assert_eq!(node.host.json("link show flannel.1")[0]["ifindex"], index, "the device stays");
+    // Another node writes itself into it: the subnet is left to it, and it becomes a peer of the subnet that we take instead.
+    let theirs = r#"{"PublicIP":"10.168.0.15","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:0f"}}"#;
+    node.put("subnets/10.1.15.0-24", theirs);
+    node.await_peer(15, true);
+    assert_eq!(lease(&node, "10.1.15.0-24").as_deref(), Some(theirs), "their lease is not touched");
+    let subnet = node.status()["subnets"][0].as_str().unwrap().to_owned();
+    assert_ne!(subnet, "10.1.15.0/24");
+    let addresses = node.host.json("addr show flannel.1")[0]["addr_info"].to_string();
+    assert!(addresses.contains(subnet.split('/').next().unwrap()) && !addresses.contains("10.1.15.0"), "{addresses}");
+    let env = std::fs::read_to_string(node.file("subnet.env")).unwrap();
+    assert!(!env.contains("10.1.15."), "{env}");
+    node.await_peer(40, true);
+    // A lease around ours that is older wins: while we were away somebody was given a part of our subnet back.
+    agent.end(Signal::TERM);
+    let name = subnet.replace('/', "-");
+    let own = lease(&node, &name).unwrap();
+    node.delete(&format!("subnets/{name}"));
+    node.put(
+        &format!("subnets/{}", name.replace("-24", "-25")),
+        &theirs.replace("168.0.15", "168.0.16").replace("0f", "10"),
+    );
+    node.put(&format!("subnets/{name}"), &own);
+    let _agent = node.agent("");
+    eventually("the node takes another subnet, and gives the lost one back", || {
+        let (status, left) = (node.status(), lease(&node, &name));
+        let moved = status["state"] == "running" && status["subnets"][0] != subnet.as_str();
+        if moved && left.is_none() { Ok(()) } else { Err((status.to_string(), left, node.log("agent.log"))) }
+    });
+    node.await_peer(40, true);
+}
+
+#[test]
+fn a_store_that_is_away_stops_neither_repairs_nor_the_way_out() {
+    let Some((mut node, _dir)) = node() else { return };
+    node.put_peer(40);
+    let _agent = node.agent("--subnet 10.1.15.0/24");
+    node.await_peer(40, true);
+    node.kill_store();
+    told(&node, "store-away", &["127.0.0.1:2379"]);
+    node.host.ip("link del flannel.1");
+    node.await_peer(40, true);
+    let refused = node.twill("leave").1.unwrap_err();
+    assert!(refused.contains("the store is away") && refused.contains("twill clean"), "{refused}");
+    node.start_store();
+    runs(&node, "10.1.15.0/24");
+    assert_eq!(node.log("agent.log").matches("the data path keeps running").count(), 1, "said once");
+}
