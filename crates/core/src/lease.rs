@@ -5,10 +5,11 @@
 //!      └─ LeaseFault (skipped)    └─ PeerFault (skipped, named in `status`)
 //! ```
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 use crate::flannel::attrs;
-use crate::net::{MacAddr, NodeId, Prefix};
+pub use crate::flannel::attrs::LeaseAttrs;
+use crate::net::{MacAddr, Prefix};
 
 /// One key below `<prefix>/subnets/`, as it came from the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,25 +84,6 @@ pub struct Lease {
     pub mod_rev: i64,
     /// As in [`RawLease`].
     pub etcd_lease: i64,
-}
-
-/// A lease's value: flannel's JSON, in types.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct LeaseAttrs {
-    /// Underlay IPv4 address of the holder.
-    pub public_ip: Option<Ipv4Addr>,
-    /// Underlay IPv6 address of the holder.
-    pub public_ipv6: Option<Ipv6Addr>,
-    /// `BackendType`; `None` for flannel's udp.
-    pub backend_type: Option<String>,
-    /// `BackendData`, checked by the backend only.
-    pub backend_data: Option<serde_json::Value>,
-    /// `BackendV6Data`.
-    pub backend_v6_data: Option<serde_json::Value>,
-    /// `Twill.node`: the holder's identity; flannel's leases have none.
-    pub node: Option<NodeId>,
-    /// Unknown keys inside `Twill`, kept on rewrite.
-    pub twill_extra: serde_json::Map<String, serde_json::Value>,
 }
 
 /// Another node, ready to be programmed by a backend.

@@ -9,14 +9,13 @@ use std::time::Duration;
 use rustix::process::Signal;
 use twill_core::net::Mtu;
 
-use crate::children::Children;
+use crate::children::{Children, own_program};
 use crate::error::{Act, LabError};
 use crate::home::LabDir;
-use crate::lab::Host;
-use crate::layout::Spec;
+use crate::layout::{NodePlan, Spec};
 use crate::notify::Notify;
 use crate::proto::AgentState;
-use crate::start::own_program;
+use crate::wiring::Place;
 
 /// How long an agent may take to have its subnet, or to end.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -29,8 +28,14 @@ pub(crate) struct AgentProcess {
 }
 
 /// Starts the agent of a host and waits until it has its subnet.
-pub(crate) fn start(spec: &Spec, dir: &LabDir, host: &Host, children: &Children) -> Result<AgentProcess, LabError> {
-    let name = &host.plan.name;
+pub(crate) fn start(
+    spec: &Spec,
+    dir: &LabDir,
+    plan: &NodePlan,
+    place: &Place,
+    children: &Children,
+) -> Result<AgentProcess, LabError> {
+    let name = &plan.name;
     let folder = dir.node(name);
     let (env, log) = (folder.join("subnet.env"), folder.join("agent.log"));
     // At first it is ready with its subnet; later, when it says so: the file of an earlier run may stay as it is.
@@ -42,10 +47,10 @@ pub(crate) fn start(spec: &Spec, dir: &LabDir, host: &Host, children: &Children)
     let store = spec.store_url().act(|| "plan the store".into())?;
     let mut command = own_program()?;
     command.arg("agent").arg("--config").arg(&settings).args(["--store", &store]).args(["--iface", "eth0"]);
-    command.args(["--subnet", &host.plan.subnet.to_string()]);
+    command.args(["--subnet", &plan.subnet.to_string()]);
     command.arg("--state-dir").arg(folder.join("state")).arg("--run-dir").arg(folder.join("run"));
     command.arg("--subnet-file").arg(&env).env("NOTIFY_SOCKET", notify.path());
-    let pid = children.spawn(&host.place.netns, &mut command, &log).act(|| format!("start the agent of {name}"))?;
+    let pid = children.spawn(&place.netns, &mut command, &log).act(|| format!("start the agent of {name}"))?;
     let ready = |said: bool| if again { said } else { env.exists() };
     if !notify.wait(PATIENCE, || children.is_alive(pid), ready) {
         let said = fs::read_to_string(&log).unwrap_or_default();

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -15,12 +15,30 @@ use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitOptions, kill_process, wait, waitid};
 use twill_kernel::netns::Netns;
 
+use crate::error::LabError;
+
 /// All children, and how each of them ended.
 #[derive(Debug, Default)]
 pub(crate) struct Children {
     all: Mutex<BTreeMap<u32, Life>>,
     changed: Condvar,
     closed: AtomicBool,
+}
+
+/// This program, to be started again.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a lab starts real processes of this very program: supervisor, store, agents"
+)]
+pub(crate) fn own_program() -> Result<Command, LabError> {
+    // /proc/self/exe stays right when the file is replaced under a running lab.
+    let path = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe"));
+    let mut command = Command::new(path);
+    // What this machine's own daemon is told is not for the lab.
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"TWILL_")) {
+        command.env_remove(name);
+    }
+    Ok(command)
 }
 
 /// How a process is.

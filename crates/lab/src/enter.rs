@@ -8,9 +8,9 @@ use std::process::{Command, ExitStatus};
 use twill_kernel::netns::{self, Netns};
 use twill_kernel::process;
 
+use crate::children::own_program;
 use crate::error::{Act, LabError};
 use crate::proto::LabState;
-use crate::start::own_program;
 
 /// Enters the lab's user namespace, where it has one: from then on its network namespaces may be entered.
 /// The process must not have a second thread.

@@ -12,13 +12,10 @@ use crate::children::Children;
 use crate::error::{Act, LabError};
 use crate::home::LabDir;
 use crate::layout::{MOST_NODES, NodePlan, Spec, UNDERLAY};
-use crate::proto::{AgentAct, AgentState, ContainerInfo, HostInfo, LabState};
+use crate::proto::{AgentAct, AgentState, ContainerInfo, HostInfo, LabState, Progress};
 use crate::store;
 use crate::watch;
 use crate::wiring::{self, Place};
-
-/// Tells a person who waits what happens.
-pub(crate) type Progress<'a> = &'a (dyn Fn(String) + Sync);
 
 /// The whole of it.
 #[derive(Debug)]
@@ -36,9 +33,9 @@ pub(crate) struct Lab {
 
 /// One host.
 #[derive(Debug)]
-pub(crate) struct Host {
-    pub(crate) plan: NodePlan,
-    pub(crate) place: Place,
+struct Host {
+    plan: NodePlan,
+    place: Place,
     containers: Vec<Place>,
     agent: Option<AgentProcess>,
 }
@@ -115,7 +112,7 @@ impl Lab {
     fn bring_up(&self, host: &mut Host) -> Result<(), LabError> {
         let mut mtu = None;
         if self.spec.has_agents() {
-            let agent = agent::start(&self.spec, &self.dir, host, &self.children)?;
+            let agent = agent::start(&self.spec, &self.dir, &host.plan, &host.place, &self.children)?;
             mtu = agent.mtu(&self.dir.node(&host.plan.name))?;
             host.agent = Some(agent);
         }
@@ -137,7 +134,7 @@ impl Lab {
         }
         let waited = each(self.running(), |host| {
             let others = self.hosts.iter().filter(|other| other.plan.name != host.plan.name);
-            watch::knows(host, &others.map(|other| &other.plan).collect::<Vec<_>>(), &self.children, &|_| ())
+            watch::knows(&host.place, &others.map(|other| &other.plan).collect::<Vec<_>>(), &self.children, &|_| ())
         });
         waited.into_iter().collect()
     }
@@ -164,8 +161,8 @@ impl Lab {
         let plan = host.plan.clone();
         progress(format!("{} joins the underlay as {}", plan.name, plan.address.addr));
         let (up, watched) = thread::scope(|scope| {
-            let watchers =
-                scope.spawn(|| each(self.running(), |other| watch::knows(other, &[&plan], &self.children, progress)));
+            let watchers = scope
+                .spawn(|| each(self.running(), |other| watch::knows(&other.place, &[&plan], &self.children, progress)));
             let up = self.bring_up(&mut host);
             (up, watchers.join())
         });
@@ -204,7 +201,7 @@ impl Lab {
             return match host.agent.as_mut().filter(|agent| agent.is_alive(&self.children)) {
                 Some(agent) => agent.release(&folder),
                 None => {
-                    host.agent = Some(agent::start(&self.spec, &self.dir, host, &self.children)?);
+                    host.agent = Some(agent::start(&self.spec, &self.dir, &host.plan, &host.place, &self.children)?);
                     Ok(())
                 }
             };

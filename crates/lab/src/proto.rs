@@ -147,6 +147,12 @@ impl LabState {
     }
 }
 
+/// Tells a person who waits what happens.
+pub(crate) type Progress<'a> = &'a (dyn Fn(String) + Sync);
+
+/// The word on the supervisor's stdin after which the lab outlives its client.
+pub(crate) const STAY: &str = "stay";
+
 /// Writes one line.
 pub(crate) fn say(to: &mut impl Write, word: &impl Serialize) -> std::io::Result<()> {
     let mut line = serde_json::to_vec(word)?;

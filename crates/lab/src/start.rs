@@ -9,8 +9,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, Stdio};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -18,14 +17,13 @@ use rustix::net::sockopt::socket_peercred;
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use twill_kernel::{netns, process};
 
+use crate::children::own_program;
 use crate::error::{Act, LabError};
 use crate::home::{CLIENTS_HOME, Home, LabDir};
 use crate::layout::{LabName, Spec};
-use crate::proto::{LabState, Request, Word, connect, listen, say};
+use crate::proto::{LabState, Request, STAY, Word, connect, listen, say};
 use crate::supervisor;
 
-/// The word on the supervisor's stdin after which the lab outlives its client.
-pub(crate) const STAY: &str = "stay";
 /// How long a supervisor may take to end.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Bits of the capability set.
@@ -109,22 +107,6 @@ fn supervised(dir: &LabDir, spec: &Spec, heard: impl FnMut(&str)) -> Result<Star
             Err(error)
         }
     }
-}
-
-/// This program, to be started again.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "a lab starts real processes of this very program: supervisor, store, agents"
-)]
-pub(crate) fn own_program() -> Result<Command, LabError> {
-    // /proc/self/exe stays right when the file is replaced under a running lab.
-    let path = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe"));
-    let mut command = Command::new(path);
-    // What this machine's own daemon is told is not for the lab.
-    for (name, _) in std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"TWILL_")) {
-        command.env_remove(name);
-    }
-    Ok(command)
 }
 
 /// The launcher: goes into the namespaces, starts the supervisor there, and ends. `text` is a [`Spec`] as JSON.

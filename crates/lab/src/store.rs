@@ -8,12 +8,11 @@ use std::time::Duration;
 
 use twill_core::config::NetworkConfig;
 
-use crate::children::Children;
+use crate::children::{Children, own_program};
 use crate::error::{Act, LabError};
 use crate::home::LabDir;
 use crate::layout::{Spec, StoreKind};
 use crate::notify::Notify;
-use crate::start::own_program;
 use crate::wiring::Place;
 
 /// How long a store may take to answer.

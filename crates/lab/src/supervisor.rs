@@ -12,8 +12,7 @@ use crate::error::{Act, LabError};
 use crate::home::LabDir;
 use crate::lab::Lab;
 use crate::layout::Spec;
-use crate::proto::{LabState, Request, Word, say};
-use crate::start::STAY;
+use crate::proto::{LabState, Request, STAY, Word, say};
 
 /// How long a killed process may take to be gone.
 const PATIENCE: Duration = Duration::from_secs(5);

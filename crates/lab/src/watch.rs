@@ -8,21 +8,22 @@ use twill_kernel::{Interest, Kernel, LinuxKernel};
 
 use crate::children::Children;
 use crate::error::{Act, LabError};
-use crate::lab::{Host, Progress};
 use crate::layout::NodePlan;
+use crate::proto::Progress;
+use crate::wiring::Place;
 
 /// How long entries may take to appear.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Waits until `host` has what it takes to reach every one of `others`; each entry is told once, as it appears.
 pub(crate) fn knows(
-    host: &Host,
+    host: &Place,
     others: &[&NodePlan],
     children: &Children,
     progress: Progress<'_>,
 ) -> Result<(), LabError> {
-    let name = &host.plan.name;
-    let watched = host.place.netns.run(|| {
+    let name = &host.name;
+    let watched = host.netns.run(|| {
         let mut kernel = LinuxKernel::open(Interest::default()).act(|| format!("look into {name}"))?;
         let end = Instant::now() + PATIENCE;
         let mut told = BTreeSet::new();

@@ -5,13 +5,31 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
-use crate::lease::LeaseAttrs;
-use crate::net::BadValue;
+use crate::net::{BadValue, NodeId};
 
 use super::go_json::Fields;
 
 /// A value larger than this is nobody's lease.
 const LARGEST: usize = 64 * 1024;
+
+/// A lease's value: flannel's JSON, in types.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct LeaseAttrs {
+    /// Underlay IPv4 address of the holder.
+    pub public_ip: Option<Ipv4Addr>,
+    /// Underlay IPv6 address of the holder.
+    pub public_ipv6: Option<Ipv6Addr>,
+    /// `BackendType`; `None` for flannel's udp.
+    pub backend_type: Option<String>,
+    /// `BackendData`, checked by the backend only.
+    pub backend_data: Option<serde_json::Value>,
+    /// `BackendV6Data`.
+    pub backend_v6_data: Option<serde_json::Value>,
+    /// `Twill.node`: the holder's identity; flannel's leases have none.
+    pub node: Option<NodeId>,
+    /// Unknown keys inside `Twill`, kept on rewrite.
+    pub twill_extra: serde_json::Map<String, serde_json::Value>,
+}
 
 /// Why a lease's value cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
