@@ -7,7 +7,7 @@ use std::process::Command;
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 
 /// One line of ARCHITECTURE.md's `arrows` block, or what cargo says of one crate.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Room {
     arrows: BTreeSet<String>,
     is_async: bool,
@@ -15,19 +15,35 @@ struct Room {
 
 #[test]
 fn arrows_are_those_of_architecture_md() {
-    let drawn = drawn_arrows();
-    let built = built_arrows();
-    for (name, room) in &built {
-        let shown = drawn.get(name).unwrap_or_else(|| panic!("crate {name} is not in ARCHITECTURE.md"));
-        let extra: Vec<_> = room.arrows.difference(&shown.arrows).collect();
-        assert!(extra.is_empty(), "{name} → {extra:?} is not drawn in ARCHITECTURE.md");
-        assert!(shown.is_async || !room.is_async, "{name} links an async runtime, and ARCHITECTURE.md shows none");
-    }
-    for (name, shown) in &drawn {
-        let room = built.get(name).unwrap_or_else(|| panic!("ARCHITECTURE.md draws {name}, which does not exist"));
-        let gone: Vec<_> = shown.arrows.difference(&room.arrows).collect();
-        assert!(gone.is_empty(), "ARCHITECTURE.md draws {name} → {gone:?}, which no longer exists");
-    }
+    assert_eq!(differences(&drawn_arrows(), &built_arrows()), Vec::<String>::new());
+}
+
+#[test]
+fn a_wrong_arrow_a_wrong_runtime_and_a_wrong_room_are_noticed() {
+    let (drawn, built) = (drawn_arrows(), built_arrows());
+    let wrong = |change: &dyn Fn(&mut BTreeMap<String, Room>)| {
+        let mut changed = built.clone();
+        change(&mut changed);
+        differences(&drawn, &changed)
+    };
+    let new_arrow = wrong(&|rooms| {
+        rooms.get_mut("core").unwrap().arrows.insert("kernel".into());
+    });
+    assert_eq!(new_arrow, ["core → kernel is not drawn"]);
+    let gone_arrow = wrong(&|rooms| {
+        rooms.get_mut("lab").unwrap().arrows.remove("kernel");
+    });
+    assert_eq!(gone_arrow, ["lab → kernel is drawn, and not there"]);
+    let runtime = wrong(&|rooms| rooms.get_mut("kernel").unwrap().is_async = true);
+    assert_eq!(runtime, ["kernel links an async runtime, and none is drawn"]);
+    let new_room = wrong(&|rooms| {
+        rooms.insert("attic".into(), Room::default());
+    });
+    assert_eq!(new_room, ["attic is not drawn"]);
+    let gone_room = wrong(&|rooms| {
+        rooms.remove("packet");
+    });
+    assert_eq!(gone_room, ["packet is drawn, and does not exist"]);
 }
 
 #[test]
@@ -60,6 +76,25 @@ fn unsafe_stays_in_kernel() {
     }
 }
 
+/// Where the drawing and the house differ.
+fn differences(drawn: &BTreeMap<String, Room>, built: &BTreeMap<String, Room>) -> Vec<String> {
+    let mut found = Vec::new();
+    for (name, room) in built {
+        let Some(shown) = drawn.get(name) else {
+            found.push(format!("{name} is not drawn"));
+            continue;
+        };
+        found.extend(room.arrows.difference(&shown.arrows).map(|to| format!("{name} → {to} is not drawn")));
+        found.extend(shown.arrows.difference(&room.arrows).map(|to| format!("{name} → {to} is drawn, and not there")));
+        if room.is_async && !shown.is_async {
+            found.push(format!("{name} links an async runtime, and none is drawn"));
+        }
+    }
+    let gone = drawn.keys().filter(|name| !built.contains_key(*name));
+    found.extend(gone.map(|name| format!("{name} is drawn, and does not exist")));
+    found
+}
+
 /// The `arrows` block of ARCHITECTURE.md.
 fn drawn_arrows() -> BTreeMap<String, Room> {
     let text = std::fs::read_to_string(Path::new(ROOT).join("ARCHITECTURE.md")).unwrap();
@@ -77,26 +112,39 @@ fn drawn_arrows() -> BTreeMap<String, Room> {
     rooms
 }
 
-/// What `cargo metadata` says: dependencies that are linked into the product.
+/// What `cargo metadata` says: dependencies that are linked into the product, and whether a runtime is among all that those link.
 fn built_arrows() -> BTreeMap<String, Room> {
     let out = Command::new(env!("CARGO"))
-        .args(["metadata", "--format-version=1", "--no-deps", "--locked"])
+        .args(["metadata", "--format-version=1", "--locked", "--filter-platform"])
+        .arg(format!("{}-unknown-linux-gnu", std::env::consts::ARCH))
         .current_dir(ROOT)
         .output()
         .unwrap();
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     let metadata: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+    let list = |value: &serde_json::Value| value.as_array().unwrap().clone();
+    let packages = list(&metadata["packages"]);
+    let names: BTreeMap<String, String> = packages.iter().map(|p| (text(&p["id"]), text(&p["name"]))).collect();
+    let links: BTreeMap<String, Vec<String>> = list(&metadata["resolve"]["nodes"])
+        .iter()
+        .map(|node| {
+            let deps = list(&node["deps"]);
+            let linked = deps.iter().filter(|d| list(&d["dep_kinds"]).iter().any(|kind| kind["kind"].is_null()));
+            (text(&node["id"]), linked.map(|d| text(&d["pkg"])).collect())
+        })
+        .collect();
     let mut built = BTreeMap::new();
-    for package in metadata["packages"].as_array().unwrap() {
-        let deps = package["dependencies"].as_array().unwrap();
-        let linked: Vec<&str> =
-            deps.iter().filter(|d| d["kind"].is_null()).map(|d| d["name"].as_str().unwrap()).collect();
-        let room = Room {
-            arrows: linked.iter().filter_map(|n| n.strip_prefix("twill-")).map(str::to_owned).collect(),
-            is_async: linked.iter().any(|n| ["tokio", "tonic", "async-std", "smol"].contains(n)),
-        };
-        let name = package["name"].as_str().unwrap();
-        built.insert(name.strip_prefix("twill-").unwrap_or(name).to_owned(), room);
+    for member in list(&metadata["workspace_members"]) {
+        let id = text(&member);
+        let arrows = links[&id].iter().filter_map(|to| names[to].strip_prefix("twill-")).map(str::to_owned).collect();
+        let mut reached = BTreeSet::from([&id]);
+        let mut next = vec![&id];
+        while let Some(from) = next.pop() {
+            next.extend(links[from].iter().filter(|to| reached.insert(to)));
+        }
+        let is_async = reached.iter().any(|id| ["tokio", "async-std", "smol"].contains(&names[*id].as_str()));
+        built.insert(names[&id].strip_prefix("twill-").unwrap_or(&names[&id]).to_owned(), Room { arrows, is_async });
     }
     built
 }
