@@ -1,5 +1,6 @@
 //! `twill agent --check`: what would be used, and what is in the way. Touches nothing.
 
+use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use serde::Serialize;
@@ -83,7 +84,7 @@ pub(crate) fn run(settings: &Settings, output: Output) -> anyhow::Result<ExitCod
             let state = load_state(&settings.state_dir)?;
             let network = chosen.map(|chosen| Network::new(&config, chosen.underlay, host, &state));
             match network {
-                Some(Ok(network)) => on_network(&mut check, &network, &config, host, &state),
+                Some(Ok(network)) => on_network(&mut check, &network, &config, host, &state, settings.serve_store),
                 Some(Err(refusal)) => check.find(refusal.code, "backend", &refusal.message, &refusal.hint),
                 None => {}
             }
@@ -133,6 +134,7 @@ fn on_network(
     config: &config::NetworkConfig,
     host: &twill_core::host::HostState,
     state: &twill_core::state_file::State,
+    serves: Option<SocketAddr>,
 ) {
     check.backend = Some(network.backend.lease_type().unwrap_or("udp").to_owned());
     check.mtu = network.mtu().ok().map(|mtu| mtu.get());
@@ -140,6 +142,9 @@ fn on_network(
         config::BackendConfig::Vxlan(vxlan) => check.ports.push(format!("udp/{}", vxlan.port)),
         config::BackendConfig::Udp(udp) => check.ports.push(format!("udp/{}", udp.port)),
         config::BackendConfig::NotBuilt(_) => {}
+    }
+    if let Some(listen) = serves.filter(|listen| !listen.ip().is_loopback()) {
+        check.ports.push(format!("tcp/{}", listen.port()));
     }
     let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
     for clash in config::overlaps(&config.networks(), host, &devices, &state.subnets) {
