@@ -7,7 +7,7 @@ use twill_lab::frames::{self, Seen};
 use twill_lab::layout::{STORE_PORT, UNDERLAY};
 use twill_lab::proto::ContainerInfo;
 use twill_lab::{LabError, LabState, Scenario, enter, ping};
-use twill_packet::{Header, decode, render};
+use twill_packet::{Header, decode, ethernet, render};
 
 /// One thing that a scenario shows.
 #[derive(Debug, Clone, Serialize)]
@@ -30,15 +30,19 @@ pub(super) fn show(scenario: Scenario, state: &LabState) -> Result<Vec<Section>,
 fn bridge(state: &LabState) -> Result<Vec<Section>, LabError> {
     let node = enter::open(state, "node1")?;
     let containers: Vec<&ContainerInfo> = state.containers().collect();
-    let ports = (1..=containers.len()).map(|number| name(&format!("veth{number}"))).collect::<Result<Vec<_>, _>>()?;
+    // The bridge's own device stands for the host: what is for everybody also goes there.
+    let veths = (1..=containers.len()).map(|number| name(&format!("veth{number}")));
+    let ports = [name("docker0")].into_iter().chain(veths).collect::<Result<Vec<_>, _>>()?;
     let mut sections = vec![table("CAM table of docker0 before (MAC → port)", &node, &["show", "bridge"])?];
     let (first, last) = ends(&containers)?;
     let from = enter::open(state, &last.name)?;
     let (seen, answer) = frames::during(&node, &ports, || ping::one(&from, first.address))?;
-    let title =
-        format!("{} pings {}: who has the address is asked at every port, the rest goes to one", last.name, first.name);
-    sections
-        .push(Section { title, lines: told(&seen, &ports).into_iter().chain([answered(first, &answer)]).collect() });
+    let title = format!(
+        "{} pings {}: who has the address is asked everywhere, the rest goes to one port",
+        last.name, first.name
+    );
+    let lines = told(&seen, &ports).into_iter().chain([answered(first, &answer)]).collect();
+    sections.push(Section { title, lines });
     sections.push(table("CAM table of docker0 after", &node, &["show", "bridge"])?);
     for container in [first, last] {
         let netns = enter::open(state, &container.name)?;
@@ -113,7 +117,8 @@ fn told(seen: &[Seen], ports: &[LinkName]) -> Vec<String> {
         let passed =
             ports.iter().rev().filter(|port| seen.iter().any(|s| s.device == **port && s.bytes == frame.bytes));
         let passed: Vec<&str> = passed.map(|port| port.as_str()).collect();
-        format!("{:<48}  passes {}", frame.says(), passed.join(", "))
+        let to = ethernet::Packet::new(&frame.bytes).map_or_else(|_| String::new(), |frame| frame.dst().to_string());
+        format!("{:<40}  to {to:<17}  passes {}", frame.says(), passed.join(", "))
     };
     whole.map(line).collect()
 }
