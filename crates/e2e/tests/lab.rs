@@ -450,6 +450,10 @@ fn a_host_joins_and_the_others_learn_the_way() {
     }
     let ping = lab.json("ping");
     assert_eq!((&ping["pairs"], &ping["reachable"]), (&6.into(), &6.into()));
+    for ends in ["node1 node3", "container-3 node1", "container-2 container-3"] {
+        let explained = lab.run(&format!("explain {ends}"));
+        assert_eq!(explained.matches("it arrives").count(), 2, "{ends}, there and back: {explained}");
+    }
 }
 
 #[test]
@@ -564,7 +568,12 @@ fn what_is_asked_for_wrongly_is_refused_in_words() {
         assert_eq!(out.status.code(), Some(exit), "{line}: {}", text(&out.stderr));
         assert!(text(&out.stdout).contains(word), "{line}: {}", text(&out.stdout));
     }
-    for (line, allowed) in [("up --nodes 17", "1..=16"), ("up --nodes 0", "1..=16"), ("up --containers 5", "1..=4")] {
+    for (line, allowed) in [
+        ("up --nodes 17", "1..=16"),
+        ("up --nodes 0", "1..=16"),
+        ("up --containers 0", "1..=4"),
+        ("up --containers 5", "1..=4"),
+    ] {
         let out = lab.try_run(line);
         assert_eq!(out.status.code(), Some(2), "{line}");
         assert!(text(&out.stderr).contains(allowed), "{line}: {}", text(&out.stderr));

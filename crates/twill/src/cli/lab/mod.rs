@@ -82,13 +82,13 @@ struct Named {
 struct Up {
     #[command(flatten)]
     named: Named,
-    /// A network of the source document, with its very addresses
+    /// A classic textbook network, with its very addresses
     #[arg(long, value_enum)]
     scenario: Option<Network>,
-    /// How many hosts [default: 2; bridge: 1]
+    /// How many hosts, 1 to 16 [default: 2; bridge: 1]
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=i64::from(MOST_NODES)))]
     nodes: Option<u8>,
-    /// How many containers on each host [default: 1; bridge: 2]
+    /// How many containers on each host, 1 to 4 [default: 1; bridge: 2]
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=i64::from(MOST_CONTAINERS)))]
     containers: Option<u8>,
     /// How packets are carried between hosts
