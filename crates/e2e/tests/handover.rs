@@ -160,6 +160,8 @@ fn no_packet_is_lost_while_the_agent_ends_is_killed_and_starts_again() {
     let mut agent = node.agent_at_once("");
     is_twills(&node);
     let ping = Ping::start(&node);
+    let changes = || node.log("agent.log").matches(" changed").count();
+    let before = changes();
     for signal in [Signal::TERM, Signal::KILL, Signal::KILL] {
         agent.end(signal);
         ping.more("without an agent");
@@ -173,6 +175,7 @@ fn no_packet_is_lost_while_the_agent_ends_is_killed_and_starts_again() {
     agent = node.agent_at_once("");
     is_twills(&node);
     ping.end("while the agent was ended, killed, and started again");
+    assert_eq!(changes(), before, "no start changed anything in the kernel: {}", node.log("agent.log"));
     agent.end(Signal::TERM);
 }
 

@@ -51,6 +51,10 @@ impl Session {
                     if let Some(lease) = self.create(network, key).await? {
                         return Ok(Some(lease));
                     }
+                    // Somebody was faster, and hardly alone: among two hundred, learning them one by one is quadratic.
+                    for raw in self.store.list().await?.entries {
+                        self.leases.put(raw);
+                    }
                 }
                 Choice::Refuse(reason) => {
                     self.wait_for("no-free-subnet", &reason, "free one with `etcdctl del`, or enlarge the Network")
@@ -62,7 +66,7 @@ impl Session {
         }
     }
 
-    /// Takes a free subnet by compare-and-swap; `None`: somebody was faster, and is known now.
+    /// Takes a free subnet by compare-and-swap; `None`: somebody was faster.
     async fn create(&mut self, network: &Network, key: LeaseKey) -> Result<Option<Lease>, StoreError> {
         let mut attrs = network.backend.attrs(&network.cx);
         attrs.node = Some(self.state.node);
@@ -74,11 +78,7 @@ impl Session {
                 self.put_own(&lease);
                 Ok(Some(lease))
             }
-            Swap::Lost(Some(other)) => {
-                self.leases.put(other);
-                Ok(None)
-            }
-            Swap::Lost(None) => Ok(None),
+            Swap::Lost(_) => Ok(None),
         }
     }
 
