@@ -6,6 +6,7 @@
 //! | `small` | exec to first route; idle with 100 peers | | 100 ms; 0.3 % |
 //! | `lab` | `twill lab`, start to end | | 3 s |
 //! | `drift` | 100 peers, every kind of drift, altered to repaired | | 200 ms |
+//! | `together` | 200 agents at once for 200 free subnets | | 200 distinct |
 //! | `tcp` | TCP between containers of a lab | the same network by hand | 0.95 × |
 //!
 //! Needs root. The result is kept in `bench/runs/<date>-<n>/`: command, versions, raw numbers, verdicts.
@@ -14,6 +15,7 @@ mod drift;
 mod peers;
 mod report;
 mod tcp;
+mod together;
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -25,7 +27,7 @@ fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     if wanted.iter().any(|w| w == "--help") {
         println!(
-            "cargo run --release -p twill-bench -- [cold] [small] [drift] [lab] [tcp]\nwithout a name: all of them; needs root"
+            "cargo run --release -p twill-bench -- [cold] [small] [drift] [lab] [together] [tcp]\nwithout a name: all of them; needs root"
         );
         return;
     }
@@ -40,6 +42,9 @@ fn main() {
     }
     if wants("drift") {
         drift::run(&twill, &mut report);
+    }
+    if wants("together") {
+        together::run(&twill, &mut report);
     }
     if wants("tcp") {
         tcp::run(&twill, &mut report);

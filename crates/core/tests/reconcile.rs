@@ -247,11 +247,14 @@ proptest! {
             let found = have.get(key);
             let right = match (object, found) {
                 (Object::Route(wanted), Some(Object::Route(found))) => {
-                    let entries = found.entries.as_slice();
-                    let ours: Vec<_> = entries.iter().filter(|e| want.claim.owns_entry(found, e)).collect();
+                    // Under whatever protocol number: on our device there is this entry and no other.
+                    let on_ours = |e: &&RouteEntry| e.dev.is_some_and(|dev| want.claim.devices.contains(&dev));
+                    let entries = found.entries.as_slice().iter();
+                    let ours: Vec<_> = entries.filter(|e| on_ours(e) || want.claim.owns_entry(found, e)).collect();
                     ours == [wanted.entries.first().unwrap()]
                 }
-                (object, Some(found)) => object.satisfied_by(found),
+                (Object::Link(_), Some(found)) => object.satisfied_by(found),
+                (object, Some(found)) => object == found,
                 (_, None) => false,
             };
             prop_assert!(right, "wanted {object}, is {found:?}, after {:#?}", todo.steps);
@@ -294,6 +297,24 @@ proptest! {
         prop_assert!(keys.is_sorted(), "in key order: {keys:?}");
         let gone: Vec<Key> = todo.steps[first..].iter().map(|step| step.op.object().key()).collect();
         prop_assert!(gone.iter().rev().is_sorted(), "in reverse key order: {gone:?}");
+        for op in made[..links].iter() {
+            // VNI, port, GBP and the kind of a device never change in place, and nothing else needs a re-creation.
+            let fixed = |object: &Object| match object {
+                Object::Link(link) => match &link.kind {
+                    LinkKind::Vxlan(v) => Some((v.vni, v.port, v.gbp)),
+                    _ => None,
+                },
+                _ => None,
+            };
+            match op {
+                Op::Update { from, to } => prop_assert_eq!(fixed(from), fixed(to)),
+                Op::Recreate { from, to } => prop_assert_ne!(fixed(from), fixed(to)),
+                _ => {}
+            }
+        }
+        let goes = |link: LinkName| gone.contains(&Key::Link(link));
+        let alone = |key: &Key| matches!(key, Key::Link(_)) || !key.link().is_some_and(goes);
+        prop_assert!(gone.iter().all(alone), "what stands on a device goes with it: {gone:?}");
         for (n, step) in todo.steps.iter().enumerate() {
             prop_assert!(step.needs.iter().all(|need| (*need as usize) < n));
             // What stands on a device that this plan makes, waits for it.

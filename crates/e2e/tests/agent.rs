@@ -419,14 +419,10 @@ fn check_says_what_is_in_the_way_and_exits_with_three() {
     assert!(code == Some(3) && text.as_ref().unwrap().contains("http://"), "{text:?}");
 }
 
-/// Agents that start together; more of them with TWILL_TEST_AGENTS (bench/runs keeps a run with two hundred).
-fn how_many_agents() -> usize {
-    std::env::var("TWILL_TEST_AGENTS").ok().and_then(|text| text.parse().ok()).unwrap_or(24)
-}
-
+/// bench/ has two hundred.
 #[test]
 fn agents_that_start_together_for_as_many_subnets_all_get_one() {
-    let agents = how_many_agents();
+    let agents = 24;
     let Some(bed) = Bed::new() else { return };
     if !installed("etcdctl") {
         return;
@@ -466,10 +462,9 @@ fn agents_that_start_together_for_as_many_subnets_all_get_one() {
     for (n, host) in hosts.iter().enumerate() {
         let own = dir.path().join(n.to_string());
         let line = format!(
-            "ip addr add 10.168.{}.{}/16 dev eth0 && ip link set eth0 up && exec {} agent --iface eth0 --store http://10.168.0.1:2379 \
+            "ip addr add 10.168.1.{}/16 dev eth0 && ip link set eth0 up && exec {} agent --iface eth0 --store http://10.168.0.1:2379 \
              --state-dir {own}/state --run-dir {own}/run --subnet-file {own}/subnet.env",
-            1 + n / 200,
-            10 + n % 200,
+            10 + n,
             twill.display(),
             own = own.display()
         );
