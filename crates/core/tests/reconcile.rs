@@ -198,32 +198,32 @@ fn standing(objects: impl IntoIterator<Item = Object>) -> HostState {
 
 /// Wanted or not, and which variant is there (or none), for each object of the pool.
 fn cases() -> impl Strategy<Value = (Desired, HostState)> {
-    proptest::collection::vec((any::<bool>(), proptest::option::weighted(0.8, 0usize..12)), pool().len()).prop_map(
-        |choices| {
-            let (mut want, mut have) = (Vec::new(), ground());
-            for ((wanted, there), variants) in choices.iter().zip(pool()) {
-                // A wanted device has its address, as every backend wants it: the last one takes the routes along.
-                let of_device = matches!(variants[0], Object::Addr(_)) && !variants[0].to_string().contains(".99.");
-                if *wanted || of_device {
-                    want.push(variants[0].clone());
-                }
-                // Half of the objects are as wanted.
-                have.extend(there.and_then(|n| if n >= 6 { variants.first() } else { variants.get(n) }).cloned());
-                if let (Some(n @ 6..), Object::Route(_)) = (there, &variants[0]) {
-                    have.pop();
-                    have.push(variants[*n].clone());
-                }
-            }
-            let mut wanted = standing(want.into_iter().chain(ground()));
-            ground().iter().for_each(|object| drop(wanted.remove(&object.key())));
-            let claim = Claim {
-                devices: [name(V4), name(V6)].into(),
-                protocol: Some(PROTO_TWILL),
-                networks: vec!["10.1.0.0/16".parse().unwrap(), "fd00:1::/48".parse().unwrap()],
-            };
-            (Desired { host: wanted, claim }, standing(have))
-        },
+    proptest::collection::vec(
+        (any::<bool>(), proptest::option::weighted(0.8, any::<(bool, proptest::sample::Index)>())),
+        pool().len(),
     )
+    .prop_map(|choices| {
+        let (mut want, mut have) = (Vec::new(), ground());
+        for ((wanted, there), variants) in choices.iter().zip(pool()) {
+            // A wanted device has its address, as every backend wants it: the last one takes the routes along.
+            let of_device = matches!(variants[0], Object::Addr(_)) && !variants[0].to_string().contains(".99.");
+            if *wanted || of_device {
+                want.push(variants[0].clone());
+            }
+            // Half of what is there is as wanted.
+            have.extend(
+                there.as_ref().map(|(right, nth)| if *right { &variants[0] } else { nth.get(&variants) }).cloned(),
+            );
+        }
+        let mut wanted = standing(want.into_iter().chain(ground()));
+        ground().iter().for_each(|object| drop(wanted.remove(&object.key())));
+        let claim = Claim {
+            devices: [name(V4), name(V6)].into(),
+            protocol: Some(PROTO_TWILL),
+            networks: vec!["10.1.0.0/16".parse().unwrap(), "fd00:1::/48".parse().unwrap()],
+        };
+        (Desired { host: wanted, claim }, standing(have))
+    })
 }
 
 /// The entries of a route that are not ours to change, whoever wants what.

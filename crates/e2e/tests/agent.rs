@@ -335,13 +335,14 @@ fn what_somebody_reverts_again_and_again_is_left_alone_and_named() {
 
 /// All that `clean` and `leave` might change: devices, addresses, routes, neighbours, forwarding entries, files, leases.
 fn everything(node: &Node) -> Vec<String> {
-    let mut all: Vec<String> = ["-d link", "addr", "route show table all", "neigh show nud permanent"]
+    // IPv4 alone: link-local addresses and what hangs on them come when they are ready.
+    let mut all: Vec<String> = ["-d link", "-4 addr", "-4 route show table all", "-4 neigh show nud permanent"]
         .iter()
         .map(|words| node.host.ip(words))
         // The kernel's own link-local addresses come in their own time: it asks first whether they are free.
         .map(|text| text.lines().filter(|line| !line.contains("fe80::")).collect::<Vec<_>>().join("\n"))
         .collect();
-    all.push(node.host.run("bridge fdb show"));
+    all.push(String::from_utf8(node.host.try_run("bridge fdb show dev flannel.1").stdout).unwrap());
     for file in ["state/state.json", "subnet.env"] {
         all.push(std::fs::read_to_string(node.file(file)).unwrap_or_else(|_| format!("no {file}")));
     }
