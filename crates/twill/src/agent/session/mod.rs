@@ -41,6 +41,8 @@ const TTL: i64 = 86_400;
 const KEEPALIVE: Duration = Duration::from_secs(600);
 /// First and longest wait for a store that is away, or for anything else that waiting cures.
 const WAIT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+/// Peers for each order: the reconciler works on some while others are being read.
+const BATCH: usize = 1000;
 /// A listing that lacks so many known peers, and more than half of them, withdraws nothing.
 const MISSING: usize = 10;
 
@@ -292,6 +294,9 @@ impl Session {
             };
             self.faults.remove(&name);
             peers.push((name, reach));
+            if peers.len() == BATCH {
+                self.order(Order::Peers(std::mem::take(&mut peers)));
+            }
         }
         if !peers.is_empty() {
             self.order(Order::Peers(peers));
