@@ -11,8 +11,10 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::host::{Addr, Few, HostState, Link, LinkKind, Object, PROTO_BOOT, Route, RouteEntry, RouteKey, TABLE_MAIN};
-use crate::net::{Inet, LinkName, Mtu, Prefix};
+use crate::host::{
+    Addr, Few, HostState, Key, Link, LinkKind, Object, PROTO_BOOT, PortFlags, Route, RouteEntry, RouteKey, TABLE_MAIN,
+};
+use crate::net::{Inet, LinkName, MacAddr, Mtu, Prefix};
 use crate::reconcile::{Claim, Desired};
 
 /// The `"format"` of an attachment file.
@@ -20,10 +22,12 @@ pub const FORMAT: &str = "twill-attachment";
 /// The newest `"version"` of an attachment file that is understood.
 pub const VERSION: u32 = 1;
 
-/// What is asked for: one device in a container, joined to a bridge of the host.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What is asked for: one device in a container, joined to a bridge of the host, or point to point to the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Request {
     /// Who it is for; a runtime's container ID, or a name.
+    #[serde(rename = "containerID")]
     pub container_id: String,
     /// The device in the container.
     pub ifname: LinkName,
@@ -31,38 +35,137 @@ pub struct Request {
     pub netns: Box<str>,
     /// The host's end of the pair.
     pub host_device: LinkName,
-    /// The bridge; made when it is missing.
-    pub bridge: LinkName,
-    /// The bridge's own address, the container's way out: one for each family in use.
+    /// The bridge, made when it is missing; `None`: point to point.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bridge: Option<LinkName>,
+    /// The host's own addresses towards the container, at most one for each family: the bridge's, or (alone) those of the host's end.
+    #[serde(default)]
     pub gateways: Vec<Inet>,
-    /// The container's addresses, one for each family in use.
+    /// The container's addresses.
     pub addresses: Vec<Inet>,
+    /// The container's ways out.
+    #[serde(default)]
+    pub routes: Vec<Way>,
+    /// The container's own MAC; `None`: one that container and device always give.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddr>,
     /// MTU of the pair; `None`: the kernel's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<Mtu>,
     /// True when the host must forward for the container.
+    #[serde(default)]
     pub forward: bool,
+    /// What the bridge does with its port.
+    #[serde(default)]
+    pub port: PortFlags,
+    /// The bridge takes frames for every address.
+    #[serde(default)]
+    pub promisc: bool,
+}
+
+/// A route of the container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Way {
+    /// Destination.
+    pub dst: Prefix,
+    /// Next hop; `None`: on the link.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub via: Option<IpAddr>,
+    /// Priority; lower wins.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metric: Option<u32>,
+    /// Routing table; `None`: main.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub table: Option<u32>,
+    /// The next hop is on the link, whatever addresses say: point to point.
+    #[serde(default)]
+    pub onlink: bool,
+}
+
+impl Way {
+    /// To `dst` by `via`.
+    pub const fn new(dst: Prefix, via: Option<IpAddr>) -> Self {
+        Self { dst, via, metric: None, table: None, onlink: false }
+    }
+
+    /// The way out by `gateway`.
+    pub const fn out(gateway: IpAddr) -> Self {
+        let dst = if gateway.is_ipv4() { Prefix::DEFAULT_V4 } else { Prefix::DEFAULT_V6 };
+        Self::new(dst, Some(gateway))
+    }
+
+    /// As `ip route add … dev LINK` leaves it.
+    fn route(&self, link: LinkName) -> Object {
+        let v4 = self.dst.is_v4();
+        let entry = RouteEntry {
+            via: self.via,
+            dev: Some(link),
+            onlink: self.onlink,
+            protocol: PROTO_BOOT,
+            kind: UNICAST,
+            // IPv6 has no scopes of routes.
+            scope: if v4 && self.via.is_none() { SCOPE_LINK } else { 0 },
+            src: None,
+            special: false,
+        };
+        let metric = self.metric.unwrap_or(if v4 { 0 } else { IPV6_METRIC });
+        let key = RouteKey { table: self.table.unwrap_or(TABLE_MAIN), dst: self.dst, tos: 0, metric };
+        Object::Route(Route { key, entries: Few::One(entry) })
+    }
+}
+
+/// The name of the host's end that a container's device always gives.
+pub fn host_device(container_id: &str, ifname: LinkName) -> LinkName {
+    let MacAddr([a, b, c, d, e, g]) = MacAddr::derived([container_id.as_bytes(), b"\0", ifname.as_str().as_bytes()]);
+    let hash = format!("veth{a:02x}{b:02x}{c:02x}{d:02x}{e:02x}{:x}", g >> 4);
+    // 15 bytes of letters and digits are a device name; the container's own name is one as well.
+    hash.parse().unwrap_or(ifname)
 }
 
 impl Request {
-    /// What the host's namespace holds: bridge, its addresses, the pair, forwarding. The pair's other end is made in the container.
-    pub fn host_side(&self) -> Desired {
-        let mut host = bridge(self.bridge, &self.gateways, self.mtu);
-        host.insert(Object::Link(Box::new(Link {
-            name: self.host_device,
-            kind: LinkKind::Veth { peer: Some(self.ifname), peer_netns: Some(self.netns.clone()) },
-            mac: None,
-            mtu: self.mtu,
-            up: true,
-            master: Some(self.bridge),
-            carrier: true,
-        })));
-        if self.forward {
-            for gateway in &self.gateways {
-                let path = if gateway.addr.is_ipv4() { "net/ipv4/ip_forward" } else { "net/ipv6/conf/all/forwarding" };
-                host.insert(Object::Sysctl { path: path.into(), value: "1".into() });
+    /// What the host's namespace holds: bridge, its addresses, the pair; or the pair with addresses and routes. The pair's other end is
+    /// made in the container. `have` is what the host holds now: a bridge that is there keeps its MAC, and loses the addresses of
+    /// another network when nobody uses it.
+    pub fn host_side(&self, have: &HostState) -> Result<Desired, Clash> {
+        let mut host = HostState::new();
+        let mut claim = Claim::default();
+        let link = self.host_device;
+        let kind = LinkKind::Veth { peer: Some(self.ifname), peer_netns: Some(self.netns.clone()) };
+        let mut pair = Link { mac: Some(self.derive("host")), mtu: self.mtu, ..Link::up(link, kind) };
+        if let Some(name) = self.bridge {
+            claim.devices.extend(self.clash(have)?);
+            host = bridge(name, &self.gateways, self.mtu);
+            let mut made = Link { mtu: self.mtu, ..Link::up(name, LinkKind::Bridge) };
+            made.promisc = self.promisc.then_some(true);
+            if have.link(name).is_some() {
+                // Other containers stand on it with an MTU of their own.
+                made.mtu = None;
+            } else {
+                // Without one of its own a bridge takes that of some port, and another when the port goes.
+                made.mac = self.bridge_mac(name);
             }
+            host.insert(Object::Link(Box::new(made)));
+            pair.master = Some(name);
+            pair.port = Some(self.port);
+        } else {
+            let alone = self.gateways.iter().map(|gateway| Inet::host(gateway.addr));
+            host.extend(alone.map(|inet| Object::Addr(Addr { link, inet, scope: 0 })));
+            let ways = self.addresses.iter().map(|inet| Way::new(Prefix::host(inet.addr), None));
+            host.extend(ways.map(|way| way.route(link)));
         }
-        Desired { host, claim: Claim::default() }
+        host.insert(Object::Link(Box::new(pair)));
+        Ok(Desired { host, claim })
+    }
+
+    /// What makes the host forward for the container, where it must.
+    pub fn forwarding(&self) -> Desired {
+        let paths = self.addresses.iter().map(|inet| match inet.addr {
+            IpAddr::V4(_) => "net/ipv4/ip_forward",
+            IpAddr::V6(_) => "net/ipv6/conf/all/forwarding",
+        });
+        let sysctls =
+            paths.filter(|_| self.forward).map(|path| Object::Sysctl { path: path.into(), value: "1".into() });
+        Desired { host: sysctls.collect(), claim: Claim::default() }
     }
 
     /// What the container's namespace holds before the pair is there. Without an IPv6 address IPv6 is off, as docker has it: else the
@@ -78,22 +181,48 @@ impl Request {
         Desired { host, claim: Claim::default() }
     }
 
-    /// What the container's namespace holds, once the pair is there: loopback, the device, its addresses, the way out.
+    /// What the container's namespace holds, once the pair is there: loopback, the device, its addresses, the ways out.
     pub fn container_side(&self) -> Desired {
-        let mut host = HostState::new();
-        host.extend(loopback());
-        host.insert(Object::Link(Box::new(Link {
-            name: self.ifname,
-            kind: LinkKind::Veth { peer: None, peer_netns: None },
-            mac: None,
-            mtu: self.mtu,
-            up: true,
-            master: None,
-            carrier: true,
-        })));
-        host.extend(self.addresses.iter().map(|&inet| Object::Addr(Addr { link: self.ifname, inet, scope: 0 })));
-        host.extend(self.gateways.iter().map(|gateway| default_route(self.ifname, gateway.addr)));
+        let mut host: HostState = loopback().into_iter().collect();
+        let (link, kind) = (self.ifname, LinkKind::Veth { peer: None, peer_netns: None });
+        let mac = Some(self.mac.unwrap_or_else(|| self.derive("container")));
+        host.insert(Object::Link(Box::new(Link { mac, mtu: self.mtu, ..Link::up(link, kind) })));
+        host.extend(self.addresses.iter().map(|&inet| Object::Addr(Addr { link, inet, scope: 0 })));
+        host.extend(self.routes.iter().map(|way| way.route(link)));
         Desired { host, claim: Claim::default() }
+    }
+
+    /// A MAC for one end: the same whenever the container is attached anew.
+    fn derive(&self, end: &str) -> MacAddr {
+        MacAddr::derived([self.container_id.as_bytes(), b"\0", self.ifname.as_str().as_bytes(), b"\0", end.as_bytes()])
+    }
+
+    /// The bridge's MAC, unique as its address is.
+    fn bridge_mac(&self, name: LinkName) -> Option<MacAddr> {
+        let gateway = self.gateways.first()?.to_string();
+        Some(MacAddr::derived([gateway.as_bytes(), b"\0", name.as_str().as_bytes()]))
+    }
+
+    /// Whether the bridge can be used as it is. It is given back when it has addresses that have to go, and nobody uses it.
+    fn clash(&self, have: &HostState) -> Result<Option<LinkName>, Clash> {
+        let Some(link) = self.bridge.and_then(|name| have.link(name)) else { return Ok(None) };
+        let bridge = link.name;
+        if link.kind != LinkKind::Bridge {
+            return Err(Clash::NotABridge(bridge));
+        }
+        let on_it: Vec<Inet> = have.iter().filter_map(|(_, object)| on(object, bridge)).collect();
+        let missing: Vec<&Inet> = self.gateways.iter().filter(|gateway| !on_it.contains(gateway)).collect();
+        let foreign = on_it.into_iter().filter(|inet| missing.iter().any(|m| m.addr.is_ipv4() == inet.addr.is_ipv4()));
+        let foreign: Vec<Inet> = foreign.collect();
+        if foreign.is_empty() {
+            return Ok(None);
+        }
+        let ports = have.range(..Key::Sysctl("".into())).filter_map(|(_, object)| match object {
+            Object::Link(port) if port.master == Some(bridge) => Some(port.name),
+            _ => None,
+        });
+        let ports: Vec<LinkName> = ports.collect();
+        if ports.is_empty() { Ok(Some(bridge)) } else { Err(Clash::Addresses { bridge, foreign, ports }) }
     }
 
     /// What is written down of it.
@@ -101,54 +230,63 @@ impl Request {
         Attachment {
             format: FORMAT.into(),
             version: VERSION,
-            container_id: self.container_id.clone(),
-            ifname: self.ifname,
+            request: self.clone(),
             boot_id: boot_id.to_owned(),
-            netns: self.netns.to_string(),
             netns_inode,
-            bridge: self.bridge,
-            host_device: self.host_device,
-            addresses: self.addresses.clone(),
-            gateways: self.gateways.iter().map(|gateway| gateway.addr).collect(),
+            network: None,
             ports: Vec::new(),
         }
     }
 }
 
+/// The address that `object` is, if it is one of `link` that somebody gave.
+fn on(object: &Object, link: LinkName) -> Option<Inet> {
+    match object {
+        Object::Addr(addr) if addr.link == link && addr.scope == 0 => Some(addr.inet),
+        _ => None,
+    }
+}
+
+/// Why a bridge cannot be used as it is.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Clash {
+    /// Another device has its name.
+    #[error("{0} is there, and is no bridge")]
+    NotABridge(LinkName),
+    /// It has another address.
+    #[error("the bridge {bridge} has {}, and serves {}", list(foreign), list(ports))]
+    Addresses {
+        /// The bridge.
+        bridge: LinkName,
+        /// What it has.
+        foreign: Vec<Inet>,
+        /// Who uses it.
+        ports: Vec<LinkName>,
+    },
+}
+
+fn list(items: &[impl std::fmt::Display]) -> String {
+    items.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
 /// A bridge that is up, with its addresses.
 pub fn bridge(name: LinkName, addresses: &[Inet], mtu: Option<Mtu>) -> HostState {
     let mut host = HostState::new();
-    let link = Link { name, kind: LinkKind::Bridge, mac: None, mtu, up: true, master: None, carrier: true };
-    host.insert(Object::Link(Box::new(link)));
+    host.insert(Object::Link(Box::new(Link { mtu, ..Link::up(name, LinkKind::Bridge) })));
     host.extend(addresses.iter().map(|&inet| Object::Addr(Addr { link: name, inet, scope: 0 })));
     host
 }
 
 /// The loopback device, up.
 pub fn loopback() -> Option<Object> {
-    let kind = LinkKind::Other { name: "device".into() };
     let name = "lo".parse().ok()?;
-    Some(Object::Link(Box::new(Link { name, kind, mac: None, mtu: None, up: true, master: None, carrier: true })))
-}
-
-/// As `ip route add default via GATEWAY dev LINK` leaves it.
-fn default_route(link: LinkName, gateway: IpAddr) -> Object {
-    let (dst, metric) = if gateway.is_ipv4() { (Prefix::DEFAULT_V4, 0) } else { (Prefix::DEFAULT_V6, IPV6_METRIC) };
-    let entry = RouteEntry {
-        via: Some(gateway),
-        dev: Some(link),
-        onlink: false,
-        protocol: PROTO_BOOT,
-        kind: UNICAST,
-        scope: 0,
-        src: None,
-        special: false,
-    };
-    Object::Route(Route { key: RouteKey { table: TABLE_MAIN, dst, tos: 0, metric }, entries: Few::One(entry) })
+    Some(Object::Link(Box::new(Link::up(name, LinkKind::Other { name: "device".into() }))))
 }
 
 /// RTN_UNICAST.
 const UNICAST: u8 = 1;
+/// RT_SCOPE_LINK.
+const SCOPE_LINK: u8 = 253;
 /// IP6_RT_PRIO_USER: the metric that IPv6 gives a route without one.
 const IPV6_METRIC: u32 = 1024;
 
@@ -160,27 +298,28 @@ pub struct Attachment {
     pub format: String,
     /// At most [`VERSION`].
     pub version: u32,
-    /// Who it is for.
-    #[serde(rename = "containerID")]
-    pub container_id: String,
-    /// The device in the container.
-    pub ifname: LinkName,
+    /// What was asked for: everything that CHECK compares.
+    #[serde(flatten)]
+    pub request: Request,
     /// The boot that it belongs to (/proc/sys/kernel/random/boot_id): after another one it is stale.
     pub boot_id: String,
-    /// The container's network namespace, as a path.
-    pub netns: String,
     /// The namespace's inode: a path may be used again for another namespace.
     pub netns_inode: u64,
-    /// The bridge.
-    pub bridge: LinkName,
-    /// The host's end of the pair.
-    pub host_device: LinkName,
-    /// The container's addresses.
-    pub addresses: Vec<Inet>,
-    /// Its ways out.
-    pub gateways: Vec<IpAddr>,
+    /// Where its addresses are written down; `None`: nowhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<Network>,
     /// Published ports.
+    #[serde(default)]
     pub ports: Vec<serde_json::Value>,
+}
+
+/// A network of containers, and the folder of its address files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Network {
+    /// Its name.
+    pub name: String,
+    /// `<dataDir>/<name>`.
+    pub dir: Box<str>,
 }
 
 /// Why an attachment file cannot be read. The file is left untouched.
@@ -197,10 +336,15 @@ pub enum BadAttachment {
     Newer(u32),
 }
 
+/// The name of an attachment's file below `attachments/`.
+pub fn file_name(container_id: &str, ifname: LinkName) -> String {
+    format!("{container_id}:{ifname}.json")
+}
+
 impl Attachment {
     /// The file's name below `attachments/`.
     pub fn file_name(&self) -> String {
-        format!("{}:{}.json", self.container_id, self.ifname)
+        file_name(&self.request.container_id, self.request.ifname)
     }
 
     /// The file's content.
@@ -229,7 +373,6 @@ impl Attachment {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::Key;
     use crate::reconcile::{Caps, Scope, effect, plan};
 
     fn request() -> Request {
@@ -238,31 +381,97 @@ mod tests {
             ifname: "eth0".parse().unwrap(),
             netns: "/proc/7/ns/net".into(),
             host_device: "veth1".parse().unwrap(),
-            bridge: "cni0".parse().unwrap(),
+            bridge: Some("cni0".parse().unwrap()),
             gateways: vec!["10.1.15.1/24".parse().unwrap(), "fd00:15::1/64".parse().unwrap()],
             addresses: vec!["10.1.15.2/24".parse().unwrap(), "fd00:15::2/64".parse().unwrap()],
+            routes: vec![Way::out("10.1.15.1".parse().unwrap()), Way::out("fd00:15::1".parse().unwrap())],
+            mac: None,
             mtu: Some(Mtu::try_from(1450).unwrap()),
             forward: true,
+            port: PortFlags { hairpin: true, isolated: false },
+            promisc: false,
         }
+    }
+
+    /// What `have` becomes.
+    fn settle(want: &Desired, have: &mut HostState) {
+        let steps = plan(want, have, &Caps::default(), Scope::All).steps;
+        steps.iter().for_each(|step| effect(have, &step.op));
     }
 
     #[test]
     fn the_host_gets_bridge_pair_and_forwarding_for_each_family() {
-        let want = request().host_side();
+        let want = request().host_side(&HostState::new()).unwrap();
+        let forwarding = request().forwarding();
         for path in ["net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"] {
-            assert!(want.host.get(&Key::Sysctl(path.into())).is_some());
+            assert!(forwarding.host.get(&Key::Sysctl(path.into())).is_some());
         }
         let veth = want.host.link("veth1".parse().unwrap()).unwrap();
         assert_eq!(veth.master, Some("cni0".parse().unwrap()));
+        assert!(veth.port.unwrap().hairpin);
+    }
+
+    #[test]
+    fn a_bridge_that_is_made_has_a_mac_of_its_own_and_one_that_is_there_keeps_its() {
+        let mut have = HostState::new();
+        settle(&request().host_side(&have).unwrap(), &mut have);
+        let bridge = have.link("cni0".parse().unwrap()).unwrap().clone();
+        let other = Request { container_id: "container-2".into(), host_device: "veth2".parse().unwrap(), ..request() };
+        let want = other.host_side(&have).unwrap();
+        assert_eq!(want.host.link("cni0".parse().unwrap()).unwrap().mac, None);
+        settle(&want, &mut have);
+        assert_eq!(have.link("cni0".parse().unwrap()), Some(&bridge));
+        let macs = ["veth1", "veth2"].map(|name| have.link(name.parse().unwrap()).unwrap().mac);
+        assert!(macs[0].is_some() && macs[0] != macs[1]);
     }
 
     #[test]
     fn the_container_gets_a_way_out_for_each_family() {
-        let want = request().container_side();
         let mut have: HostState = loopback().into_iter().collect();
-        plan(&want, &have.clone(), &Caps::default(), Scope::All).steps.iter().for_each(|s| effect(&mut have, &s.op));
+        settle(&request().container_side(), &mut have);
         let routes = have.iter().filter(|(k, _)| matches!(k, Key::Route(r) if r.dst.len() == 0)).count();
         assert_eq!(routes, 2);
+    }
+
+    #[test]
+    fn point_to_point_the_host_has_a_route_for_each_address() {
+        let want = Request { bridge: None, ..request() }.host_side(&HostState::new()).unwrap();
+        let lines: Vec<String> = want.host.iter().map(|(_, object)| object.to_string()).collect();
+        assert!(lines.contains(&"address 10.1.15.1/32 dev veth1".into()), "{lines:?}");
+        assert!(lines.iter().any(|l| l.starts_with("route 10.1.15.2 dev veth1 scope link")), "{lines:?}");
+        assert!(lines.iter().any(|l| l.starts_with("route fd00:15::2 dev veth1")), "{lines:?}");
+    }
+
+    #[test]
+    fn a_bridge_with_another_address_is_repaired_while_nobody_uses_it() {
+        let bridge: LinkName = "cni0".parse().unwrap();
+        let foreign: Inet = "10.1.99.1/24".parse().unwrap();
+        let mut have = super::bridge(bridge, &[foreign], None);
+        let mut repaired = have.clone();
+        settle(&request().host_side(&have).unwrap(), &mut repaired);
+        let left: Vec<Inet> = repaired.iter().filter_map(|(_, object)| on(object, bridge)).collect();
+        assert_eq!(left, request().gateways);
+        let port = Link {
+            master: Some(bridge),
+            ..Link::up("veth9".parse().unwrap(), LinkKind::Other { name: "dummy".into() })
+        };
+        have.insert(Object::Link(Box::new(port)));
+        let refused = request().host_side(&have).unwrap_err().to_string();
+        assert_eq!(refused, "the bridge cni0 has 10.1.99.1/24, and serves veth9");
+        have.insert(Object::Addr(Addr { link: bridge, inet: "10.1.15.1/24".parse().unwrap(), scope: 0 }));
+        assert!(request().host_side(&have).is_ok(), "ours beside it");
+        let dummy: HostState =
+            [Object::Link(Box::new(Link::up(bridge, LinkKind::Other { name: "dummy".into() })))].into_iter().collect();
+        assert_eq!(request().host_side(&dummy).unwrap_err(), Clash::NotABridge(bridge));
+    }
+
+    #[test]
+    fn a_host_device_is_named_after_the_container() {
+        let name = |id, ifname: &str| host_device(id, ifname.parse().unwrap());
+        assert_eq!(name("abc", "eth0"), name("abc", "eth0"));
+        assert_ne!(name("abc", "eth0"), name("abc", "eth1"));
+        assert_ne!(name("abc", "eth0"), name("abd", "eth0"));
+        assert!(name("abc", "eth0").as_str().starts_with("veth"));
     }
 
     #[test]

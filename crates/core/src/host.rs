@@ -116,9 +116,24 @@ pub struct Link {
     pub up: bool,
     /// The bridge (or other master) it is a port of; wanted `None`: not looked at.
     pub master: Option<LinkName>,
+    /// As a port of a bridge: what the bridge does with it. Wanted `None`: whatever it does; read `None`: nothing of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<PortFlags>,
+    /// Takes frames for every address (IFF_PROMISC, as somebody asked for it). Wanted `None`: not looked at; read `None`: it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub promisc: Option<bool>,
     /// Read only: lower layer up (IFF_LOWER_UP, "carrier"). Never compared.
     #[serde(default)]
     pub carrier: bool,
+}
+
+/// What a bridge does with one of its ports (IFLA_BRPORT_*).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortFlags {
+    /// Frames may leave by the port that they came in by: a container reaches itself by its service's address.
+    pub hairpin: bool,
+    /// No frames to or from other isolated ports.
+    pub isolated: bool,
 }
 
 /// Device kinds that Twill makes or looks into.
@@ -309,6 +324,13 @@ impl<T> From<Few<T>> for Vec<T> {
     }
 }
 
+impl Link {
+    /// A wanted device that is up, whatever else it has.
+    pub const fn up(name: LinkName, kind: LinkKind) -> Self {
+        Self { name, kind, mac: None, mtu: None, up: true, master: None, port: None, promisc: None, carrier: true }
+    }
+}
+
 impl Key {
     /// The device that this object stands or falls with.
     pub fn link(&self) -> Option<LinkName> {
@@ -342,6 +364,8 @@ impl Object {
                     && wish(w.mac, h.mac)
                     && wish(w.mtu, h.mtu)
                     && wish(w.master, h.master)
+                    && wish(w.port, Some(h.port.unwrap_or_default()))
+                    && wish(w.promisc, Some(h.promisc.unwrap_or_default()))
                     && w.kind.satisfied_by(&h.kind)
             }
             (Object::Neigh(w), Object::Neigh(h)) => {

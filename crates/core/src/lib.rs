@@ -5,7 +5,7 @@
 //! - [`lease`]: who holds which subnet; [`backend`]: what that means for the kernel
 //! - [`host`]: the state of a network namespace, as wanted and as found
 //! - [`reconcile`]: from wanted and found to steps
-//! - [`attach`]: containers on a bridge
+//! - [`attach`]: containers on a bridge; [`ipam`]: which address each of them gets
 //! - [`ipcalc`]: address arithmetic for people
 //! - [`words`]: kernel numbers and table lines as `ip` and `bridge` print them
 
@@ -16,6 +16,7 @@ pub mod config;
 pub mod flannel;
 pub mod host;
 pub mod iface;
+pub mod ipam;
 pub mod ipcalc;
 pub mod lease;
 pub mod lease_set;

@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use sha2::{Digest, Sha256};
 
 /// Why a text or number is not the fact that it was taken for. Names the value and what is allowed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -307,6 +308,16 @@ impl MacAddr {
     pub const BROADCAST: MacAddr = MacAddr([0xff; 6]);
     /// `00:00:00:00:00:00`, in a VXLAN's FDB the default entry.
     pub const ZERO: MacAddr = MacAddr([0; 6]);
+
+    /// The address that these parts always give: the first 6 bytes of SHA-256 of them all, local, unicast.
+    pub fn derived<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Self {
+        let mut digest = Sha256::new();
+        parts.into_iter().for_each(|part| digest.update(part));
+        let mut mac = [0; 6];
+        mac.copy_from_slice(&digest.finalize()[..6]);
+        mac[0] = (mac[0] | 0x02) & 0xfe;
+        Self(mac)
+    }
 
     /// True for a unicast address other than zero: what a device may carry.
     pub const fn is_unicast(&self) -> bool {

@@ -2,6 +2,7 @@
 //!
 //! The tests in `tests/` run real programs in network namespaces that they made themselves, and look from outside.
 
+pub mod cni;
 pub mod net;
 pub mod node;
 pub mod overlay;
@@ -21,7 +22,16 @@ pub fn bin(name: &str) -> PathBuf {
     let dir = BUILT.get_or_init(|| {
         let workspace = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
         let done = Command::new(env!("CARGO"))
-            .args(["build", "--quiet", "--locked", "--package", "twill", "--message-format=json"])
+            .args([
+                "build",
+                "--quiet",
+                "--locked",
+                "--package",
+                "twill",
+                "--package",
+                "twill-cni",
+                "--message-format=json",
+            ])
             .current_dir(workspace)
             .output()
             .expect("run cargo build");

@@ -46,7 +46,7 @@ trait Build {
 impl Build for PlaceFacts {
     fn add_link(&mut self, name: &str, kind: LinkKind, mac: MacAddr) -> &mut Self {
         let name = link_name(name);
-        let link = Link { name, kind, mac: Some(mac), mtu: None, up: true, master: None, carrier: true };
+        let link = Link { mac: Some(mac), ..Link::up(name, kind) };
         self.state.insert(Object::Link(Box::new(link)));
         self
     }

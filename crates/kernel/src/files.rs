@@ -42,6 +42,71 @@ pub fn read_limited(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>>> {
     Ok(Some(bytes))
 }
 
+/// Puts `bytes` at `path` as [`write_atomic`] does, but without waiting for the disk: that is what the answer is for. The folder must
+/// be there.
+pub fn put(path: &Path, bytes: &[u8], mode: u32) -> io::Result<Unsynced> {
+    put_by(path, bytes, mode, |beside| fs::rename(beside, path))
+}
+
+/// [`put`], refused when `path` is there.
+pub fn put_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<Unsynced> {
+    put_by(path, bytes, mode, |beside| {
+        fs::hard_link(beside, path)?;
+        fs::remove_file(beside)
+    })
+}
+
+fn put_by(path: &Path, bytes: &[u8], mode: u32, place: impl Fn(&Path) -> io::Result<()>) -> io::Result<Unsynced> {
+    let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let beside = dir.join(format!(".{}.{}", name.to_string_lossy(), std::process::id()));
+    let write = || {
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&beside)?;
+        file.write_all(bytes)?;
+        place(&beside)?;
+        Ok(Unsynced { file: Some(file), dir: File::open(dir)? })
+    };
+    write().inspect_err(|_| {
+        let _ = fs::remove_file(&beside);
+    })
+}
+
+/// Removes a file, without waiting for the disk; `None`: there is none.
+pub fn remove(path: &Path) -> io::Result<Option<Unsynced>> {
+    let dir = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    match fs::remove_file(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+        Ok(()) => Ok(Some(Unsynced { file: None, dir: File::open(dir)? })),
+    }
+}
+
+/// A change of a folder that a crash of the machine may still undo.
+#[derive(Debug)]
+#[must_use]
+pub struct Unsynced {
+    file: Option<File>,
+    dir: File,
+}
+
+impl Unsynced {
+    /// Waits until the disk has it.
+    pub fn sync(&self) -> io::Result<()> {
+        self.file.as_ref().map_or(Ok(()), File::sync_all)?;
+        self.dir.sync_all()
+    }
+}
+
+/// Waits until the disk has them all; the waits are one.
+pub fn sync_all(changes: &[Unsynced]) -> io::Result<()> {
+    let synced = std::thread::scope(|scope| {
+        let threads: Vec<_> = changes.iter().map(|change| scope.spawn(|| change.sync())).collect();
+        threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect::<Vec<_>>()
+    });
+    synced.into_iter().try_for_each(|ended| ended.map_err(|_| io::Error::other("a thread that syncs panicked"))?)
+}
+
 /// An exclusive lock that ends with the process.
 #[derive(Debug)]
 pub struct Lock(File);
@@ -60,6 +125,18 @@ impl Lock {
         }
     }
 
+    /// Takes the lock of a file, made when it is missing, and waits for whoever holds it.
+    pub fn exclusive(path: &Path) -> io::Result<Lock> {
+        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
+        loop {
+            match flock(&file, FlockOperation::LockExclusive) {
+                Ok(()) => return Ok(Lock(file)),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
     /// The locked file.
     pub fn file(&self) -> &File {
         &self.0
@@ -71,6 +148,11 @@ pub fn random_bytes<const N: usize>() -> io::Result<[u8; N]> {
     let mut bytes = [0; N];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(bytes)
+}
+
+/// The id of this boot: another one after each start of the machine.
+pub fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
 /// The machine's id (machine-id(5)); empty where there is none.

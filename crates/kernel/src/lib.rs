@@ -4,8 +4,10 @@
 //! - [`lookup`]: the kernel's own routing decision; [`wires`]: the other ends of veth pairs
 //! - [`tun`], [`udp`], [`icmp`]: the doors of a tunnel in user space, each with its twin
 //! - [`netns`]: namespaces; [`sysctl`], [`files`], [`capture`]: the rest of the host
+//! - [`attach`]: containers joined to a host
 //! - [`netlink::wire`]: netlink's bytes
 
+pub mod attach;
 pub mod capture;
 pub mod files;
 pub mod icmp;

@@ -41,6 +41,15 @@ impl Netns {
         Ok(move_into_link_name_space(self.0.as_fd(), Some(LinkNameSpaceType::Network))?)
     }
 
+    /// Runs `act` in the namespace on the calling thread, and brings the thread back.
+    pub fn visit<T>(&self, act: impl FnOnce() -> T) -> io::Result<T> {
+        let home = Self::current()?;
+        self.enter()?;
+        let done = act();
+        home.enter()?;
+        Ok(done)
+    }
+
     /// Runs `act` in the namespace, on a thread of its own, so that the caller stays where it is.
     pub fn run<T: Send>(&self, act: impl FnOnce() -> T + Send) -> io::Result<T> {
         let ended = std::thread::scope(|scope| {

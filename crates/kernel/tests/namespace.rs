@@ -75,22 +75,17 @@ fn underlay() {
 fn desired(peers: u8) -> Desired {
     let link = name("flannel.1");
     let mut host = HostState::new();
-    host.insert(Object::Link(Box::new(Link {
-        name: link,
-        kind: LinkKind::Vxlan(Vxlan {
-            vni: Vni::try_from(1).unwrap(),
-            port: Port::try_from(8472).unwrap(),
-            local: Some("10.168.0.2".parse().unwrap()),
-            lower: Some(name("eth0")),
-            learning: false,
-            gbp: false,
-        }),
-        mac: Some("5e:f8:4f:00:e3:37".parse().unwrap()),
-        mtu: Some(Mtu::try_from(1450).unwrap()),
-        up: true,
-        master: None,
-        carrier: true,
-    })));
+    let kind = LinkKind::Vxlan(Vxlan {
+        vni: Vni::try_from(1).unwrap(),
+        port: Port::try_from(8472).unwrap(),
+        local: Some("10.168.0.2".parse().unwrap()),
+        lower: Some(name("eth0")),
+        learning: false,
+        gbp: false,
+    });
+    let mac = Some("5e:f8:4f:00:e3:37".parse().unwrap());
+    let mtu = Some(Mtu::try_from(1450).unwrap());
+    host.insert(Object::Link(Box::new(Link { mac, mtu, ..Link::up(link, kind) })));
     host.insert(Object::Addr(Addr { link, inet: "10.1.15.0/32".parse().unwrap(), scope: 0 }));
     host.insert(Object::Sysctl { path: "net/ipv4/ip_forward".into(), value: "1".into() });
     for n in 1..=peers {

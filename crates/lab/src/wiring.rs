@@ -1,16 +1,16 @@
-//! Namespaces and what joins them. Every change goes through `core::plan` and `kernel::apply`.
+//! Namespaces and what joins them: the CNI plugin's way, `kernel::attach`.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use twill_core::attach::{self, Request};
-use twill_core::host::Key;
+use twill_core::attach::{Request, Way, bridge as bridge_with, loopback};
+use twill_core::host::PortFlags;
 use twill_core::net::{Inet, LinkName, Mtu};
-use twill_core::reconcile::{Caps, Claim, Desired, Op, Scope, plan};
+use twill_core::reconcile::{Claim, Desired};
 use twill_kernel::netns::Netns;
-use twill_kernel::{Interest, Kernel, LinuxKernel, files, sysctl};
+use twill_kernel::{attach, files};
 
 use crate::error::{Act, LabError};
 use crate::layout::{ContainerPlan, NodePlan};
@@ -41,32 +41,15 @@ impl Place {
 
     /// Brings the namespace to what is wanted.
     pub(crate) fn make(&self, want: &Desired) -> Result<(), LabError> {
-        let sysctls = want.host.iter().filter_map(|(key, _)| match key {
-            Key::Sysctl(path) => Some(path.clone()),
-            _ => None,
-        });
-        let interest = Interest { sysctls: sysctls.collect(), ..Interest::default() };
-        let made = self.netns.run(|| {
-            let mut kernel = LinuxKernel::open(interest).act(|| format!("look into {}", self.name))?;
-            let plan = plan(want, kernel.mirror(), &Caps::default(), Scope::All);
-            let outcome = kernel.apply(&plan);
-            for (step, result) in plan.steps.iter().zip(outcome.steps) {
-                result.act(|| format!("{}: {} {}", self.name, step.op.verb(), about(&step.op)))?;
-            }
-            Ok(())
-        });
-        made.act(|| format!("enter {}", self.name))?
+        let made = self.netns.run(|| attach::make(want));
+        made.act(|| format!("enter {}", self.name))?.act(|| self.name.clone())
     }
-}
-
-fn about(op: &Op) -> String {
-    op.object().to_string()
 }
 
 /// The bridge between the hosts.
 pub(crate) fn underlay(place: &Place, bridge: LinkName, address: Inet) -> Result<(), LabError> {
-    let mut host = attach::bridge(bridge, &[address], None);
-    host.extend(attach::loopback());
+    let mut host = bridge_with(bridge, &[address], None);
+    host.extend(loopback());
     place.make(&Desired { host, claim: Claim::default() })
 }
 
@@ -83,11 +66,15 @@ pub(crate) fn join_host(
         ifname: eth0()?,
         netns: host.own_path().into(),
         host_device: plan.name.parse().act(|| format!("name the port of {}", plan.name))?,
-        bridge,
+        bridge: Some(bridge),
         gateways: vec![gateway],
         addresses: vec![plan.address],
+        routes: vec![Way::out(gateway.addr)],
+        mac: None,
         mtu: None,
         forward: false,
+        port: PortFlags::default(),
+        promisc: false,
     };
     attach(underlay, host, &request)
 }
@@ -106,29 +93,32 @@ pub(crate) fn join_container(
         ifname: eth0()?,
         netns: container.own_path().into(),
         host_device: plan.host_device,
-        bridge: node.bridge,
+        bridge: Some(node.bridge),
         gateways: vec![node.gateway],
         addresses: vec![plan.address],
+        routes: vec![Way::out(node.gateway.addr)],
+        mac: None,
         mtu,
         forward: true,
+        port: PortFlags::default(),
+        promisc: false,
     };
-    let mut before = request.container_before();
-    // A kernel without IPv6 has no such file.
-    before.host.retain(|key, _| !matches!(key, Key::Sysctl(path) if sysctl::read(path).is_err()));
-    container.make(&before)?;
     attach(host, container, &request)?;
-    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").act(|| "read the boot's id".into())?;
+    let boot = files::boot_id().act(|| "read the boot's id".into())?;
     let inode = fs::metadata(container.own_path()).act(|| format!("look at the namespace of {}", plan.name))?.ino();
-    let mut record = request.record(boot.trim(), inode);
-    record.netns = container.path(own_pid()?);
+    let mut record = request.record(&boot, inode);
+    record.request.netns = container.path(own_pid()?).into();
     let path = attachments.join(record.file_name());
     let text = record.to_json().act(|| format!("write {}", path.display()))?;
     files::write_atomic(&path, text.as_bytes(), 0o644).act(|| format!("write {}", path.display()))
 }
 
 fn attach(host: &Place, guest: &Place, request: &Request) -> Result<(), LabError> {
-    host.make(&request.host_side())?;
-    guest.make(&request.container_side())
+    let attached = host.netns.run(|| attach::attach(&guest.netns, request));
+    attached
+        .act(|| format!("enter {}", host.name))?
+        .map(|_| ())
+        .act(|| format!("attach {} to {}", guest.name, host.name))
 }
 
 fn eth0() -> Result<LinkName, LabError> {

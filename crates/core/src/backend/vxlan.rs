@@ -6,7 +6,6 @@
 //! ```
 
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 use crate::host::{
     Addr, Fdb, Few, HostState, Link, LinkKind, Neigh, Object, PROTO_TWILL, Route, RouteEntry, RouteKey, TABLE_MAIN,
@@ -81,7 +80,7 @@ impl Backend for VxlanConfig {
                 gbp: self.gbp,
             });
             let (mac, mtu) = (Some(cx.mac(name)), Some(self.mtu(&cx.underlay, v4)?));
-            host.insert(Object::Link(Box::new(Link { name, kind, mac, mtu, up: true, master: None, carrier: true })));
+            host.insert(Object::Link(Box::new(Link { mac, mtu, ..Link::up(name, kind) })));
             host.insert(Object::Addr(Addr { link: name, inet: Inet::host(subnet.addr()), scope: 0 }));
             for (path, value) in sysctls(name, v4) {
                 host.insert(Object::Sysctl { path, value: value.into() });
@@ -210,9 +209,5 @@ fn metric(networks: &[Prefix], subnet: &Prefix) -> u32 {
 
 /// A MAC that a node and device name always give: the first 6 bytes of SHA-256(identity ‖ device name), local, unicast.
 pub fn derive_mac(node: &NodeId, device: LinkName) -> MacAddr {
-    let digest = Sha256::new().chain_update(node.0).chain_update(device.as_str()).finalize();
-    let mut mac = [0; 6];
-    mac.copy_from_slice(&digest[..6]);
-    mac[0] = (mac[0] | 0x02) & 0xfe;
-    MacAddr(mac)
+    MacAddr::derived([&node.0, device.as_str().as_bytes()])
 }

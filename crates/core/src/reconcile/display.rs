@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::host::{Addr, Link, LinkKind, Object, Route, Rule};
+use crate::host::{Addr, Link, LinkKind, Object, PortFlags, Route, Rule};
 use crate::words;
 
 use super::{Op, Step, Why};
@@ -61,6 +61,13 @@ impl fmt::Display for Link {
         }
         if let Some(master) = self.master {
             write!(f, " master {master}")?;
+        }
+        if let Some(PortFlags { hairpin, isolated }) = self.port {
+            let word = |on| if on { "on" } else { "off" };
+            write!(f, " hairpin {} isolated {}", word(hairpin), word(isolated))?;
+        }
+        if self.promisc == Some(true) {
+            f.write_str(" promisc on")?;
         }
         f.write_str(if self.up { " up" } else { " down" })
     }

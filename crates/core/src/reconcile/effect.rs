@@ -52,6 +52,8 @@ fn update(have: &mut HostState, from: &Object, to: &Object) {
             merged.mac = link.mac.or(was.mac);
             merged.mtu = link.mtu.or(was.mtu);
             merged.master = link.master.or(was.master);
+            merged.port = link.port.or(was.port);
+            merged.promisc = link.promisc.or(was.promisc);
             merged.carrier = was.carrier;
             if let (LinkKind::Vxlan(w), LinkKind::Vxlan(h)) = (&mut merged.kind, &was.kind) {
                 w.local = w.local.or(h.local);

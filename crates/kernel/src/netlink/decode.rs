@@ -5,7 +5,9 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use twill_core::host::{Addr, Fdb, Few, Link, LinkKind, Neigh, Route, RouteEntry, RouteKey, Rule, RuleKey, Vxlan};
+use twill_core::host::{
+    Addr, Fdb, Few, Link, LinkKind, Neigh, PortFlags, Route, RouteEntry, RouteKey, Rule, RuleKey, Vxlan,
+};
 use twill_core::net::{Inet, LinkName, MacAddr, Mtu, Port, Prefix, Vni};
 
 use super::names::Names;
@@ -27,6 +29,10 @@ pub(crate) mod ifla {
     pub(crate) const LINK_NETNSID: u16 = 37;
     pub(crate) const INFO_KIND: u16 = 1;
     pub(crate) const INFO_DATA: u16 = 2;
+    pub(crate) const INFO_SLAVE_KIND: u16 = 4;
+    pub(crate) const INFO_SLAVE_DATA: u16 = 5;
+    pub(crate) const BRPORT_MODE: u16 = 4;
+    pub(crate) const BRPORT_ISOLATED: u16 = 33;
     pub(crate) const VETH_PEER: u16 = 1;
     pub(crate) const VXLAN_ID: u16 = 1;
     pub(crate) const VXLAN_LINK: u16 = 3;
@@ -71,6 +77,7 @@ pub(crate) const NUD_NOARP: u16 = 0x40;
 pub(crate) const NUD_PERMANENT: u16 = 0x80;
 pub(crate) const RTNH_F_ONLINK: u32 = 4;
 const IFF_UP: u32 = 1;
+const IFF_PROMISC: u32 = 0x100;
 const IFF_LOWER_UP: u32 = 1 << 16;
 const RTM_F_CLONED: u32 = 0x200;
 
@@ -91,6 +98,8 @@ pub(crate) fn link(payload: &[u8], names: &Names) -> Option<Link> {
         mtu: None,
         up: flags & IFF_UP != 0,
         master: None,
+        port: None,
+        promisc: (flags & IFF_PROMISC != 0).then_some(true),
         carrier: flags & IFF_LOWER_UP != 0,
     };
     let elsewhere = attr(rest, ifla::LINK_NETNSID).is_some();
@@ -106,6 +115,7 @@ pub(crate) fn link(payload: &[u8], names: &Names) -> Option<Link> {
     }
     if let Some(info) = attr(rest, ifla::LINKINFO) {
         link.kind = link_kind(info, peer, names)?;
+        link.port = port_flags(info);
     }
     Some(link)
 }
@@ -119,6 +129,15 @@ fn link_kind(info: &[u8], peer: Option<LinkName>, names: &Names) -> Option<LinkK
         "tun" => LinkKind::Tun,
         other => LinkKind::Other { name: other.into() },
     })
+}
+
+/// What a bridge does with its port, where it does anything.
+fn port_flags(info: &[u8]) -> Option<PortFlags> {
+    let data = attr(info, ifla::INFO_SLAVE_DATA)?;
+    attr(info, ifla::INFO_SLAVE_KIND).and_then(text).filter(|kind| *kind == "bridge")?;
+    let on = |kind| attr(data, kind).and_then(|v| v.first()).is_some_and(|v| *v != 0);
+    let flags = PortFlags { hairpin: on(ifla::BRPORT_MODE), isolated: on(ifla::BRPORT_ISOLATED) };
+    (flags != PortFlags::default()).then_some(flags)
 }
 
 fn vxlan(data: &[u8], names: &Names) -> Option<Vxlan> {

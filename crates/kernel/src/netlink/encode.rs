@@ -4,7 +4,7 @@ use std::fs::File;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 
-use twill_core::host::{Addr, Fdb, Link, LinkKind, Neigh, Object, Route, RouteEntry, Vxlan};
+use twill_core::host::{Addr, Fdb, Link, LinkKind, Neigh, Object, PortFlags, Route, RouteEntry, Vxlan};
 use twill_core::net::LinkName;
 use twill_core::reconcile::Op;
 
@@ -36,6 +36,7 @@ const NTF_MASTER: u8 = 4;
 /// IFA_F_NODAD: the address is ours by lease, nobody needs to be asked.
 const IFA_F_NODAD: u8 = 2;
 const IFF_UP: u32 = 1;
+const IFF_PROMISC: u32 = 0x100;
 
 /// Writes requests into a batch.
 #[derive(Debug)]
@@ -97,9 +98,13 @@ impl Encoder<'_> {
         self.names.index(name).ok_or_else(|| format!("there is no device {name}"))
     }
 
-    /// `struct ifinfomsg`.
-    fn ifinfo(&mut self, index: u32, up: Option<bool>) {
-        let (flags, change) = up.map_or((0, 0), |up| (if up { IFF_UP } else { 0 }, IFF_UP));
+    /// `struct ifinfomsg`; of the two flags only those given are changed.
+    fn ifinfo(&mut self, index: u32, up: Option<bool>, promisc: Option<bool>) {
+        let (mut flags, mut change) = (0, 0);
+        for (bit, on) in [(IFF_UP, up), (IFF_PROMISC, promisc)] {
+            flags |= if on == Some(true) { bit } else { 0 };
+            change |= if on.is_some() { bit } else { 0 };
+        }
         self.writer.put(&[0; 4]);
         for word in [index, flags, change] {
             self.writer.put(&word.to_ne_bytes());
@@ -122,7 +127,7 @@ impl Encoder<'_> {
             _ => None,
         };
         self.begin(rtm::NEWLINK, flag::CREATE | flag::EXCL);
-        self.ifinfo(0, Some(link.up));
+        self.ifinfo(0, Some(link.up), link.promisc);
         let w = &mut *self.writer;
         w.text(ifla::IFNAME, link.name.as_str());
         link_attrs(w, link, master);
@@ -155,7 +160,27 @@ impl Encoder<'_> {
             LinkKind::Tun | LinkKind::Other { .. } => return Err(format!("cannot make {link}")),
         }
         self.writer.end();
+        if let Some(port) = link.port {
+            self.port_flags(link.name, port);
+        }
         Ok(())
+    }
+
+    /// What the bridge does with its port. A request of its own: the kernel looks at the master before it changes it
+    /// (net/core/rtnetlink.c `__rtnl_newlink`).
+    fn port_flags(&mut self, name: LinkName, port: PortFlags) {
+        self.begin(rtm::NEWLINK, 0);
+        self.ifinfo(0, None, None);
+        let w = &mut *self.writer;
+        w.text(ifla::IFNAME, name.as_str());
+        w.nest(ifla::LINKINFO, |w| {
+            w.text(ifla::INFO_SLAVE_KIND, "bridge");
+            w.nest(ifla::INFO_SLAVE_DATA, |w| {
+                w.attr(ifla::BRPORT_MODE, &[u8::from(port.hairpin)]);
+                w.attr(ifla::BRPORT_ISOLATED, &[u8::from(port.isolated)]);
+            });
+        });
+        w.end();
     }
 
     fn change_link(&mut self, from: &Link, to: &Link) -> Result<(), Unwritable> {
@@ -168,10 +193,11 @@ impl Encoder<'_> {
             }
             _ => None,
         };
+        let promisc = to.promisc.filter(|promisc| from.promisc.unwrap_or_default() != *promisc);
         // Two requests: the kernel refuses an MTU beside VXLAN's own attributes (`vxlan_nl2conf`), and a lower device bounds it.
         if let Some((vxlan, was, lower)) = vxlan {
             self.begin(rtm::NEWLINK, 0);
-            self.ifinfo(index, None);
+            self.ifinfo(index, None, None);
             self.writer.nest(ifla::LINKINFO, |w| {
                 w.text(ifla::INFO_KIND, "vxlan");
                 w.nest(ifla::INFO_DATA, |w| {
@@ -191,18 +217,21 @@ impl Encoder<'_> {
             mtu: to.mtu.filter(|mtu| from.mtu != Some(*mtu)),
             ..to.clone()
         };
-        if changed.mac.is_some() || changed.mtu.is_some() || master.is_some() || from.up != to.up {
+        if changed.mac.is_some() || changed.mtu.is_some() || master.is_some() || promisc.is_some() || from.up != to.up {
             self.begin(rtm::NEWLINK, 0);
-            self.ifinfo(index, (from.up != to.up).then_some(to.up));
+            self.ifinfo(index, (from.up != to.up).then_some(to.up), promisc);
             link_attrs(self.writer, &changed, master);
             self.writer.end();
+        }
+        if let Some(port) = to.port.filter(|port| master.is_some() || from.port.unwrap_or_default() != *port) {
+            self.port_flags(to.name, port);
         }
         Ok(())
     }
 
     fn delete_link(&mut self, name: LinkName) -> Result<(), Unwritable> {
         self.begin(rtm::DELLINK, 0);
-        self.ifinfo(0, None);
+        self.ifinfo(0, None, None);
         self.writer.text(ifla::IFNAME, name.as_str());
         self.writer.end();
         Ok(())

@@ -1,0 +1,185 @@
+//! Who holds which address: host-local's folder, shared with every process that takes its lock.
+//!
+//! ```text
+//!   <dataDir>/<network>/lock                 flock(2), held while files below are looked at and made
+//!                      /10.1.15.2            "<container>\r\n<device>"
+//!                      /last_reserved_ip.0   of range set 0: the walk goes on behind it
+//! ```
+//! A file comes into being whole (written beside, then linked), so that a process that is killed holds an address or does not. Whoever
+//! takes an address writes the attachment down first: a leak always has a file that tells of it.
+
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use twill_core::ipam::{Given, Holder, RangeSet};
+use twill_core::net::LinkName;
+use twill_kernel::files::{self, Lock, Unsynced};
+
+use crate::error::{Act, CniError, Code};
+use crate::records::Records;
+
+/// More bytes than an address file has.
+const LIMIT: u64 = 4096;
+/// How many holders an error names.
+const NAMED: usize = 10;
+
+/// The folder of one network, locked.
+#[derive(Debug)]
+pub struct Folder {
+    dir: PathBuf,
+    _lock: Lock,
+}
+
+/// An address and who holds it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Held {
+    /// The address.
+    pub ip: IpAddr,
+    /// Its holder; `None`: the file says nothing, as a program that was killed leaves it.
+    pub holder: Option<Holder>,
+}
+
+impl Folder {
+    /// Makes the folder when it is missing, and waits for its lock.
+    pub fn open(dir: &Path) -> Result<Self, CniError> {
+        fs::create_dir_all(dir).act(|| format!("make {}", dir.display()))?;
+        Self::lock(dir)
+    }
+
+    /// `None`: there is no such folder, hence nobody holds anything.
+    pub fn find(dir: &Path) -> Result<Option<Self>, CniError> {
+        if dir.is_dir() { Self::lock(dir).map(Some) } else { Ok(None) }
+    }
+
+    fn lock(dir: &Path) -> Result<Self, CniError> {
+        let lock = Lock::exclusive(&dir.join("lock")).act(|| format!("lock {}", dir.display()))?;
+        Ok(Self { dir: dir.to_owned(), _lock: lock })
+    }
+
+    fn file(&self, ip: IpAddr) -> PathBuf {
+        self.dir.join(ip.to_string())
+    }
+
+    /// One free address of each set; those asked for by name where there are any. Nothing is taken yet.
+    pub fn choose(&self, sets: &[RangeSet], asked: &[IpAddr]) -> Result<Vec<Given>, CniError> {
+        if let Some(ip) = asked.iter().find(|ip| !sets.iter().any(|set| set.find(**ip).is_some())) {
+            let ranges: Vec<String> = sets.iter().map(RangeSet::to_string).collect();
+            let msg = format!("{ip} is asked for, and lies in no range of the network: {}", ranges.join(", "));
+            return Err(CniError::new(Code::Addresses, msg, "ask for an address inside of them"));
+        }
+        let chosen = sets.iter().enumerate().map(|(n, set)| match asked.iter().find(|ip| set.find(**ip).is_some()) {
+            Some(ip) => self.ask(set, *ip),
+            None => set.next(self.last(n), |ip| !self.file(ip).exists()).ok_or_else(|| self.full(set)),
+        });
+        chosen.collect()
+    }
+
+    fn ask(&self, set: &RangeSet, ip: IpAddr) -> Result<Given, CniError> {
+        let Some(given) = set.ask(ip) else {
+            let msg = format!("{ip} is asked for, and is the gateway of {set}");
+            return Err(CniError::new(Code::Addresses, msg, "ask for another address"));
+        };
+        if !self.file(ip).exists() {
+            return Ok(given);
+        }
+        let msg = format!("{ip} is asked for, and {} holds it", who(self.holder(ip)?.as_ref()));
+        Err(CniError::new(
+            Code::Addresses,
+            msg,
+            format!("ask for another address; when that container is gone: twill ipam free {ip}"),
+        ))
+    }
+
+    fn full(&self, set: &RangeSet) -> CniError {
+        let held: Vec<Held> =
+            self.held().unwrap_or_default().into_iter().filter(|held| set.find(held.ip).is_some()).collect();
+        let named: Vec<String> =
+            held.iter().take(NAMED).map(|h| format!("{} by {}", h.ip, who(h.holder.as_ref()))).collect();
+        let more = if held.len() > NAMED { format!(" and {} more", held.len() - NAMED) } else { String::new() };
+        CniError::new(
+            Code::Addresses,
+            format!("every address of {set} is held: {}{more}", named.join(", ")),
+            "`twill ipam list` shows all of them, `twill ipam free` frees what no container has; or give the node a larger subnet",
+        )
+    }
+
+    /// The address that was given last.
+    fn last(&self, set: usize) -> Option<IpAddr> {
+        fs::read_to_string(self.dir.join(format!("last_reserved_ip.{set}"))).ok()?.trim().parse().ok()
+    }
+
+    /// Takes what was chosen. Whatever fails, nothing is taken.
+    pub fn take(&self, given: &[Given], holder: &Holder) -> Result<Vec<Unsynced>, CniError> {
+        let mut taken = Vec::new();
+        for (n, given) in given.iter().enumerate() {
+            let ip = given.inet.addr;
+            let file = self.file(ip);
+            let put =
+                files::put_new(&file, holder.to_string().as_bytes(), 0o644).act(|| format!("write {}", file.display()));
+            // A crash of the machine may forget it: after that nobody knows any container.
+            let marked = put.and_then(|done| {
+                taken.push((ip, done));
+                let last = self.dir.join(format!("last_reserved_ip.{n}"));
+                fs::write(&last, ip.to_string()).act(|| format!("write {}", last.display()))
+            });
+            if let Err(error) = marked {
+                let left = taken.iter().filter_map(|(ip, _)| self.free(*ip).err());
+                return Err(left.fold(error, CniError::and));
+            }
+        }
+        Ok(taken.into_iter().map(|(_, done)| done).collect())
+    }
+
+    /// Who holds an address.
+    pub fn holder(&self, ip: IpAddr) -> Result<Option<Holder>, CniError> {
+        let file = self.file(ip);
+        let text = files::read_limited(&file, LIMIT).act(|| format!("read {}", file.display()))?;
+        Ok(text.and_then(|text| Holder::parse(&String::from_utf8_lossy(&text))))
+    }
+
+    /// Frees an address; `None`: nobody held it.
+    pub fn free(&self, ip: IpAddr) -> Result<Option<Unsynced>, CniError> {
+        let file = self.file(ip);
+        files::remove(&file).act(|| format!("remove {}", file.display()))
+    }
+
+    /// Frees those of these addresses that the container's device holds.
+    pub fn release(&self, ips: &[IpAddr], container_id: &str, ifname: &str) -> Result<Vec<Unsynced>, CniError> {
+        let mut freed = Vec::new();
+        for ip in ips {
+            if self.holder(*ip)?.is_some_and(|holder| holder.is(container_id, ifname)) {
+                freed.extend(self.free(*ip)?);
+            }
+        }
+        Ok(freed)
+    }
+
+    /// Every address that is held, in order.
+    pub fn held(&self) -> Result<Vec<Held>, CniError> {
+        let read = || -> io::Result<Vec<IpAddr>> {
+            let names = fs::read_dir(&self.dir)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>()?;
+            Ok(names.iter().filter_map(|name| name.to_str()?.parse().ok()).collect())
+        };
+        let mut ips = read().act(|| format!("list {}", self.dir.display()))?;
+        ips.sort();
+        ips.into_iter().map(|ip| Ok(Held { ip, holder: self.holder(ip)? })).collect()
+    }
+}
+
+/// The container at the other end of a host's device, for people.
+pub fn who_has_device(device: LinkName, records: &Records) -> String {
+    let all = records.all().unwrap_or_default();
+    let found = all.iter().find(|attachment| attachment.request.host_device == device);
+    found.map_or_else(|| device.to_string(), |attachment| format!("{} by {device}", attachment.request.container_id))
+}
+
+/// A holder for people.
+pub fn who(holder: Option<&Holder>) -> String {
+    match holder {
+        None => "nobody (an empty file)".to_owned(),
+        Some(Holder { container_id, ifname: Some(ifname) }) => format!("{container_id}:{ifname}"),
+        Some(holder) => holder.container_id.clone(),
+    }
+}

@@ -1,0 +1,48 @@
+//! The CNI plugin: ADD, DEL, CHECK, STATUS, GC and VERSION of the specification 1.1.0, in one program.
+//!
+//! - [`env`], [`conf`]: what the runtime and the configuration say, checked once
+//! - [`ipam`]: which addresses are held; [`records`]: which attachments there are
+//! - [`verb`]: one file for each verb; devices are made by `kernel::attach`, as in the lab
+//! - [`result`], [`error`]: what is answered
+//!
+//! ```text
+//!   ADD: lock ─ choose ─ write down ─ take ─ unlock ─▶ bridge, pair, routes ─▶ disk ─▶ answer
+//!   DEL: pair away ─▶ lock ─ free ─ unlock ─▶ forget ─▶ disk ─▶ answer
+//! ```
+
+pub mod conf;
+pub mod env;
+pub mod error;
+pub mod ipam;
+pub mod records;
+pub mod result;
+pub mod verb;
+
+use env::{Target, Vars, Verb};
+use error::CniError;
+use result::Version;
+
+/// What goes to stdout, and whether it is an error.
+pub type Said = Result<String, String>;
+
+/// Runs one call: the environment says which, stdin is the configuration.
+pub fn run(vars: Vars<'_>, stdin: &[u8]) -> Said {
+    let version = conf::version_of(stdin);
+    answer(vars, stdin, &version).map_err(|error| error.to_json(&version))
+}
+
+fn answer(vars: Vars<'_>, stdin: &[u8], version: &str) -> Result<String, CniError> {
+    let verb = env::verb(vars)?;
+    if verb == Verb::Version {
+        return Ok(Version::list(version));
+    }
+    let conf = conf::Conf::parse(stdin)?;
+    match verb {
+        Verb::Add => verb::add::run(conf, &Target::read(vars)?),
+        Verb::Del => verb::del::run(&conf, &Target::read(vars)?),
+        Verb::Check => verb::check::run(conf, &Target::read(vars)?),
+        Verb::Status => verb::status::run(&conf),
+        Verb::Gc => verb::gc::run(&conf),
+        Verb::Version => Ok(Version::list(version)),
+    }
+}

@@ -1,0 +1,34 @@
+//! The plugin's program: environment and stdin in, stdout and exit code out.
+
+use std::io::{Read, Write};
+use std::process::ExitCode;
+
+use twill_cni::result::Version;
+
+fn main() -> ExitCode {
+    let vars = |name: &str| std::env::var(name).ok();
+    if vars("CNI_COMMAND").is_none() && std::env::args().len() > 1 {
+        return about();
+    }
+    let mut stdin = Vec::new();
+    let _ = std::io::stdin().read_to_end(&mut stdin);
+    let (text, code) = match twill_cni::run(&vars, &stdin) {
+        Ok(text) => (text, ExitCode::SUCCESS),
+        Err(text) => (text, ExitCode::FAILURE),
+    };
+    // A runtime that does not listen cannot be told.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    code
+}
+
+/// For people: runtimes give no arguments.
+fn about() -> ExitCode {
+    let spoken: Vec<&str> = Version::ALL.iter().map(|version| version.as_str()).collect();
+    let text = format!(
+        "twill-cni {}: a CNI plugin, run by container runtimes; speaks CNI {}\n",
+        env!("CARGO_PKG_VERSION"),
+        spoken.join(", ")
+    );
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    ExitCode::SUCCESS
+}

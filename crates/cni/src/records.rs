@@ -1,0 +1,77 @@
+//! The attachment files: what was asked for, for DEL, CHECK, GC and the agent.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use twill_core::attach::{Attachment, BadAttachment, file_name};
+use twill_core::net::LinkName;
+use twill_kernel::files::{self, Unsynced};
+
+use crate::error::{Act, CniError, Code};
+
+/// More bytes than an attachment file has.
+const LIMIT: u64 = 1 << 20;
+
+/// The folder of the attachment files.
+#[derive(Debug)]
+pub struct Records(PathBuf);
+
+impl Records {
+    /// The folder `dir`; it may be missing.
+    pub fn new(dir: PathBuf) -> Self {
+        Self(dir)
+    }
+
+    /// What is written down of a container's device. A file that a crash has cut says nothing; one of a newer release is refused.
+    pub fn get(&self, container_id: &str, ifname: LinkName) -> Result<Option<Attachment>, CniError> {
+        read(&self.0.join(file_name(container_id, ifname)))
+    }
+
+    /// Writes an attachment down.
+    pub fn put(&self, attachment: &Attachment) -> Result<Unsynced, CniError> {
+        let path = self.0.join(attachment.file_name());
+        let write = || {
+            fs::create_dir_all(&self.0)?;
+            files::put(&path, attachment.to_json()?.as_bytes(), 0o644)
+        };
+        write().act(|| format!("write {}", path.display()))
+    }
+
+    /// Forgets an attachment; `None`: there is no such file.
+    pub fn remove(&self, container_id: &str, ifname: LinkName) -> Result<Option<Unsynced>, CniError> {
+        let path = self.0.join(file_name(container_id, ifname));
+        match files::remove(&path) {
+            // The folder is missing as well.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            removed => removed.act(|| format!("remove {}", path.display())),
+        }
+    }
+
+    /// All attachments that can be read.
+    pub fn all(&self) -> Result<Vec<Attachment>, CniError> {
+        let entries = match fs::read_dir(&self.0) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.act(|| format!("list {}", self.0.display()))?,
+        };
+        let paths = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| is_record(path));
+        paths.filter_map(|path| read(&path).transpose()).collect()
+    }
+}
+
+fn is_record(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    name.ends_with(".json") && !name.starts_with('.')
+}
+
+fn read(path: &Path) -> Result<Option<Attachment>, CniError> {
+    let act = || format!("read {}", path.display());
+    let Some(text) = files::read_limited(path, LIMIT).act(act)? else { return Ok(None) };
+    match Attachment::parse(&text) {
+        Ok(attachment) => Ok(Some(attachment)),
+        Err(BadAttachment::Json(_)) => Ok(None),
+        Err(error @ (BadAttachment::Format(_) | BadAttachment::Newer(_))) => {
+            Err(CniError::new(Code::Decode, format!("{}: {error}", act()), "use the release that wrote it"))
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! ADD: a container gets its device, its addresses and its ways out; or, for somebody else's plugin, addresses alone.
+
+use std::thread;
+
+use twill_core::attach::{self, Attachment, Network, Request, Way};
+use twill_core::host::PortFlags;
+use twill_core::ipam::{Given, Holder};
+use twill_core::net::{Inet, LinkName, Mtu, Prefix};
+use twill_kernel::attach as kernel;
+use twill_kernel::files::{self, Unsynced};
+use twill_kernel::{Kernel, LinuxKernel};
+
+use super::{lease, netns, refused};
+use crate::conf::{Conf, Device};
+use crate::env::Target;
+use crate::error::{Act, CniError, Code};
+use crate::ipam::Folder;
+use crate::records::Records;
+use crate::result::{Answer, Interface, Ip, RouteTo};
+
+/// Runs ADD.
+pub fn run(mut conf: Conf, target: &Target) -> Result<String, CniError> {
+    lease(&mut conf)?;
+    if let Some(ipam) = &mut conf.ipam {
+        ipam.asked.extend(&target.args.ips);
+    }
+    let answer = match conf.device.clone() {
+        Some(device) => attach(&conf, &device, target)?,
+        None => addresses_alone(&conf, target)?,
+    };
+    Ok(answer.to_json(conf.version))
+}
+
+fn holder(target: &Target) -> Holder {
+    Holder { container_id: target.container_id.clone(), ifname: Some(target.ifname.to_string()) }
+}
+
+/// What an IPAM plugin answers.
+fn addresses_alone(conf: &Conf, target: &Target) -> Result<Answer, CniError> {
+    let Some(ipam) = &conf.ipam else { return Ok(Answer::default()) };
+    let (given, taken) = {
+        let folder = Folder::open(&ipam.dir)?;
+        let given = folder.choose(&ipam.sets, &ipam.asked)?;
+        let taken = folder.take(&given, &holder(target))?;
+        (given, taken)
+    };
+    files::sync_all(&taken).act(|| format!("write {} to the disk", ipam.dir.display()))?;
+    let ips = given.iter().map(|given| Ip { address: given.inet, gateway: Some(given.gateway), interface: None });
+    Ok(Answer { ips: ips.collect(), routes: ipam.routes.clone(), dns: ipam.dns.clone(), interfaces: Vec::new() })
+}
+
+fn attach(conf: &Conf, device: &Device, target: &Target) -> Result<Answer, CniError> {
+    if device.masquerade == Some(true) && conf.subnet_file.is_none() {
+        let hint = "take ipMasq out of the configuration, and let the node's firewall masquerade";
+        return Err(CniError::new(Code::Unsupported, "this plugin does not masquerade", hint));
+    }
+    let path = target.netns()?;
+    let (netns, inode) = netns(path)?;
+    let boot = files::boot_id().act(|| "read the boot's id".into())?;
+    let records = Records::new(conf.attachments());
+    settle_earlier(&records, target, &boot)?;
+    let (request, given, changes) = write_down(conf, device, target, &records, (&boot, inode))?;
+    let (attached, synced) = thread::scope(|scope| {
+        let disk = scope.spawn(|| files::sync_all(&changes));
+        let attached = kernel::attach(&netns, &request).map_err(|failed| refused(failed, &records));
+        (attached, disk.join())
+    });
+    let synced = synced.unwrap_or_else(|_| Err(std::io::Error::other("the thread that syncs panicked")));
+    let synced = synced.act(|| format!("write {} to the disk", conf.state.display()));
+    match (attached, synced) {
+        (Ok(host), Ok(())) => Ok(answer(conf, device, &request, &given, &host)),
+        (attached, synced) => {
+            let back = if attached.is_ok() { take_away(&request, &records) } else { Ok(()) };
+            let back = back.and_then(|()| forget(conf, target, &records, &given));
+            all([attached.map(|_| ()), synced, back]).map(|()| Answer::default())
+        }
+    }
+}
+
+/// Everything that went wrong.
+pub(super) fn all(results: impl IntoIterator<Item = Result<(), CniError>>) -> Result<(), CniError> {
+    results.into_iter().filter_map(Result::err).reduce(CniError::and).map_or(Ok(()), Err)
+}
+
+fn take_away(request: &Request, records: &Records) -> Result<(), CniError> {
+    kernel::detach(request.host_device).map(|_| ()).map_err(|failed| refused(failed, records))
+}
+
+/// A second ADD is refused; what an ADD of an earlier boot, or one that was killed, has left is freed.
+fn settle_earlier(records: &Records, target: &Target, boot: &str) -> Result<(), CniError> {
+    let Some(earlier) = records.get(&target.container_id, target.ifname)? else { return Ok(()) };
+    let device = earlier.request.host_device;
+    if earlier.boot_id == boot && kernel::is_there(device).map_err(|failed| refused(failed, records))? {
+        let msg = format!("container {} has its {} already, joined to {device}", target.container_id, target.ifname);
+        return Err(CniError::new(Code::Attached, msg, "the runtime has to DEL it before it ADDs it again"));
+    }
+    free(&earlier)?;
+    Ok(())
+}
+
+/// Frees the addresses of an attachment.
+pub(super) fn free(attachment: &Attachment) -> Result<Vec<Unsynced>, CniError> {
+    let Some(network) = &attachment.network else { return Ok(Vec::new()) };
+    let Some(folder) = Folder::find(network.dir.as_ref().as_ref())? else { return Ok(Vec::new()) };
+    let Request { container_id, ifname, addresses, .. } = &attachment.request;
+    let ips: Vec<_> = addresses.iter().map(|inet| inet.addr).collect();
+    folder.release(&ips, container_id, ifname.as_str())
+}
+
+/// Chooses addresses, writes the attachment down, and takes them, in this order.
+fn write_down(
+    conf: &Conf,
+    device: &Device,
+    target: &Target,
+    records: &Records,
+    (boot, inode): (&str, u64),
+) -> Result<(Request, Vec<Given>, Vec<Unsynced>), CniError> {
+    let folder = conf.ipam.as_ref().map(|ipam| Ok((ipam, Folder::open(&ipam.dir)?))).transpose()?;
+    let given = match &folder {
+        Some((ipam, folder)) => folder.choose(&ipam.sets, &ipam.asked)?,
+        None => Vec::new(),
+    };
+    let request = request(conf, device, target, &given)?;
+    let mut record = request.record(boot, inode);
+    record.network =
+        conf.ipam.as_ref().map(|ipam| Network { name: conf.name.clone(), dir: ipam.dir.to_string_lossy().into() });
+    let mut changes = vec![records.put(&record)?];
+    if let Some((_, folder)) = &folder {
+        let taken = folder.take(&given, &holder(target));
+        changes.extend(taken.map_err(|error| {
+            let forgotten = records.remove(&target.container_id, target.ifname);
+            forgotten.err().into_iter().fold(error, CniError::and)
+        })?);
+    }
+    Ok((request, given, changes))
+}
+
+/// Gives addresses and record back.
+fn forget(conf: &Conf, target: &Target, records: &Records, given: &[Given]) -> Result<(), CniError> {
+    if let Some(ipam) = &conf.ipam {
+        let ips: Vec<_> = given.iter().map(|given| given.inet.addr).collect();
+        Folder::open(&ipam.dir)?.release(&ips, &target.container_id, target.ifname.as_str())?;
+    }
+    records.remove(&target.container_id, target.ifname).map(|_| ())
+}
+
+/// The configuration as `core::attach` wants it.
+fn request(conf: &Conf, device: &Device, target: &Target, given: &[Given]) -> Result<Request, CniError> {
+    let alone = device.bridge.is_none();
+    let gateways = given.iter().filter(|_| alone || device.is_gateway);
+    let gateways =
+        gateways.map(|given| Inet::new(given.gateway, given.inet.len()).unwrap_or(Inet::host(given.gateway)));
+    let mut routes: Vec<Way> =
+        given.iter().filter(|_| device.default_route).map(|given| Way::out(given.gateway)).collect();
+    for route in conf.ipam.iter().flat_map(|ipam| &ipam.routes) {
+        routes.push(way(route, given)?);
+    }
+    routes.iter_mut().for_each(|way| way.onlink = alone && way.via.is_some());
+    Ok(Request {
+        container_id: target.container_id.clone(),
+        ifname: target.ifname,
+        netns: target.netns()?.into(),
+        host_device: attach::host_device(&target.container_id, target.ifname),
+        bridge: device.bridge,
+        gateways: gateways.collect(),
+        addresses: given.iter().map(|given| if alone { Inet::host(given.inet.addr) } else { given.inet }).collect(),
+        routes,
+        mac: target.args.mac.or(device.mac),
+        mtu: device.mtu,
+        forward: alone || device.is_gateway,
+        port: PortFlags { hairpin: device.hairpin, isolated: device.isolated },
+        promisc: device.promisc,
+    })
+}
+
+/// A configured route; without a next hop it goes by the gateway of its family.
+fn way(route: &RouteTo, given: &[Given]) -> Result<Way, CniError> {
+    let gateway = given.iter().map(|given| given.gateway).find(|gateway| gateway.is_ipv4() == route.dst.is_v4());
+    let mut way = Way::new(route.dst, route.gw.or(gateway));
+    for (key, value) in &route.rest {
+        let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
+        match key.as_str() {
+            "priority" => way.metric = number,
+            "table" => way.table = number,
+            _ => {
+                let msg = format!("the route to {} has {key}, which is not built in", route.dst);
+                return Err(CniError::new(Code::Unsupported, msg, format!("take {key} out of the configuration")));
+            }
+        }
+    }
+    Ok(way)
+}
+
+fn answer(conf: &Conf, device: &Device, request: &Request, given: &[Given], host: &LinuxKernel) -> Answer {
+    let of_host = |name: LinkName| {
+        let link = host.mirror().link(name);
+        let (mac, mtu) = (link.and_then(|link| link.mac), link.and_then(|link| link.mtu).map(Mtu::get));
+        Interface { name: name.to_string(), mac, mtu, sandbox: None }
+    };
+    let mut interfaces: Vec<Interface> = request.bridge.into_iter().chain([request.host_device]).map(of_host).collect();
+    let mtu = interfaces.last().and_then(|pair| pair.mtu);
+    let mac = request.container_side().host.link(request.ifname).and_then(|link| link.mac);
+    let sandbox = Some(request.netns.to_string());
+    interfaces.push(Interface { name: request.ifname.to_string(), mac, mtu, sandbox });
+    let last = Some(interfaces.len() - 1);
+    let ips = given.iter().zip(&request.addresses);
+    let ips = ips.map(|(given, address)| Ip { address: *address, gateway: Some(given.gateway), interface: last });
+    let default = given.iter().filter(|_| device.default_route).map(|given| {
+        let dst = if given.gateway.is_ipv4() { Prefix::DEFAULT_V4 } else { Prefix::DEFAULT_V6 };
+        RouteTo { dst, gw: Some(given.gateway), rest: serde_json::Map::new() }
+    });
+    let configured = conf.ipam.iter().flat_map(|ipam| ipam.routes.iter().cloned());
+    let mut dns = conf.ipam.as_ref().map(|ipam| ipam.dns.clone()).unwrap_or_default();
+    if !device.dns.is_empty() {
+        dns = device.dns.clone();
+    }
+    Answer { interfaces, ips: ips.collect(), routes: default.chain(configured).collect(), dns }
+}

@@ -1,0 +1,47 @@
+//! GC: what no attachment holds is freed.
+
+use twill_kernel::attach as kernel;
+use twill_kernel::files;
+
+use super::add::{all, free};
+use super::refused;
+use crate::conf::{Conf, Valid};
+use crate::error::{Act, CniError, Code};
+use crate::ipam::Folder;
+use crate::records::Records;
+
+/// Runs GC: attachments of this network that the runtime does not name go as DEL takes them, then addresses without one.
+pub fn run(conf: &Conf) -> Result<String, CniError> {
+    let Some(valid) = &conf.valid else {
+        let hint = "the runtime has to list who is attached; without the list everything would be freed";
+        return Err(CniError::new(Code::Config, "GC came without cni.dev/valid-attachments", hint));
+    };
+    let attachments = conf.device.is_some().then(|| stale_attachments(conf, valid)).unwrap_or(Ok(()));
+    all([attachments, stale_addresses(conf, valid)])?;
+    Ok(String::new())
+}
+
+fn names(valid: &[Valid], container_id: &str, ifname: Option<&str>) -> bool {
+    valid.iter().any(|v| v.container_id == container_id && ifname.is_none_or(|ifname| v.ifname == ifname))
+}
+
+fn stale_attachments(conf: &Conf, valid: &[Valid]) -> Result<(), CniError> {
+    let records = Records::new(conf.attachments());
+    let ours = records.all()?.into_iter().filter(|record| record.network.as_ref().is_some_and(|n| n.name == conf.name));
+    let stale = ours.filter(|r| !names(valid, &r.request.container_id, Some(r.request.ifname.as_str())));
+    all(stale.map(|record| {
+        kernel::detach(record.request.host_device).map_err(|failed| refused(failed, &records))?;
+        let mut changes = free(&record)?;
+        changes.extend(records.remove(&record.request.container_id, record.request.ifname)?);
+        files::sync_all(&changes).act(|| format!("write {} to the disk", conf.state.display()))
+    }))
+}
+
+fn stale_addresses(conf: &Conf, valid: &[Valid]) -> Result<(), CniError> {
+    let Some(ipam) = &conf.ipam else { return Ok(()) };
+    let Some(folder) = Folder::find(&ipam.dir)? else { return Ok(()) };
+    let stale = folder.held()?.into_iter().filter(|held| {
+        held.holder.as_ref().is_none_or(|holder| !names(valid, &holder.container_id, holder.ifname.as_deref()))
+    });
+    all(stale.map(|held| folder.free(held.ip).map(|_| ())))
+}

@@ -1,0 +1,165 @@
+//! A CNI runtime for tests: calls a plugin as container runtimes do, on a [`Host`], with its files in a folder of its own.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::bin;
+use crate::net::{Bed, Host};
+
+/// A host whose containers a plugin attaches.
+#[derive(Debug)]
+pub struct Runtime {
+    /// The host.
+    pub host: Host,
+    dir: PathBuf,
+    bed: Bed,
+}
+
+/// One call of a plugin.
+#[derive(Debug, Clone)]
+pub struct Call<'a> {
+    /// CNI_COMMAND.
+    pub verb: &'a str,
+    /// The configuration.
+    pub conf: &'a Value,
+    /// CNI_CONTAINERID.
+    pub id: &'a str,
+    /// CNI_NETNS.
+    pub netns: Option<String>,
+    /// CNI_ARGS.
+    pub args: &'a str,
+}
+
+impl Runtime {
+    /// A host without any device, and a lease of 10.1.15.0/24 and fd00:15::/64.
+    pub fn new(bed: Bed, dir: &Path) -> Self {
+        let runtime = Self { host: bed.host("host"), dir: dir.to_owned(), bed };
+        runtime.lease("10.1.15.1/24");
+        runtime
+    }
+
+    /// Writes subnet.env as the agent does.
+    pub fn lease(&self, gateway: &str) {
+        let env = format!(
+            "FLANNEL_NETWORK=10.1.0.0/16\nFLANNEL_SUBNET={gateway}\nFLANNEL_IPV6_NETWORK=fd00::/48\n\
+             FLANNEL_IPV6_SUBNET=fd00:0:0:15::1/64\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n"
+        );
+        std::fs::write(self.file("subnet.env"), env).unwrap();
+    }
+
+    /// A file of this host.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// A container: a namespace with a loopback device.
+    pub fn container(&self, name: &str) -> Host {
+        self.bed.host(name)
+    }
+
+    /// Our own configuration, all files in this host's folder, with more keys.
+    pub fn conf(&self, version: &str, more: Value) -> Value {
+        let mut conf = json!({"cniVersion": version, "name": "net", "type": "twill-cni", "bridge": "cni0",
+            "subnetFile": self.file("subnet.env"), "stateDir": self.file("state"), "ipam": {"dataDir": self.file("networks")}});
+        merge(&mut conf, more);
+        conf
+    }
+
+    /// A command that makes this call by `program`; stdin is the configuration's.
+    pub fn command(&self, program: &Path, call: &Call<'_>) -> Command {
+        let mut command = self.host.command(program);
+        command.env("CNI_COMMAND", call.verb).env("CNI_PATH", "/opt/cni/bin").env("CNI_ARGS", call.args);
+        command.env("CNI_CONTAINERID", call.id).env("CNI_IFNAME", "eth0");
+        match &call.netns {
+            Some(netns) => command.env("CNI_NETNS", netns),
+            None => command.env_remove("CNI_NETNS"),
+        };
+        command
+    }
+
+    /// Makes a call; gives what the plugin says, or its error object. Nothing said is `null`.
+    pub fn call(&self, call: &Call<'_>) -> Result<Value, Value> {
+        self.finish(self.command(&bin("twill-cni"), call), call.conf)
+    }
+
+    /// Runs a command with a configuration on stdin.
+    pub fn finish(&self, mut command: Command, conf: &Value) -> Result<Value, Value> {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        // A plugin that is killed does not read.
+        let _ = child.stdin.take().unwrap().write_all(conf.to_string().as_bytes());
+        let out = child.wait_with_output().unwrap();
+        let text = String::from_utf8(out.stdout).unwrap();
+        let said = if text.is_empty() {
+            Value::Null
+        } else {
+            serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"))
+        };
+        let err = String::from_utf8_lossy(&out.stderr);
+        assert!(err.is_empty() || out.status.code().is_none(), "{err}");
+        if out.status.success() { Ok(said) } else { Err(said) }
+    }
+
+    /// ADD, which must work.
+    pub fn add(&self, conf: &Value, id: &str, container: &Host) -> Value {
+        self.try_verb("ADD", conf, id, Some(container)).unwrap_or_else(|e| panic!("ADD {id}: {e:#}"))
+    }
+
+    /// DEL, which must work.
+    pub fn del(&self, conf: &Value, id: &str, container: Option<&Host>) {
+        let said = self.try_verb("DEL", conf, id, container).unwrap_or_else(|e| panic!("DEL {id}: {e:#}"));
+        assert_eq!(said, Value::Null);
+    }
+
+    /// Any verb for one container.
+    pub fn try_verb(&self, verb: &str, conf: &Value, id: &str, container: Option<&Host>) -> Result<Value, Value> {
+        self.call(&Call { verb, conf, id, netns: container.map(netns), args: "" })
+    }
+
+    /// Addresses that are held, by their files.
+    pub fn held(&self) -> Vec<String> {
+        let names = names(&self.file("networks/net"));
+        names.into_iter().filter(|name| name.parse::<std::net::IpAddr>().is_ok()).collect()
+    }
+
+    /// Attachment files.
+    pub fn attachments(&self) -> Vec<String> {
+        names(&self.file("state/attachments"))
+    }
+
+    /// Everything that a failed call must leave as it was: devices, addresses, routes, files.
+    pub fn everything(&self) -> Value {
+        json!({"links": self.links(), "addresses": self.host.json("-6 addr"), "routes": self.host.json("route show table all"),
+            "held": self.held(), "attachments": self.attachments()})
+    }
+
+    /// Names of the host's devices.
+    pub fn links(&self) -> Vec<String> {
+        let links = self.host.json("link");
+        links.as_array().unwrap().iter().map(|link| link["ifname"].as_str().unwrap().to_owned()).collect()
+    }
+}
+
+/// A container's namespace as a path.
+pub fn netns(container: &Host) -> String {
+    format!("/proc/{}/ns/net", container.pid())
+}
+
+/// Puts the keys of `more` into `conf`, objects into objects.
+pub fn merge(conf: &mut Value, more: Value) {
+    match (conf, more) {
+        (Value::Object(conf), Value::Object(more)) => {
+            more.into_iter().for_each(|(key, value)| merge(conf.entry(key).or_insert(Value::Null), value));
+        }
+        (conf, more) => *conf = more,
+    }
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten();
+    let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}

@@ -1,0 +1,205 @@
+//! Carrying out what `core::attach` decides, for the CNI plugin and the lab alike.
+//!
+//! ```text
+//!   container: loopback, IPv6 off or on ─▶ host: bridge, pair ─▶ container: device, addresses, routes ─▶ host: forwarding
+//!                                             └──────── a failure takes back what was made ◀───────┘
+//! ```
+//! Forwarding comes last: nothing after it can fail, and nothing has to take it back from containers that need it by now.
+
+use std::collections::BTreeSet;
+use std::io;
+
+use twill_core::attach::{Clash, Request};
+use twill_core::host::{HostState, Key, LinkKind, Object};
+use twill_core::net::LinkName;
+use twill_core::reconcile::{Caps, Claim, Desired, Op, Plan, Scope, Step, StepError, Why, plan};
+
+use crate::netns::Netns;
+use crate::{Interest, Kernel, KernelError, LinuxKernel, sysctl};
+
+/// How often a plan is made anew because somebody else was faster.
+const TRIES: usize = 4;
+
+/// What was not done, and why.
+#[derive(Debug, thiserror::Error)]
+pub enum Failed {
+    /// The namespace could not be read.
+    #[error("{}: {}", .0.act, .0.source)]
+    Kernel(#[from] KernelError),
+    /// A step was refused.
+    #[error("{act}: {cause}")]
+    Step {
+        /// Act and object.
+        act: String,
+        /// The kernel's word.
+        cause: StepError,
+    },
+    /// The bridge is somebody else's.
+    #[error("{0}")]
+    Clash(#[from] Clash),
+    /// The container has a device of this name.
+    #[error("the container has a device {0} already")]
+    NameTaken(LinkName),
+    /// The container's namespace could not be entered.
+    #[error("enter the container's network namespace: {0}")]
+    Enter(#[from] io::Error),
+    /// And what could not be taken back.
+    #[error("{first}; then {then}")]
+    And {
+        /// What failed first.
+        first: Box<Failed>,
+        /// What failed while it was undone.
+        then: Box<Failed>,
+    },
+}
+
+/// What is looked at: links, addresses, routes, rules, and the sysctls of `want`.
+fn interest(want: &Desired) -> Interest {
+    let sysctls = want.host.iter().filter_map(|(key, _)| match key {
+        Key::Sysctl(path) => Some(path.clone()),
+        _ => None,
+    });
+    Interest { devices: Some(BTreeSet::new()), sysctls: sysctls.collect() }
+}
+
+/// Reads the calling thread's namespace.
+fn open(want: &Desired) -> Result<LinuxKernel, KernelError> {
+    LinuxKernel::open(interest(want))
+}
+
+/// Brings the calling thread's namespace to what is wanted, and gives the devices that were made. When somebody else is faster with a
+/// part of it, it is looked at anew.
+fn settle(
+    kernel: &mut LinuxKernel,
+    want: impl Fn(&HostState) -> Result<Desired, Clash>,
+) -> Result<Vec<LinkName>, Failed> {
+    let mut made = Vec::new();
+    let mut tries = 0;
+    loop {
+        let plan = plan(&want(kernel.mirror())?, kernel.mirror(), &Caps::default(), Scope::All);
+        let outcome = kernel.apply(&plan);
+        let done = plan.steps.iter().zip(&outcome.steps);
+        made.extend(done.filter(|(_, result)| result.is_ok()).filter_map(|(step, _)| created(&step.op)));
+        tries += 1;
+        match plan.steps.iter().zip(outcome.steps).find_map(|(step, result)| Some((step, result.err()?))) {
+            None => return Ok(made),
+            Some((_, StepError::Refused { errno, .. })) if tries < TRIES && raced(errno) => kernel.read(Scope::All)?,
+            Some((step, cause)) => {
+                let act = format!("{} {}", step.op.verb(), step.op.object());
+                return Err(undo(kernel, &made, Failed::Step { act, cause }));
+            }
+        }
+    }
+}
+
+/// Brings the calling thread's namespace to what is wanted.
+pub fn make(want: &Desired) -> Result<(), Failed> {
+    settle(&mut open(want)?, |_| Ok(want.clone())).map(|_| ())
+}
+
+fn created(op: &Op) -> Option<LinkName> {
+    match op {
+        Op::Create(Object::Link(link)) => Some(link.name),
+        _ => None,
+    }
+}
+
+/// Answers that mean: the mirror was not the truth.
+fn raced(errno: i32) -> bool {
+    [libc::EEXIST, libc::ENOENT, libc::ENODEV].contains(&errno)
+}
+
+/// Takes the devices away that were made, but a bridge that somebody uses by now.
+fn undo(kernel: &mut LinuxKernel, made: &[LinkName], failed: Failed) -> Failed {
+    let mut failed = failed;
+    for name in made.iter().rev() {
+        let used = kernel.mirror().iter().any(|(_, o)| matches!(o, Object::Link(port) if port.master == Some(*name)));
+        if used {
+            continue;
+        }
+        if let Err(then) = delete(kernel, *name) {
+            failed = Failed::And { first: Box::new(failed), then: Box::new(then) };
+        }
+    }
+    failed
+}
+
+/// Deletes a device; false when there is none.
+fn delete(kernel: &mut LinuxKernel, name: LinkName) -> Result<bool, Failed> {
+    let Some(link) = kernel.mirror().link(name) else { return Ok(false) };
+    let op = Op::Delete(Object::Link(Box::new(link.clone())));
+    let act = format!("{} {}", op.verb(), op.object());
+    let plan = Plan { steps: vec![Step { op, needs: Vec::new(), why: Why::NotWanted }] };
+    match kernel.apply(&plan).steps.into_iter().next() {
+        Some(Err(StepError::Refused { errno: libc::ENODEV, .. })) => Ok(false),
+        Some(Err(cause)) => Err(Failed::Step { act, cause }),
+        _ => Ok(true),
+    }
+}
+
+/// Attaches a container to the calling thread's namespace. Gives the host as it then is. Whatever fails, nothing is left behind.
+pub fn attach(container: &Netns, request: &Request) -> Result<LinuxKernel, Failed> {
+    let forwarding = request.forwarding();
+    let mut host = open(&forwarding)?;
+    // Of this container, and not written down: what a killed attach has left. Its other end goes with it.
+    delete(&mut host, request.host_device)?;
+    let mut inside = container.visit(|| {
+        let mut inside = open(&request.container_before())?;
+        if inside.mirror().link(request.ifname).is_some() {
+            return Err(Failed::NameTaken(request.ifname));
+        }
+        settle(&mut inside, |have| Ok(before(request, have)))?;
+        Ok(inside)
+    })??;
+    let made = settle(&mut host, |have| request.host_side(have))?;
+    let side = request.container_side();
+    let entered = container.visit(|| {
+        inside.read(Scope::All)?;
+        settle(&mut inside, |_| Ok(side.clone()))
+    });
+    let rest = entered.map_err(Failed::Enter).and_then(|settled| settled);
+    match rest.and_then(|_| settle(&mut host, |_| Ok(forwarding.clone()))) {
+        Ok(_) => Ok(host),
+        Err(failed) => Err(undo(&mut host, &made, failed)),
+    }
+}
+
+/// The container before the pair is there; while it has other devices, their IPv6 is not ours to switch off. A kernel without IPv6
+/// has no such file.
+fn before(request: &Request, have: &HostState) -> Desired {
+    let mut want = request.container_before();
+    let others = have.iter().any(|(_, o)| matches!(o, Object::Link(link) if link.kind != loopback_kind()));
+    want.host.retain(|key, _| !matches!(key, Key::Sysctl(path) if others || sysctl::read(path).is_err()));
+    want
+}
+
+fn loopback_kind() -> LinkKind {
+    LinkKind::Other { name: "device".into() }
+}
+
+/// Takes a container's pair away from the calling thread's namespace; false when it is gone already.
+pub fn detach(host_device: LinkName) -> Result<bool, Failed> {
+    delete(&mut open(&Desired::default())?, host_device)
+}
+
+/// Takes a container's pair away by its inner end, as another plugin has made it; false when there is no pair of that name.
+pub fn detach_inside(container: &Netns, ifname: LinkName) -> Result<bool, Failed> {
+    container.visit(|| {
+        let mut kernel = open(&Desired::default())?;
+        let is_pair = kernel.mirror().link(ifname).is_some_and(|link| matches!(link.kind, LinkKind::Veth { .. }));
+        if is_pair { delete(&mut kernel, ifname) } else { Ok(false) }
+    })?
+}
+
+/// Whether the calling thread's namespace has a device.
+pub fn is_there(device: LinkName) -> Result<bool, Failed> {
+    Ok(open(&Desired::default())?.mirror().link(device).is_some())
+}
+
+/// What of `want` the calling thread's namespace does not hold.
+pub fn differences(want: impl Fn(&HostState) -> Result<Desired, Clash>) -> Result<Plan, Failed> {
+    let mut kernel = open(&Desired::default())?;
+    let want = Desired { claim: Claim::default(), ..want(kernel.mirror())? };
+    kernel.set_interest(interest(&want))?;
+    Ok(plan(&want, kernel.mirror(), &Caps::default(), Scope::All))
+}
