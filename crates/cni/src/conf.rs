@@ -93,8 +93,8 @@ pub struct Ipam {
     pub routes: Vec<RouteTo>,
     /// Addresses that are asked for by name.
     pub asked: Vec<IpAddr>,
-    /// From `resolvConf`'s place: told on.
-    pub dns: Map<String, Value>,
+    /// A resolv.conf(5) that is told on.
+    pub resolv_conf: Option<PathBuf>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -409,14 +409,12 @@ fn ipam(raw: &Raw, kind: &str, name: &str, from_env: bool) -> Result<Option<Ipam
         sets: if kind == "flannel" { Vec::new() } else { sets },
         routes: routes.collect(),
         asked: Vec::new(),
-        dns: given.resolv_conf.as_deref().map(resolv_conf).transpose()?.unwrap_or_default(),
+        resolv_conf: given.resolv_conf.clone(),
     }))
 }
 
 /// host-local's `resolvConf`: resolv.conf(5) as the result's `dns`.
-fn resolv_conf(path: &Path) -> Result<Map<String, Value>, CniError> {
-    use crate::error::Act;
-    let text = std::fs::read_to_string(path).act(|| format!("read {}", path.display()))?;
+pub fn resolv_conf(text: &str) -> Map<String, Value> {
     let mut dns = Map::new();
     let mut lists: [(&str, Vec<Value>); 3] = [("nameservers", vec![]), ("search", vec![]), ("options", vec![])];
     for line in text.lines() {
@@ -430,7 +428,7 @@ fn resolv_conf(path: &Path) -> Result<Map<String, Value>, CniError> {
         }
     }
     dns.extend(lists.into_iter().filter(|(_, list)| !list.is_empty()).map(|(key, list)| (key.into(), list.into())));
-    Ok(dns)
+    dns
 }
 
 fn prev_result(value: &Value) -> Result<Answer, CniError> {

@@ -3,6 +3,7 @@
 //! - [`env`], [`conf`]: what the runtime and the configuration say, checked once
 //! - [`ipam`]: which addresses are held; [`records`]: which attachments there are
 //! - [`verb`]: one file for each verb; devices are made by `kernel::attach`, as in the lab
+//! - [`mod@sweep`]: what containers have left that are gone
 //! - [`result`], [`error`]: what is answered
 //!
 //! ```text
@@ -16,6 +17,7 @@ pub mod error;
 pub mod ipam;
 pub mod records;
 pub mod result;
+pub mod sweep;
 pub mod verb;
 
 use env::{Target, Vars, Verb};

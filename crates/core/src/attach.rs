@@ -172,12 +172,11 @@ impl Request {
     /// container would speak on the bridge before anybody asked it.
     pub fn container_before(&self) -> Desired {
         let mut host: HostState = loopback().into_iter().collect();
-        if self.addresses.iter().all(|inet| inet.addr.is_ipv4()) {
-            host.extend(["all", "default"].map(|which| Object::Sysctl {
-                path: format!("net/ipv6/conf/{which}/disable_ipv6").into(),
-                value: "1".into(),
-            }));
-        }
+        let off = self.addresses.iter().all(|inet| inet.addr.is_ipv4());
+        host.extend(["all", "default"].map(|which| Object::Sysctl {
+            path: format!("net/ipv6/conf/{which}/disable_ipv6").into(),
+            value: if off { "1" } else { "0" }.into(),
+        }));
         Desired { host, claim: Claim::default() }
     }
 

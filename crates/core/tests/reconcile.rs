@@ -35,13 +35,9 @@ fn tunnel(device: &str) -> Vec<Object> {
             gbp: false,
         };
         let mut link = Link {
-            name: name(device),
-            kind: LinkKind::Bridge,
             mac: Some(MacAddr([2, 0, 0, 0, 0, 1])),
             mtu: Some(Mtu::try_from(1450).unwrap()),
-            up: true,
-            master: None,
-            carrier: true,
+            ..Link::up(name(device), LinkKind::Bridge)
         };
         change(&mut link, &mut vxlan);
         if link.carrier {
@@ -157,15 +153,7 @@ fn pool() -> Vec<Vec<Object>> {
 fn ground() -> Vec<Object> {
     let device = |text: &str| {
         let kind = LinkKind::Other { name: "veth".into() };
-        Object::Link(Box::new(Link {
-            name: name(text),
-            kind,
-            mac: None,
-            mtu: None,
-            up: true,
-            master: None,
-            carrier: true,
-        }))
+        Object::Link(Box::new(Link::up(name(text), kind)))
     };
     vec![device("eth0"), device("eth1"), address("eth0", "10.168.0.2/24").remove(0)]
 }

@@ -1,5 +1,6 @@
 //! A CNI runtime for tests: calls a plugin as container runtimes do, on a [`Host`], with its files in a folder of its own.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -131,8 +132,17 @@ impl Runtime {
 
     /// Everything that a failed call must leave as it was: devices, addresses, routes, files.
     pub fn everything(&self) -> Value {
-        json!({"links": self.links(), "addresses": self.host.json("-6 addr"), "routes": self.host.json("route show table all"),
-            "held": self.held(), "attachments": self.attachments()})
+        let lines = |shown: Value, words: fn(&Value) -> Vec<String>| -> BTreeSet<String> {
+            shown.as_array().unwrap().iter().flat_map(words).collect()
+        };
+        // An IPv6 address of the link's own comes when the kernel is done with asking.
+        let addresses = |link: &Value| {
+            let of_link = link["addr_info"].as_array().unwrap().iter().filter(|info| info["scope"] == "global");
+            of_link.map(|info| format!("{} {}/{}", link["ifname"], info["local"], info["prefixlen"])).collect()
+        };
+        let route = |route: &Value| vec![format!("{} {} {}", route["dst"], route["gateway"], route["dev"])];
+        json!({"links": self.links(), "addresses": lines(self.host.json("addr"), addresses),
+            "routes": lines(self.host.json("route"), route), "held": self.held(), "attachments": self.attachments()})
     }
 
     /// Names of the host's devices.

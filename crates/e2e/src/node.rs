@@ -48,7 +48,7 @@ pub struct Node {
     pub other: Host,
     dir: PathBuf,
     /// Without root it holds the user namespace that the hosts stand in: it goes last.
-    _bed: Bed,
+    bed: Bed,
 }
 
 /// The network config that a test starts with.
@@ -61,10 +61,15 @@ impl Node {
         bed.wire(&host, "eth0", &other, "eth0");
         host.ip("addr add 10.168.0.2/24 dev eth0");
         other.ip("addr add 10.168.0.3/24 dev eth0");
-        let mut node = Node { store: None, host, other, dir: dir.to_owned(), _bed: bed };
+        let mut node = Node { store: None, host, other, dir: dir.to_owned(), bed };
         node.start_store();
         node.put("config", CONFIG);
         node
+    }
+
+    /// A container: a namespace with a loopback device.
+    pub fn container(&self, name: &str) -> Host {
+        self.bed.host(name)
     }
 
     /// Starts the embedded store on the host's loopback.

@@ -7,7 +7,7 @@
 //! ```
 
 use serde_json::{Value, json};
-use twill_e2e::cni::{Runtime, netns};
+use twill_e2e::cni::{Call, Runtime, netns};
 use twill_e2e::net::{Bed, Host};
 use twill_e2e::{bin, eventually};
 
@@ -96,4 +96,242 @@ fn version_names_what_is_spoken_and_answers_in_the_callers_version() {
     }
     let text = runtime.host.command(bin("twill-cni")).arg("--version").env_remove("CNI_COMMAND").output().unwrap();
     assert!(String::from_utf8(text.stdout).unwrap().contains("1.1.0"));
+}
+
+#[test]
+fn check_names_everything_that_was_altered() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let a = runtime.container("a");
+    let conf = runtime.conf("1.0.0", json!({}));
+    let said = runtime.add(&conf, "a", &a);
+    let pair = said["interfaces"][1]["name"].as_str().unwrap().to_owned();
+    let mut with_prev = conf.clone();
+    with_prev["prevResult"] = said.clone();
+    let check = || runtime.try_verb("CHECK", &with_prev, "a", Some(&a));
+    assert_eq!(check(), Ok(Value::Null));
+    let mac = link(&a, "eth0")["address"].as_str().unwrap().to_owned();
+    let host_mac = link(&runtime.host, &pair)["address"].as_str().unwrap().to_owned();
+    let file = runtime.file("networks/net/10.1.15.2");
+    let file = file.to_str().unwrap();
+    let cases: [(&Host, String, String, &str); 17] = [
+        (&a, "ip link set eth0 mtu 1400".into(), "ip link set eth0 mtu 1450".into(), "container: eth0: MTU is 1400, wanted: 1450"),
+        (&a, "ip link set eth0 address 02:00:00:00:00:01".into(), format!("ip link set eth0 address {mac}"), "container: eth0: MAC is 02:00:00:00:00:01"),
+        (&a, "ip addr add 10.1.15.2/32 dev eth0 && ip addr del 10.1.15.2/24 dev eth0".into(), "ip addr del 10.1.15.2/32 dev eth0; ip addr add 10.1.15.2/24 dev eth0; ip route add default via 10.1.15.1; ip route add 10.1.0.0/16 via 10.1.15.1".into(), "address 10.1.15.2/24 dev eth0 is missing"),
+        (&a, "ip addr del fd00:0:0:15::2/64 dev eth0".into(), "ip addr add fd00:0:0:15::2/64 dev eth0 nodad".into(), "address fd00:0:0:15::2/64 dev eth0 is missing"),
+        (&a, "ip route del default".into(), "ip route add default via 10.1.15.1".into(), "route default via 10.1.15.1 dev eth0"),
+        (&a, "ip route del 10.1.0.0/16".into(), "ip route add 10.1.0.0/16 via 10.1.15.1".into(), "route 10.1.0.0/16 via 10.1.15.1 dev eth0"),
+        (&a, "ip link set lo down".into(), "ip link set lo up".into(), "container: lo: state is down, wanted: up"),
+        (&runtime.host, format!("ip link set {pair} nomaster"), format!("ip link set {pair} master cni0 && bridge link set dev {pair} hairpin on"), "bridge is none, wanted: cni0"),
+        (&runtime.host, format!("bridge link set dev {pair} hairpin off"), format!("bridge link set dev {pair} hairpin on"), "hairpin is off, wanted: on"),
+        (&runtime.host, format!("ip link set {pair} mtu 1400"), format!("ip link set {pair} mtu 1450"), "MTU is 1400, wanted: 1450"),
+        (&runtime.host, format!("ip link set {pair} address 02:00:00:00:00:01"), format!("ip link set {pair} address {host_mac}"), "MAC is 02:00:00:00:00:01"),
+        (&runtime.host, format!("ip link set {pair} down"), format!("ip link set {pair} up"), "state is down, wanted: up"),
+        (&runtime.host, "ip addr del 10.1.15.1/24 dev cni0".into(), "ip addr add 10.1.15.1/24 dev cni0".into(), "host: address 10.1.15.1/24 dev cni0 is missing"),
+        (&runtime.host, "echo 0 > /proc/sys/net/ipv4/ip_forward".into(), "echo 1 > /proc/sys/net/ipv4/ip_forward".into(), "net/ipv4/ip_forward is 0"),
+        (&runtime.host, format!("mv {file} {file}.away"), format!("mv {file}.away {file}"), "the address file of 10.1.15.2 is missing"),
+        (&runtime.host, format!("cp {file} {file}.away; printf other > {file}"), format!("mv {file}.away {file}"), "the address 10.1.15.2 is held by other"),
+        (&runtime.host, format!("ip link del {pair}"), String::new(), &format!("host: link {pair}")),
+    ];
+    for (place, alter, restore, named) in &cases {
+        sh(place, alter);
+        let refused = check().expect_err(alter);
+        let msg = refused["msg"].as_str().unwrap();
+        assert!(refused["code"] == 103 && msg.contains(named), "{alter}: {refused:#}");
+        if !restore.is_empty() {
+            // Together with the device its routes go, and a link that is down takes IPv6 with it.
+            sh(place, restore);
+            eventually("it is as it was", &check);
+        }
+    }
+}
+
+/// Runs a line by the shell.
+fn sh(host: &Host, line: &str) {
+    let out = host.command("sh").args(["-c", line]).output().unwrap();
+    assert!(out.status.success(), "{line}: {out:?}");
+}
+
+#[test]
+fn gc_frees_what_no_attachment_holds() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let conf = runtime.conf("1.1.0", json!({}));
+    let containers = ["a", "b", "c"].map(|name| runtime.container(name));
+    containers.iter().for_each(|container| drop(runtime.add(&conf, &container.name, container)));
+    // What a program that was killed has left, an empty file too.
+    std::fs::write(runtime.file("networks/net/10.1.15.9"), "ghost\r\neth0").unwrap();
+    std::fs::write(runtime.file("networks/net/10.1.15.10"), "").unwrap();
+    let refused = runtime.try_verb("GC", &conf, "", None).unwrap_err();
+    assert_eq!((&refused["code"], runtime.attachments().len()), (&json!(7), 3), "{refused:#}");
+    let mut with_list = conf.clone();
+    with_list["cni.dev/valid-attachments"] = json!([{"containerID": "b", "ifname": "eth0"}]);
+    assert_eq!(runtime.try_verb("GC", &with_list, "", None), Ok(Value::Null));
+    assert_eq!(runtime.held(), ["10.1.15.3", "fd00:0:0:15::3"]);
+    assert_eq!(runtime.attachments(), ["b:eth0.json"]);
+    assert_eq!(runtime.links().len(), 3, "lo, cni0 and b's");
+    reaches(&containers[1], "10.1.15.1");
+}
+
+#[test]
+fn without_a_lease_status_says_50_and_51_and_add_says_try_again() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let conf = runtime.conf("1.1.0", json!({}));
+    let (a, b) = (runtime.container("a"), runtime.container("b"));
+    let code = |verb: &str, container| {
+        let refused = runtime.try_verb(verb, &conf, "b", container).unwrap_err();
+        assert!(refused["details"].as_str().unwrap().contains("twill agent"), "{refused:#}");
+        refused["code"].as_i64().unwrap()
+    };
+    assert_eq!(runtime.try_verb("STATUS", &conf, "", None), Ok(Value::Null));
+    let env = runtime.file("subnet.env");
+    std::fs::remove_file(&env).unwrap();
+    assert_eq!((code("STATUS", None), code("ADD", Some(&b))), (50, 11));
+    std::fs::write(&env, "FLANNEL_NETWORK=10.1.0.0/16\n").unwrap();
+    assert_eq!((code("STATUS", None), code("ADD", Some(&b))), (50, 11));
+    runtime.lease("10.1.15.1/24");
+    runtime.add(&conf, "a", &a);
+    std::fs::remove_file(&env).unwrap();
+    assert_eq!((code("STATUS", None), code("ADD", Some(&b))), (51, 11));
+    // DEL needs no lease.
+    runtime.del(&conf, "a", Some(&a));
+    assert_eq!(runtime.links(), ["lo", "cni0"]);
+}
+
+fn adds<'a>(conf: &'a Value, id: &'a str, netns: &str) -> Call<'a> {
+    Call { verb: "ADD", conf, id, netns: Some(netns.into()), args: "" }
+}
+
+#[test]
+fn bad_input_is_named_and_leaves_nothing_behind() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let (a, b) = (runtime.container("a"), runtime.container("b"));
+    b.ip("link add eth0 type bridge");
+    let conf = runtime.conf("1.0.0", json!({}));
+    let own = |more| runtime.conf("1.0.0", more);
+    let range = |subnet: &str| json!({"ipam": {"type": "host-local", "ranges": [[{"subnet": subnet}]]}});
+    let (taken, last) = (runtime.container("taken"), runtime.container("last"));
+    runtime.add(&conf, "taken", &taken);
+    let mut small = range("10.9.0.0/30");
+    small["bridge"] = json!("cni1");
+    runtime.add(&own(small.clone()), "last", &last);
+    let file = runtime.file("file");
+    std::fs::write(&file, "").unwrap();
+    let netns_a = netns(&a);
+    let before = runtime.everything();
+    let refused = |code: i64, says: &str, call: &Call<'_>| {
+        let refused = runtime.call(call).expect_err(says);
+        let text = format!("{}{}", refused["msg"], refused["details"]);
+        assert!(refused["code"] == code && text.contains(says), "{code} {says}: {refused:#}");
+        assert!(!refused["details"].as_str().unwrap().is_empty(), "the way out: {refused:#}");
+        assert_eq!(runtime.everything(), before, "{says}");
+        assert_eq!(a.json("link").as_array().unwrap().len(), 1, "{says}");
+    };
+    refused(6, "expected", &adds(&json!("text"), "a", &netns_a));
+    refused(1, "9.9.9", &adds(&own(json!({"cniVersion": "9.9.9"})), "a", &netns_a));
+    refused(7, "name", &adds(&own(json!({"name": ""})), "a", &netns_a));
+    refused(7, "name", &adds(&own(json!({"name": "../up"})), "a", &netns_a));
+    refused(7, "type", &adds(&own(json!({"type": ""})), "a", &netns_a));
+    refused(7, "bridge", &adds(&own(json!({"bridge": "a/b"})), "a", &netns_a));
+    refused(7, "mtu", &adds(&own(json!({"mtu": 1})), "a", &netns_a));
+    refused(2, "vlan", &adds(&own(json!({"vlan": 7})), "a", &netns_a));
+    refused(2, "dhcp", &adds(&own(json!({"ipam": {"type": "dhcp"}})), "a", &netns_a));
+    refused(7, "10.9.0.0/31", &adds(&own(range("10.9.0.0/31")), "a", &netns_a));
+    refused(4, "CNI_CONTAINERID", &adds(&conf, "", &netns_a));
+    refused(4, "CNI_CONTAINERID", &adds(&conf, "../up", &netns_a));
+    refused(4, "CNI_NETNS", &adds(&conf, "a", ""));
+    refused(4, "CNI_COMMAND", &Call { verb: "JUMP", ..adds(&conf, "a", &netns_a) });
+    refused(4, "CNI_ARGS", &Call { args: "IP=here", ..adds(&conf, "a", &netns_a) });
+    refused(3, "has ended", &adds(&conf, "a", "/proc/1/gone"));
+    refused(3, "no network namespace", &adds(&conf, "a", file.to_str().unwrap()));
+    refused(3, "host's own", &adds(&conf, "a", &netns(&runtime.host)));
+    refused(101, "eth0 already", &adds(&conf, "b", &netns(&b)));
+    refused(101, "taken", &adds(&conf, "taken", &netns_a));
+    refused(102, "10.9.0.2 by last:eth0", &adds(&own(small), "a", &netns_a));
+    refused(102, "taken:eth0 holds it", &Call { args: "IP=10.1.15.2", ..adds(&conf, "a", &netns_a) });
+    refused(102, "no range", &Call { args: "IP=10.77.0.2", ..adds(&conf, "a", &netns_a) });
+    refused(104, "no bridge", &adds(&own(json!({"bridge": "lo"})), "a", &netns_a));
+    refused(104, "taken", &adds(&own(range("10.8.0.0/24")), "a", &netns_a));
+    refused(
+        100,
+        "10.99.0.1",
+        &adds(&own(json!({"ipam": {"routes": [{"dst": "10.99.0.0/16", "gw": "10.99.0.1"}]}})), "a", &netns_a),
+    );
+}
+
+#[test]
+fn a_foreign_address_on_an_unused_bridge_is_repaired() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let a = runtime.container("a");
+    runtime.host.ip("link add cni0 type bridge");
+    runtime.host.ip("addr add 10.9.9.1/24 dev cni0");
+    runtime.add(&runtime.conf("1.0.0", json!({})), "a", &a);
+    assert_eq!(addresses(&runtime.host, "cni0"), ["10.1.15.1/24", "fd00:0:0:15::1/64"]);
+    reaches(&a, "10.1.15.1");
+}
+
+#[test]
+fn what_is_asked_for_is_given() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let (a, b, c) = (runtime.container("a"), runtime.container("b"), runtime.container("c"));
+    let more = json!({"bridge": "docker0", "mtu": 1300, "hairpinMode": false, "promiscMode": true, "portIsolation": true,
+        "ipam": {"routes": [{"dst": "192.0.2.0/24"}, {"dst": "198.51.100.0/24", "gw": "10.1.15.77", "priority": 7}]},
+        "runtimeConfig": {"ips": ["10.1.15.50/24"], "mac": "02:00:00:00:00:50"}});
+    let said = runtime.add(&runtime.conf("1.1.0", more.clone()), "a", &a);
+    assert_eq!(
+        (&said["ips"][0]["address"], &said["interfaces"][2]["mac"]),
+        (&json!("10.1.15.50/24"), &json!("02:00:00:00:00:50"))
+    );
+    let eth0 = link(&a, "eth0");
+    assert_eq!((&eth0["address"], &eth0["mtu"]), (&json!("02:00:00:00:00:50"), &json!(1300)));
+    assert_eq!(addresses(&runtime.host, "docker0")[0], "10.1.15.1/24");
+    assert!(link(&runtime.host, "docker0")["flags"].as_array().unwrap().contains(&json!("PROMISC")));
+    let pair = link(&runtime.host, said["interfaces"][1]["name"].as_str().unwrap());
+    let port = &pair["linkinfo"]["info_slave_data"];
+    assert_eq!((&port["hairpin"], &port["isolated"]), (&json!(false), &json!(true)));
+    let route = |dst: &str| a.json(&format!("route show {dst}"))[0].clone();
+    assert_eq!(route("192.0.2.0/24")["gateway"], "10.1.15.1");
+    assert_eq!(
+        (&route("198.51.100.0/24")["gateway"], &route("198.51.100.0/24")["metric"]),
+        (&json!("10.1.15.77"), &json!(7))
+    );
+    // By CNI_ARGS as well.
+    let conf = runtime.conf("1.0.0", json!({"bridge": "docker0"}));
+    let call = Call {
+        verb: "ADD",
+        conf: &conf,
+        id: "b",
+        netns: Some(netns(&b)),
+        args: "IgnoreUnknown=1;IP=10.1.15.60;MAC=02:00:00:00:00:60",
+    };
+    let said = runtime.call(&call).unwrap();
+    assert_eq!(
+        (&said["ips"][0]["address"], &link(&b, "eth0")["address"]),
+        (&json!("10.1.15.60/24"), &json!("02:00:00:00:00:60"))
+    );
+    // A stable MAC and device name, whenever the container is attached anew.
+    let conf = runtime.conf("1.0.0", json!({"bridge": "docker0"}));
+    let first = runtime.add(&conf, "c", &c);
+    runtime.del(&conf, "c", Some(&c));
+    let second = runtime.add(&conf, "c", &c);
+    assert_eq!(first["interfaces"], second["interfaces"]);
+    assert_ne!(first["ips"], second["ips"]);
+}
+
+#[test]
+fn point_to_point_needs_no_bridge() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let (a, b) = (runtime.container("a"), runtime.container("b"));
+    let conf = runtime.conf("1.0.0", json!({"bridge": ""}));
+    let said = runtime.add(&conf, "a", &a);
+    runtime.add(&conf, "b", &b);
+    assert_eq!(runtime.links().len(), 3, "lo and two pairs");
+    assert_eq!((said["interfaces"].as_array().unwrap().len(), &said["ips"][0]["address"]), (2, &json!("10.1.15.2/32")));
+    for ip in ["10.1.15.1", "10.1.15.3", "fd00:0:0:15::1", "fd00:0:0:15::3"] {
+        reaches(&a, ip);
+    }
+    let mut with_prev = conf.clone();
+    with_prev["prevResult"] = said;
+    assert_eq!(runtime.try_verb("CHECK", &with_prev, "a", Some(&a)), Ok(Value::Null));
+    runtime.del(&conf, "a", Some(&a));
+    runtime.del(&conf, "b", Some(&b));
+    assert_eq!((runtime.links(), runtime.held()), (vec!["lo".to_owned()], vec![]));
 }

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::io;
 
 use twill_core::attach::{Clash, Request};
-use twill_core::host::{HostState, Key, LinkKind, Object};
+use twill_core::host::{HostState, Key, Link, LinkKind, Object};
 use twill_core::net::LinkName;
 use twill_core::reconcile::{Caps, Claim, Desired, Op, Plan, Scope, Step, StepError, Why, plan};
 
@@ -169,7 +169,13 @@ pub fn attach(container: &Netns, request: &Request) -> Result<LinuxKernel, Faile
 fn before(request: &Request, have: &HostState) -> Desired {
     let mut want = request.container_before();
     let others = have.iter().any(|(_, o)| matches!(o, Object::Link(link) if link.kind != loopback_kind()));
-    want.host.retain(|key, _| !matches!(key, Key::Sysctl(path) if others || sysctl::read(path).is_err()));
+    want.host.retain(|_, object| match object {
+        Object::Sysctl { path, value } => {
+            let for_this_one = &**value == "0" && path.contains("/default/");
+            (!others || for_this_one) && sysctl::read(path).is_ok()
+        }
+        _ => true,
+    });
     want
 }
 
@@ -191,9 +197,14 @@ pub fn detach_inside(container: &Netns, ifname: LinkName) -> Result<bool, Failed
     })?
 }
 
-/// Whether the calling thread's namespace has a device.
-pub fn is_there(device: LinkName) -> Result<bool, Failed> {
-    Ok(open(&Desired::default())?.mirror().link(device).is_some())
+/// The devices of the calling thread's namespace.
+pub fn devices() -> Result<Vec<Link>, Failed> {
+    let kernel = open(&Desired::default())?;
+    let links = kernel.mirror().iter().filter_map(|(_, object)| match object {
+        Object::Link(link) => Some((**link).clone()),
+        _ => None,
+    });
+    Ok(links.collect())
 }
 
 /// What of `want` the calling thread's namespace does not hold.

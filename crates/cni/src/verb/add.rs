@@ -2,6 +2,7 @@
 
 use std::thread;
 
+use serde_json::{Map, Value};
 use twill_core::attach::{self, Attachment, Network, Request, Way};
 use twill_core::host::PortFlags;
 use twill_core::ipam::{Given, Holder};
@@ -11,12 +12,16 @@ use twill_kernel::files::{self, Unsynced};
 use twill_kernel::{Kernel, LinuxKernel};
 
 use super::{lease, netns, refused};
-use crate::conf::{Conf, Device};
+use crate::conf::{Conf, Device, resolv_conf};
 use crate::env::Target;
 use crate::error::{Act, CniError, Code};
 use crate::ipam::Folder;
 use crate::records::Records;
 use crate::result::{Answer, Interface, Ip, RouteTo};
+use crate::sweep::sweep;
+
+/// More bytes than resolv.conf has.
+const RESOLV_LIMIT: u64 = 1 << 16;
 
 /// Runs ADD.
 pub fn run(mut conf: Conf, target: &Target) -> Result<String, CniError> {
@@ -46,7 +51,7 @@ fn addresses_alone(conf: &Conf, target: &Target) -> Result<Answer, CniError> {
     };
     files::sync_all(&taken).act(|| format!("write {} to the disk", ipam.dir.display()))?;
     let ips = given.iter().map(|given| Ip { address: given.inet, gateway: Some(given.gateway), interface: None });
-    Ok(Answer { ips: ips.collect(), routes: ipam.routes.clone(), dns: ipam.dns.clone(), interfaces: Vec::new() })
+    Ok(Answer { ips: ips.collect(), routes: ipam.routes.clone(), dns: dns(conf)?, interfaces: Vec::new() })
 }
 
 fn attach(conf: &Conf, device: &Device, target: &Target) -> Result<Answer, CniError> {
@@ -54,6 +59,7 @@ fn attach(conf: &Conf, device: &Device, target: &Target) -> Result<Answer, CniEr
         let hint = "take ipMasq out of the configuration, and let the node's firewall masquerade";
         return Err(CniError::new(Code::Unsupported, "this plugin does not masquerade", hint));
     }
+    let dns = dns(conf)?;
     let path = target.netns()?;
     let (netns, inode) = netns(path)?;
     let boot = files::boot_id().act(|| "read the boot's id".into())?;
@@ -68,7 +74,7 @@ fn attach(conf: &Conf, device: &Device, target: &Target) -> Result<Answer, CniEr
     let synced = synced.unwrap_or_else(|_| Err(std::io::Error::other("the thread that syncs panicked")));
     let synced = synced.act(|| format!("write {} to the disk", conf.state.display()));
     match (attached, synced) {
-        (Ok(host), Ok(())) => Ok(answer(conf, device, &request, &given, &host)),
+        (Ok(host), Ok(())) => Ok(answer(conf, device, (&request, dns), &given, &host)),
         (attached, synced) => {
             let back = if attached.is_ok() { take_away(&request, &records) } else { Ok(()) };
             let back = back.and_then(|()| forget(conf, target, &records, &given));
@@ -78,7 +84,7 @@ fn attach(conf: &Conf, device: &Device, target: &Target) -> Result<Answer, CniEr
 }
 
 /// Everything that went wrong.
-pub(super) fn all(results: impl IntoIterator<Item = Result<(), CniError>>) -> Result<(), CniError> {
+pub(crate) fn all(results: impl IntoIterator<Item = Result<(), CniError>>) -> Result<(), CniError> {
     results.into_iter().filter_map(Result::err).reduce(CniError::and).map_or(Ok(()), Err)
 }
 
@@ -90,7 +96,8 @@ fn take_away(request: &Request, records: &Records) -> Result<(), CniError> {
 fn settle_earlier(records: &Records, target: &Target, boot: &str) -> Result<(), CniError> {
     let Some(earlier) = records.get(&target.container_id, target.ifname)? else { return Ok(()) };
     let device = earlier.request.host_device;
-    if earlier.boot_id == boot && kernel::is_there(device).map_err(|failed| refused(failed, records))? {
+    let devices = kernel::devices().map_err(|failed| refused(failed, records))?;
+    if earlier.boot_id == boot && devices.iter().any(|link| link.name == device) {
         let msg = format!("container {} has its {} already, joined to {device}", target.container_id, target.ifname);
         return Err(CniError::new(Code::Attached, msg, "the runtime has to DEL it before it ADDs it again"));
     }
@@ -99,7 +106,7 @@ fn settle_earlier(records: &Records, target: &Target, boot: &str) -> Result<(), 
 }
 
 /// Frees the addresses of an attachment.
-pub(super) fn free(attachment: &Attachment) -> Result<Vec<Unsynced>, CniError> {
+pub(crate) fn free(attachment: &Attachment) -> Result<Vec<Unsynced>, CniError> {
     let Some(network) = &attachment.network else { return Ok(Vec::new()) };
     let Some(folder) = Folder::find(network.dir.as_ref().as_ref())? else { return Ok(Vec::new()) };
     let Request { container_id, ifname, addresses, .. } = &attachment.request;
@@ -115,17 +122,14 @@ fn write_down(
     records: &Records,
     (boot, inode): (&str, u64),
 ) -> Result<(Request, Vec<Given>, Vec<Unsynced>), CniError> {
-    let folder = conf.ipam.as_ref().map(|ipam| Ok((ipam, Folder::open(&ipam.dir)?))).transpose()?;
-    let given = match &folder {
-        Some((ipam, folder)) => folder.choose(&ipam.sets, &ipam.asked)?,
-        None => Vec::new(),
-    };
+    let folder = conf.ipam.as_ref().map(|ipam| Folder::open(&ipam.dir)).transpose()?;
+    let (folder, given) = choose(conf, folder, records)?;
     let request = request(conf, device, target, &given)?;
     let mut record = request.record(boot, inode);
     record.network =
         conf.ipam.as_ref().map(|ipam| Network { name: conf.name.clone(), dir: ipam.dir.to_string_lossy().into() });
     let mut changes = vec![records.put(&record)?];
-    if let Some((_, folder)) = &folder {
+    if let Some(folder) = &folder {
         let taken = folder.take(&given, &holder(target));
         changes.extend(taken.map_err(|error| {
             let forgotten = records.remove(&target.container_id, target.ifname);
@@ -133,6 +137,23 @@ fn write_down(
         })?);
     }
     Ok((request, given, changes))
+}
+
+/// One address of each range set. When none is free, those of containers that are gone are.
+fn choose(conf: &Conf, folder: Option<Folder>, records: &Records) -> Result<(Option<Folder>, Vec<Given>), CniError> {
+    let (Some(ipam), Some(folder)) = (&conf.ipam, folder) else { return Ok((None, Vec::new())) };
+    match folder.choose(&ipam.sets, &ipam.asked) {
+        Err(full) if full.code == Code::Addresses => {
+            drop(folder);
+            if sweep(records)?.is_empty() {
+                return Err(full);
+            }
+            let folder = Folder::open(&ipam.dir)?;
+            let given = folder.choose(&ipam.sets, &ipam.asked)?;
+            Ok((Some(folder), given))
+        }
+        given => Ok((Some(folder), given?)),
+    }
 }
 
 /// Gives addresses and record back.
@@ -191,7 +212,23 @@ fn way(route: &RouteTo, given: &[Given]) -> Result<Way, CniError> {
     Ok(way)
 }
 
-fn answer(conf: &Conf, device: &Device, request: &Request, given: &[Given], host: &LinuxKernel) -> Answer {
+/// The resolvers that are told on.
+fn dns(conf: &Conf) -> Result<Map<String, Value>, CniError> {
+    if let Some(device) = conf.device.as_ref().filter(|device| !device.dns.is_empty()) {
+        return Ok(device.dns.clone());
+    }
+    let Some(path) = conf.ipam.as_ref().and_then(|ipam| ipam.resolv_conf.as_deref()) else { return Ok(Map::new()) };
+    let text = files::read_limited(path, RESOLV_LIMIT).act(|| format!("read {}", path.display()))?.unwrap_or_default();
+    Ok(resolv_conf(&String::from_utf8_lossy(&text)))
+}
+
+fn answer(
+    conf: &Conf,
+    device: &Device,
+    (request, dns): (&Request, Map<String, Value>),
+    given: &[Given],
+    host: &LinuxKernel,
+) -> Answer {
     let of_host = |name: LinkName| {
         let link = host.mirror().link(name);
         let (mac, mtu) = (link.and_then(|link| link.mac), link.and_then(|link| link.mtu).map(Mtu::get));
@@ -207,12 +244,8 @@ fn answer(conf: &Conf, device: &Device, request: &Request, given: &[Given], host
     let ips = ips.map(|(given, address)| Ip { address: *address, gateway: Some(given.gateway), interface: last });
     let default = given.iter().filter(|_| device.default_route).map(|given| {
         let dst = if given.gateway.is_ipv4() { Prefix::DEFAULT_V4 } else { Prefix::DEFAULT_V6 };
-        RouteTo { dst, gw: Some(given.gateway), rest: serde_json::Map::new() }
+        RouteTo { dst, gw: Some(given.gateway), rest: Map::new() }
     });
     let configured = conf.ipam.iter().flat_map(|ipam| ipam.routes.iter().cloned());
-    let mut dns = conf.ipam.as_ref().map(|ipam| ipam.dns.clone()).unwrap_or_default();
-    if !device.dns.is_empty() {
-        dns = device.dns.clone();
-    }
     Answer { interfaces, ips: ips.collect(), routes: default.chain(configured).collect(), dns }
 }

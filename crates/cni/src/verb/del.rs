@@ -6,8 +6,7 @@ use twill_core::attach::{self, Attachment};
 use twill_kernel::attach as kernel;
 use twill_kernel::files::{self, Unsynced};
 
-use super::add::free;
-use super::{netns, refused};
+use super::{free, netns, refused};
 use crate::conf::Conf;
 use crate::env::Target;
 use crate::error::{Act, CniError};

@@ -3,8 +3,7 @@
 use twill_kernel::attach as kernel;
 use twill_kernel::files;
 
-use super::add::{all, free};
-use super::refused;
+use super::{all, free, refused};
 use crate::conf::{Conf, Valid};
 use crate::error::{Act, CniError, Code};
 use crate::ipam::Folder;
@@ -16,7 +15,7 @@ pub fn run(conf: &Conf) -> Result<String, CniError> {
         let hint = "the runtime has to list who is attached; without the list everything would be freed";
         return Err(CniError::new(Code::Config, "GC came without cni.dev/valid-attachments", hint));
     };
-    let attachments = conf.device.is_some().then(|| stale_attachments(conf, valid)).unwrap_or(Ok(()));
+    let attachments = if conf.device.is_some() { stale_attachments(conf, valid) } else { Ok(()) };
     all([attachments, stale_addresses(conf, valid)])?;
     Ok(String::new())
 }

@@ -6,6 +6,8 @@ pub mod del;
 pub mod gc;
 pub mod status;
 
+pub(crate) use add::{all, free};
+
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -66,7 +68,7 @@ fn netns(path: &str) -> Result<(Netns, u64), CniError> {
 }
 
 /// A refusal of the kernel as the specification's error.
-fn refused(failed: Failed, records: &Records) -> CniError {
+pub(crate) fn refused(failed: Failed, records: &Records) -> CniError {
     let msg = failed.to_string();
     let (code, details) = match failed {
         Failed::Enter(_) => {

@@ -84,7 +84,7 @@ impl Backend for UdpConfig {
         let mut host = HostState::new();
         let (Some(name), Some((network, subnet))) = (self.device(), v4(cx)) else { return Ok(host) };
         let mtu = Some(self.mtu(&cx.underlay, true)?);
-        let link = Link { name, kind: LinkKind::Tun, mac: None, mtu, up: true, master: None, carrier: true };
+        let link = Link { mtu, ..Link::up(name, LinkKind::Tun) };
         host.insert(Object::Link(Box::new(link)));
         // With the network's length the kernel makes the one route that is needed; flannel has /32 and a route of its own.
         if let Ok(inet) = Inet::new(subnet.addr(), network.len()) {

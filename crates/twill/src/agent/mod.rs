@@ -15,12 +15,13 @@ pub(crate) mod settings;
 pub(crate) mod tunnel;
 pub(crate) mod view;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Context;
 use tokio::sync::{mpsc, oneshot, watch};
+use twill_cni::records::Records;
 use twill_core::config::{self, NetworkConfig};
 use twill_core::host::HostState;
 use twill_core::net::NodeId;
@@ -38,6 +39,8 @@ use crate::stores;
 
 /// How long answers may take when the agent ends.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How often containers are looked for that have ended without a DEL.
+const SWEEP: Duration = Duration::from_secs(60);
 
 /// Runs the agent until it is told to end. Everything stays in the kernel.
 pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
@@ -81,6 +84,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
             () = session.run() => tracing::info!("the node has left"),
             () = crate::terminated() => tracing::info!("ending; devices, routes and lease stay"),
             () = watchdog() => {}
+            () = sweep(settings.state_dir.join("attachments")) => {}
         }
         // Whoever asked to leave is told that it was done; a client that stays is not waited for.
         drop(stop);
@@ -93,6 +97,22 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
     let _ = thread.join();
     let _ = std::fs::remove_file(settings.run_dir.join("twill.sock"));
     result
+}
+
+/// Frees what containers have left that are gone, now and then; never ends.
+async fn sweep(attachments: PathBuf) {
+    let mut turn = tokio::time::interval(SWEEP);
+    loop {
+        turn.tick().await;
+        let records = Records::new(attachments.clone());
+        match tokio::task::spawn_blocking(move || twill_cni::sweep::sweep(&records)).await {
+            Ok(Ok(freed)) => {
+                freed.iter().for_each(|name| tracing::info!(name, "the container is gone, its addresses are free"))
+            }
+            Ok(Err(error)) => tracing::warn!(%error, hint = error.details, "cannot free what containers have left"),
+            Err(error) => tracing::error!(%error, "the task that frees addresses ended"),
+        }
+    }
 }
 
 /// One agent for each state folder.

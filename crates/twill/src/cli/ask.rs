@@ -27,7 +27,7 @@ impl Socket {
     }
 
     /// The agent's answer; without an agent the error that says how to start one.
-    async fn ask<T: serde::de::DeserializeOwned>(&self, method: &str, path: &str) -> Result<T, Failure> {
+    pub(super) async fn ask<T: serde::de::DeserializeOwned>(&self, method: &str, path: &str) -> Result<T, Failure> {
         let dir = self.dir();
         control::call(&dir, method, path).await?.ok_or_else(|| {
             Failure::new("no-agent", format!("no agent listens in {}", dir.display()))

@@ -3,8 +3,11 @@
 mod agent;
 mod ask;
 mod check;
+mod cni;
 mod completions;
+mod docker;
 mod ip;
+mod ipam;
 mod lab;
 mod offline;
 mod show;
@@ -46,6 +49,12 @@ enum Command {
     Leave(ask::Leave),
     /// Remove everything that Twill owns on this host; the lease stays
     Clean(offline::Clean),
+    /// Attach containers of containerd, CRI-O and podman by Twill
+    Cni(cni::Cni),
+    /// Put docker's bridge on this node's subnet
+    Docker(docker::Docker),
+    /// List the addresses of this node's containers, free what leaked
+    Ipam(ipam::Ipam),
     /// Print a completion script for a shell
     Completions(completions::Completions),
     /// Calculate with addresses, plan a network
@@ -76,6 +85,9 @@ pub(crate) fn run() -> ExitCode {
         Command::Resync(args) => args.run(),
         Command::Leave(args) => args.run(),
         Command::Clean(args) => args.run(),
+        Command::Cni(args) => args.run(),
+        Command::Docker(args) => args.run(),
+        Command::Ipam(args) => args.run(),
         Command::Completions(args) => args.run(),
         Command::Ip(args) => args.run(),
         Command::Lab(args) => args.run(),

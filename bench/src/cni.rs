@@ -1,0 +1,165 @@
+//! Attaching containers: our plugin, and Debian's bridge with host-local, call by call in turn.
+
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+
+use serde_json::{Value, json};
+use twill_e2e::cni::{Call, netns};
+use twill_e2e::net::{Bed, Host};
+
+use crate::report::{Report, median};
+
+/// Where Debian puts the reference plugins.
+const REFERENCE: &str = "/usr/lib/cni";
+/// Pods that start at once.
+const PODS: usize = 110;
+/// Calls of each kind.
+const CALLS: usize = 40;
+
+/// One of the two, on a host of its own.
+struct Side<'a> {
+    host: &'a Host,
+    program: PathBuf,
+    conf: Value,
+}
+
+impl Side<'_> {
+    /// Starts a call in the host's namespace, with nothing between us and the plugin.
+    fn start(&self, verb: &str, id: &str, container: &Host) -> Child {
+        let mut command = Command::new(&self.program);
+        command
+            .env("CNI_COMMAND", verb)
+            .env("CNI_CONTAINERID", id)
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_PATH", REFERENCE);
+        command.env("CNI_NETNS", netns(container)).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        child.stdin.take().unwrap().write_all(self.conf.to_string().as_bytes()).unwrap();
+        child
+    }
+
+    /// Milliseconds of one call.
+    fn time(&self, verb: &str, id: &str, container: &Host) -> f64 {
+        let start = Instant::now();
+        finish(self.start(verb, id, container));
+        start.elapsed().as_secs_f64() * 1e3
+    }
+
+    /// Milliseconds until all pods are attached.
+    fn at_once(&self, pods: &[Host]) -> f64 {
+        let start = Instant::now();
+        let calls: Vec<Child> = pods.iter().map(|pod| self.start("ADD", &pod.name, pod)).collect();
+        calls.into_iter().for_each(finish);
+        let took = start.elapsed().as_secs_f64() * 1e3;
+        pods.iter().for_each(|pod| finish(self.start("DEL", &pod.name, pod)));
+        took
+    }
+}
+
+fn finish(child: Child) {
+    let out = child.wait_with_output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stdout));
+}
+
+/// Moves this thread to a host: what it starts from now on is there.
+fn enter(host: &Host) {
+    twill_e2e::net::enter(&std::fs::File::open(netns(host)).unwrap());
+}
+
+/// Runs all of it.
+pub(crate) fn run(plugin: &Path, report: &mut Report) {
+    assert!(Path::new(REFERENCE).join("bridge").exists(), "install containernetworking-plugins");
+    let home = std::fs::File::open("/proc/self/ns/net").unwrap();
+    assert!(home.as_raw_fd() >= 0);
+    let dir = tempfile::tempdir().unwrap();
+    let bed = Bed::new().unwrap();
+    let hosts = [bed.host("ours"), bed.host("theirs")];
+    let conf = |name: &str| {
+        json!({"cniVersion": "1.0.0", "name": name, "type": "bridge", "bridge": "cni0", "isDefaultGateway": true, "mtu": 1450,
+            "hairpinMode": true, "stateDir": dir.path().join("state"),
+            "ipam": {"type": "host-local", "dataDir": dir.path().join("networks"), "ranges": [[{"subnet": "10.1.15.0/24"}]]}})
+    };
+    let ours = Side { host: &hosts[0], program: plugin.to_owned(), conf: conf("ours") };
+    let theirs = Side { host: &hosts[1], program: Path::new(REFERENCE).join("bridge"), conf: conf("theirs") };
+    one_by_one(&bed, &ours, &theirs, report);
+    at_once(&bed, &ours, &theirs, report);
+    full(&ours, dir.path(), report);
+    twill_e2e::net::enter(&home);
+}
+
+fn one_by_one(bed: &Bed, ours: &Side<'_>, theirs: &Side<'_>, report: &mut Report) {
+    let container = bed.host("c");
+    let (mut add, mut del, mut bare) = ([vec![], vec![]], [vec![], vec![]], vec![]);
+    for _ in 0..CALLS {
+        for (n, side) in [ours, theirs].into_iter().enumerate() {
+            enter(side.host);
+            add[n].push(side.time("ADD", "c", &container));
+            del[n].push(side.time("DEL", "c", &container));
+        }
+        let host = ours.host;
+        host.ip(&format!("link add bare0 type veth peer name eth0 netns {}", container.pid()));
+        host.ip("link set bare0 up master cni0");
+        container.ip("link set eth0 up");
+        container.ip("addr add 10.1.15.250/24 dev eth0");
+        enter(host);
+        let start = Instant::now();
+        assert!(Command::new("ip").args(["link", "del", "bare0"]).status().unwrap().success());
+        bare.push(start.elapsed().as_secs_f64() * 1e3);
+    }
+    report.note("CNI ADD by Debian's bridge + host-local (ms)", &add[1]);
+    report.note("CNI ADD by Twill (ms)", &add[0]);
+    report.at_most("CNI ADD against Debian's (×)", &[median(&add[0]) / median(&add[1])], 0.25);
+    report.note("CNI DEL by Debian's bridge + host-local (ms)", &del[1]);
+    report.note("`ip link del` of such a pair (ms)", &bare);
+    report.at_most("CNI DEL by Twill (ms)", &del[0], median(&bare) + 5.0);
+}
+
+fn at_once(bed: &Bed, ours: &Side<'_>, theirs: &Side<'_>, report: &mut Report) {
+    let pods: Vec<Host> = (0..PODS).map(|n| bed.host(&format!("p{n}"))).collect();
+    let mut took = [vec![], vec![]];
+    for _ in 0..3 {
+        for (n, side) in [ours, theirs].into_iter().enumerate() {
+            enter(side.host);
+            took[n].push(side.at_once(&pods));
+        }
+    }
+    report.note("110 pods at once by Debian's (ms)", &took[1]);
+    report.note("110 pods at once by Twill (ms)", &took[0]);
+    report.at_most("110 pods at once against Debian's (×)", &[median(&took[0]) / median(&took[1])], 0.3);
+}
+
+/// Addresses alone, none held and 60,000.
+fn full(ours: &Side<'_>, dir: &Path, report: &mut Report) {
+    let alone = |name: &str| {
+        json!({"cniVersion": "1.0.0", "name": name, "type": "other", "ipam": {"type": "host-local", "subnet": "10.8.0.0/15",
+            "dataDir": dir.join("networks")}})
+    };
+    let folder = dir.join("networks/full");
+    std::fs::create_dir_all(&folder).unwrap();
+    for n in 2..60_002u32 {
+        let ip = std::net::Ipv4Addr::from_bits(u32::from_be_bytes([10, 8, 0, 0]) + n);
+        std::fs::write(folder.join(ip.to_string()), "somebody\r\neth0").unwrap();
+    }
+    std::fs::write(folder.join("last_reserved_ip.0"), "10.8.234.97").unwrap();
+    let mut samples = [vec![], vec![]];
+    for n in 0..CALLS {
+        for (which, name) in ["empty", "full"].into_iter().enumerate() {
+            let conf = alone(name);
+            let id = format!("c{n}");
+            let call = Call { verb: "ADD", conf: &conf, id: &id, netns: None, args: "" };
+            let start = Instant::now();
+            let mut command = Command::new(&ours.program);
+            command.env("CNI_COMMAND", call.verb).env("CNI_CONTAINERID", call.id).env("CNI_IFNAME", "eth0");
+            let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+            child.stdin.take().unwrap().write_all(conf.to_string().as_bytes()).unwrap();
+            finish(child);
+            samples[which].push(start.elapsed().as_secs_f64() * 1e3);
+        }
+    }
+    report.note("an address, none held (ms)", &samples[0]);
+    report.note("an address, 60,000 held (ms)", &samples[1]);
+    report.at_most("an address, 60,000 held against none (×)", &[median(&samples[1]) / median(&samples[0])], 1.25);
+}

@@ -1,0 +1,453 @@
+//! Which address a container gets: one folder shared by processes, kills at every system call, and other plugins' files.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use serde_json::{Value, json};
+use twill_e2e::cni::{Call, Runtime, netns};
+use twill_e2e::net::{Bed, Host};
+use twill_e2e::node::Node;
+use twill_e2e::{bin, eventually, installed};
+
+fn runtime() -> Option<(Runtime, tempfile::TempDir)> {
+    let dir = tempfile::tempdir().unwrap();
+    Some((Runtime::new(Bed::new()?, dir.path()), dir))
+}
+
+/// A configuration that gives addresses alone: no device is made, as for somebody else's plugin.
+fn alone(runtime: &Runtime, subnet: &str) -> Value {
+    json!({"cniVersion": "1.0.0", "name": "net", "type": "macvlan", "ipam": {"type": "host-local", "subnet": subnet,
+        "dataDir": runtime.file("networks"), "routes": [{"dst": "0.0.0.0/0"}]}})
+}
+
+fn address(said: &Value) -> String {
+    said["ips"][0]["address"].as_str().unwrap().split('/').next().unwrap().to_owned()
+}
+
+#[test]
+fn no_address_is_used_again_before_the_others_were() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let conf = alone(&runtime, "10.9.0.0/28");
+    let add = |id: &str| address(&runtime.try_verb("ADD", &conf, id, None).unwrap());
+    // One container is there all the time, others come and go.
+    assert_eq!(add("stays"), "10.9.0.2");
+    let walk: Vec<String> = (0..24)
+        .map(|n| {
+            let ip = add(&format!("c{n}"));
+            runtime.del(&conf, &format!("c{n}"), None);
+            ip
+        })
+        .collect();
+    assert_eq!(walk[..12].iter().collect::<BTreeSet<_>>().len(), 12, "{walk:?}");
+    assert_eq!(walk[..12], walk[12..], "in a circle, past the one that is held");
+    assert_eq!(runtime.held(), ["10.9.0.2"]);
+}
+
+#[test]
+fn concurrent_processes_never_share_an_address() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let conf = alone(&runtime, "10.9.0.0/26");
+    let started: Vec<Child> = (0..30)
+        .map(|n| {
+            let id = format!("c{n}");
+            let call = Call { verb: "ADD", conf: &conf, id: &id, netns: None, args: "" };
+            start(runtime.command(&bin("twill-cni"), &call), &conf)
+        })
+        .collect();
+    let given = started.into_iter().map(|child| {
+        let out = child.wait_with_output().unwrap();
+        address(&serde_json::from_slice(&out.stdout).unwrap())
+    });
+    assert_eq!(given.collect::<BTreeSet<_>>().len(), 30);
+    assert_eq!(runtime.held().len(), 30);
+}
+
+fn start(mut command: Command, conf: &Value) -> Child {
+    use std::io::Write;
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    // One that is killed does not read.
+    let _ = child.stdin.take().unwrap().write_all(conf.to_string().as_bytes());
+    child
+}
+
+#[test]
+fn nothing_is_answered_before_it_is_on_the_disk() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    if !installed("strace") {
+        return;
+    }
+    let a = runtime.container("a");
+    let conf = runtime.conf("1.0.0", json!({}));
+    let trace = runtime.file("trace");
+    for (verb, file) in [("ADD", "10.1.15.2"), ("ADD", "a:eth0.json")] {
+        let mut command = strace(&[
+            "-f",
+            "-y",
+            "-s",
+            "2000",
+            "-o",
+            trace.to_str().unwrap(),
+            "-e",
+            "trace=fsync,write,linkat,link,rename,renameat",
+        ]);
+        command.arg(bin("twill-cni"));
+        let call = Call { verb, conf: &conf, id: "a", netns: Some(netns(&a)), args: "" };
+        runtime.finish(within(&runtime, command, &call), &conf).unwrap();
+        let calls = std::fs::read_to_string(&trace).unwrap();
+        let lines: Vec<&str> = calls.lines().collect();
+        let answered = lines
+            .iter()
+            .position(|l| l.contains("write(1<") && l.contains("cniVersion"))
+            .unwrap_or_else(|| panic!("{calls}"));
+        let synced =
+            lines.iter().position(|l| l.contains("fsync(") && l.contains(file)).unwrap_or_else(|| panic!("{calls}"));
+        let folder = if file.ends_with("json") { "attachments>" } else { "networks/net>" };
+        let entry =
+            lines.iter().position(|l| l.contains("fsync(") && l.contains(folder)).unwrap_or_else(|| panic!("{calls}"));
+        assert!(synced < answered && entry < answered, "{calls}");
+        runtime.del(&conf, "a", Some(&a));
+    }
+}
+
+fn strace(words: &[&str]) -> Command {
+    let mut command = Command::new("strace");
+    command.arg("-qq").args(words);
+    command
+}
+
+/// A command as the runtime runs it on its host.
+fn within(runtime: &Runtime, command: Command, call: &Call<'_>) -> Command {
+    let mut inside = runtime.command(Path::new(command.get_program()), call);
+    inside.args(command.get_args());
+    inside
+}
+
+/// Calls the plugin and kills it at its `n`-th system call; `true`: it ended before. With `beside`, a second one works meanwhile.
+fn killed(runtime: &Runtime, call: &Call<'_>, n: usize, beside: Option<&Call<'_>>) -> bool {
+    let mut command = strace(&["-o", "/dev/null", "-e", &format!("inject=all:signal=KILL:when={n}")]);
+    command.arg(bin("twill-cni"));
+    let victim = start(within(runtime, command, call), call.conf);
+    let other = beside.map(|call| start(runtime.command(&bin("twill-cni"), call), call.conf));
+    if let Some(other) = other {
+        let out = other.wait_with_output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stdout));
+    }
+    victim.wait_with_output().unwrap().status.success()
+}
+
+/// Every address on the device is held by its container: then nobody else gets it.
+fn held_by(runtime: &Runtime, container: &Host, id: &str) {
+    let shown = container.json("addr show scope global");
+    let ips =
+        shown.as_array().unwrap().iter().flat_map(|link| link["addr_info"].as_array().cloned().unwrap_or_default());
+    for ip in ips.filter_map(|info| info["local"].as_str().map(str::to_owned)) {
+        let holder = std::fs::read_to_string(runtime.file("networks/net").join(&ip)).unwrap_or_default();
+        assert_eq!(holder, format!("{id}\r\neth0"), "{ip} is on the device of {id}");
+    }
+}
+
+/// Kills at every system call: what is on a device stays held, and a DEL frees everything.
+fn kill_everywhere(verb: &str, beside: bool) {
+    let Some((runtime, _dir)) = runtime() else { return };
+    if !installed("strace") {
+        return;
+    }
+    let (victim, other) = (runtime.container("victim"), runtime.container("other"));
+    let conf = runtime.conf("1.0.0", json!({}));
+    let call = |verb, id, container: &Host| Call { verb, conf: &conf, id, netns: Some(netns(container)), args: "" };
+    // The bridge is there, as on every host but for its first container.
+    runtime.add(&conf, "victim", &victim);
+    runtime.del(&conf, "victim", Some(&victim));
+    let mut kills = 0;
+    for n in 1.. {
+        if verb == "DEL" {
+            runtime.add(&conf, "victim", &victim);
+        }
+        let second = call("ADD", "other", &other);
+        let ended = killed(&runtime, &call(verb, "victim", &victim), n, beside.then_some(&second));
+        held_by(&runtime, &victim, "victim");
+        if beside {
+            held_by(&runtime, &other, "other");
+            runtime.del(&conf, "other", Some(&other));
+        }
+        runtime.del(&conf, "victim", Some(&victim));
+        assert_eq!((runtime.held(), runtime.attachments()), (vec![], vec![]), "{verb} killed at call {n}");
+        if ended {
+            break;
+        }
+        kills = n;
+    }
+    assert_eq!(runtime.links(), ["lo", "cni0"]);
+    assert!(kills > 50, "{verb} was killed at {kills} calls");
+}
+
+#[test]
+fn add_killed_at_every_system_call_doubles_no_address() {
+    kill_everywhere("ADD", false);
+}
+
+#[test]
+fn add_killed_at_every_system_call_beside_a_second_process_doubles_no_address() {
+    kill_everywhere("ADD", true);
+}
+
+#[test]
+fn del_killed_at_every_system_call_doubles_no_address() {
+    kill_everywhere("DEL", false);
+}
+
+#[test]
+fn del_killed_at_every_system_call_beside_a_second_process_doubles_no_address() {
+    kill_everywhere("DEL", true);
+}
+
+#[test]
+fn flannels_and_the_reference_configuration_are_understood() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let (a, b) = (runtime.container("a"), runtime.container("b"));
+    // As flannel's manifest installs it, but for the paths.
+    let flannel = json!({"cniVersion": "0.3.1", "name": "net", "type": "flannel", "subnetFile": runtime.file("subnet.env"),
+        "dataDir": runtime.file("flannel"), "stateDir": runtime.file("state"), "ipam": {"dataDir": runtime.file("networks")},
+        "delegate": {"hairpinMode": true, "isDefaultGateway": true}});
+    let said = runtime.add(&flannel, "a", &a);
+    assert_eq!((&said["ips"][0]["version"], &said["ips"][0]["address"]), (&json!("4"), &json!("10.1.15.2/24")));
+    assert_eq!(a.json("route show 10.1.0.0/16")[0]["gateway"], "10.1.15.1");
+    let eth0 = &a.json("link show eth0")[0];
+    assert_eq!(eth0["mtu"], 1450);
+    // The reference bridge's, with the network of its own.
+    let bridge = json!({"cniVersion": "0.4.0", "name": "net", "type": "bridge", "bridge": "docker0", "isGateway": true,
+        "stateDir": runtime.file("state"), "ipam": {"type": "host-local", "dataDir": runtime.file("networks"),
+        "ranges": [[{"subnet": "10.8.0.0/24", "rangeStart": "10.8.0.9"}], [{"subnet": "fd00:8::/64"}]],
+        "routes": [{"dst": "0.0.0.0/0"}]}});
+    let said = runtime.add(&bridge, "b", &b);
+    assert_eq!((address(&said), said["routes"].clone()), ("10.8.0.9".into(), json!([{"dst": "0.0.0.0/0"}])));
+    assert_eq!(b.json("route show default")[0]["gateway"], "10.8.0.1");
+    assert!(b.try_run("ping -c 1 -W 5 10.8.0.1").status.success());
+    runtime.del(&flannel, "a", Some(&a));
+    runtime.del(&bridge, "b", Some(&b));
+    assert_eq!((runtime.held(), runtime.attachments()), (vec![], vec![]));
+    for (delegate, code) in [(json!({"name": "x"}), 7), (json!({"ipam": {}}), 7), (json!({"type": "macvlan"}), 2)] {
+        let mut conf = flannel.clone();
+        conf["delegate"] = delegate;
+        assert_eq!(runtime.try_verb("ADD", &conf, "a", Some(&a)).unwrap_err()["code"], code);
+    }
+}
+
+/// The reference plugins, where Debian puts them.
+fn reference() -> Option<PathBuf> {
+    let dir = PathBuf::from("/usr/lib/cni");
+    if dir.join("bridge").is_file() {
+        return Some(dir);
+    }
+    println!("SKIP: containernetworking-plugins is not installed");
+    None
+}
+
+#[test]
+fn a_host_local_folder_goes_on_as_it_is_in_both_directions() {
+    let (Some((runtime, _dir)), Some(reference)) = (runtime(), reference()) else { return };
+    let (a, b, c) = (runtime.container("a"), runtime.container("b"), runtime.container("c"));
+    let conf = json!({"cniVersion": "1.0.0", "name": "net", "type": "bridge", "bridge": "cni0", "isDefaultGateway": true,
+        "stateDir": runtime.file("state"), "ipam": {"type": "host-local", "dataDir": runtime.file("networks"),
+        "ranges": [[{"subnet": "10.1.15.0/24"}]]}});
+    let theirs = |verb: &str, id: &str, container: &Host| {
+        let call = Call { verb, conf: &conf, id, netns: Some(netns(container)), args: "" };
+        let mut command = runtime.command(&reference.join("bridge"), &call);
+        command.env("CNI_PATH", &reference);
+        runtime.finish(command, &conf)
+    };
+    assert_eq!(address(&theirs("ADD", "a", &a).unwrap()), "10.1.15.2");
+    assert_eq!(address(&runtime.add(&conf, "b", &b)), "10.1.15.3");
+    assert_eq!(address(&theirs("ADD", "c", &c).unwrap()), "10.1.15.4");
+    assert!(b.try_run("ping -c 1 -W 5 10.1.15.2").status.success());
+    // Each takes the other's away.
+    runtime.del(&conf, "a", Some(&a));
+    theirs("DEL", "b", &b).unwrap();
+    assert_eq!(runtime.held(), ["10.1.15.4"]);
+    runtime.del(&conf, "b", Some(&b));
+    runtime.del(&conf, "c", Some(&c));
+    assert_eq!(
+        (runtime.held(), runtime.attachments(), runtime.links()),
+        (vec![], vec![], vec!["lo".into(), "cni0".into()])
+    );
+}
+
+#[test]
+fn the_reference_plugins_get_addresses_from_ours_and_are_chained_behind_it() {
+    let (Some((runtime, _dir)), Some(reference)) = (runtime(), reference()) else { return };
+    let (a, b) = (runtime.container("a"), runtime.container("b"));
+    // Ours under the name host-local, asked by the reference's ptp.
+    let path = runtime.file("plugins");
+    std::fs::create_dir(&path).unwrap();
+    std::fs::copy(bin("twill-cni"), path.join("host-local")).unwrap();
+    let conf = json!({"cniVersion": "1.0.0", "name": "net", "type": "ptp", "ipam": {"type": "host-local",
+        "dataDir": runtime.file("networks"), "subnet": "10.7.0.0/24"}});
+    let call = |verb| Call { verb, conf: &conf, id: "a", netns: Some(netns(&a)), args: "" };
+    let mut command = runtime.command(&reference.join("ptp"), &call("ADD"));
+    command.env("CNI_PATH", &path);
+    assert_eq!(address(&runtime.finish(command, &conf).unwrap()), "10.7.0.2");
+    let mut command = runtime.command(&reference.join("ptp"), &call("DEL"));
+    command.env("CNI_PATH", &path);
+    runtime.finish(command, &conf).unwrap();
+    assert_eq!(runtime.held(), Vec::<String>::new());
+    // Chained behind ours: what ours answers is their prevResult.
+    let ours = runtime.conf("1.0.0", json!({}));
+    let answer = runtime.add(&ours, "b", &b);
+    let tuning = json!({"cniVersion": "1.0.0", "name": "net", "type": "tuning", "sysctl": {"net.ipv4.conf.eth0.forwarding": "1"},
+        "prevResult": answer});
+    let call = Call { verb: "ADD", conf: &tuning, id: "b", netns: Some(netns(&b)), args: "" };
+    let passed = runtime.finish(runtime.command(&reference.join("tuning"), &call), &tuning).unwrap();
+    assert_eq!((&passed["ips"], &passed["interfaces"]), (&answer["ips"], &answer["interfaces"]));
+    assert_eq!(b.run("cat /proc/sys/net/ipv4/conf/eth0/forwarding").trim(), "1");
+    let bandwidth = json!({"cniVersion": "1.0.0", "name": "net", "type": "bandwidth", "ingressRate": 8000000, "ingressBurst": 8000000,
+        "prevResult": answer});
+    let call = Call { verb: "ADD", conf: &bandwidth, id: "b", netns: Some(netns(&b)), args: "" };
+    let passed = runtime.finish(runtime.command(&reference.join("bandwidth"), &call), &bandwidth);
+    assert_eq!(passed.expect("bandwidth takes our result")["ips"], answer["ips"]);
+    let mut with_prev = ours.clone();
+    with_prev["prevResult"] = answer;
+    assert_eq!(runtime.try_verb("CHECK", &with_prev, "b", Some(&b)), Ok(Value::Null));
+}
+
+#[test]
+fn a_leak_is_freed_by_the_agent_and_after_a_reboot() {
+    let Some(bed) = Bed::new() else { return };
+    if !installed("etcdctl") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::new(bed, dir.path());
+    let conf = json!({"cniVersion": "1.0.0", "name": "net", "type": "twill-cni", "stateDir": node.file("state"),
+        "ipam": {"type": "host-local", "dataDir": node.file("networks"), "subnet": "10.9.0.0/29"}});
+    let held = || {
+        let names = std::fs::read_dir(node.file("networks/net"))
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap());
+        let mut held: Vec<String> = names.filter(|n| n.parse::<std::net::IpAddr>().is_ok()).collect();
+        held.sort();
+        held
+    };
+    let add = |id: &str, container: &Host| {
+        let mut command = node.host.command(bin("twill-cni"));
+        command
+            .env("CNI_COMMAND", "ADD")
+            .env("CNI_CONTAINERID", id)
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_NETNS", netns(container));
+        let out = start(command, &conf).wait_with_output().unwrap();
+        (out.status.success(), String::from_utf8(out.stdout).unwrap())
+    };
+    // One that stays, one that ends without a DEL: its device goes with its namespace.
+    let (stays, ends) = (node.container("stays"), node.container("ends"));
+    assert!(add("stays", &stays).0 && add("ends", &ends).0);
+    assert_eq!(held(), ["10.9.0.2", "10.9.0.3"]);
+    drop(ends);
+    eventually("its device is gone", || {
+        if node.host.json("link").as_array().unwrap().len() == 4 { Ok(()) } else { Err(()) }
+    });
+    let leaked = node.twill_json(&format!("ipam list --data-dir {}", node.file("networks").display()));
+    let state = |n: usize| leaked["addresses"][n]["state"].clone();
+    assert_eq!((state(0), state(1)), (json!("attached"), json!("leaked")), "{leaked:#}");
+    let agent = node.agent("");
+    eventually("the agent frees it", || if held() == ["10.9.0.2"] { Ok(()) } else { Err(held()) });
+    drop(agent);
+    // The machine starts anew: what was attached before is nobody's when an address is needed.
+    let file = node.file("state/attachments/stays:eth0.json");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    std::fs::write(&file, text.replace(boot.trim(), "another")).unwrap();
+    let others: Vec<Host> = (0..6).map(|n| node.container(&format!("c{n}"))).collect();
+    for (n, other) in others.iter().enumerate() {
+        let (added, said) = add(&format!("c{n}"), other);
+        assert_eq!(added, n < 5, "{said}");
+    }
+    assert_eq!(held(), ["10.9.0.2", "10.9.0.3", "10.9.0.4", "10.9.0.5", "10.9.0.6"]);
+}
+
+#[test]
+fn ipam_lists_and_frees() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let a = runtime.container("a");
+    runtime.add(&runtime.conf("1.0.0", json!({})), "a", &a);
+    std::fs::write(runtime.file("networks/net/10.1.15.9"), "ghost\r\neth0").unwrap();
+    let twill = |words: &str| {
+        let mut command = runtime.host.command(bin("twill"));
+        command.args(words.split_whitespace()).env("TWILL_STATE_DIR", runtime.file("state"));
+        let out = command.env("TWILL_IPAM_DIR", runtime.file("networks")).output().unwrap();
+        (out.status.code(), String::from_utf8(out.stdout).unwrap(), String::from_utf8(out.stderr).unwrap())
+    };
+    let (_, text, _) = twill("ipam list -o json");
+    let listed: Value = serde_json::from_str(&text).unwrap();
+    let row = |address: &str, container: &str, state: &str| json!({"network": "net", "address": address, "container": container, "state": state});
+    let rows = [
+        row("10.1.15.2", "a:eth0", "attached"),
+        row("10.1.15.9", "ghost:eth0", "unknown"),
+        row("fd00:0:0:15::2", "a:eth0", "attached"),
+    ];
+    assert_eq!(listed, json!({"schema": 1, "addresses": rows}));
+    let (code, _, err) = twill("ipam free 10.1.15.2");
+    assert!(code == Some(1) && err.contains("a:eth0 is attached") && err.contains("--force"), "{err}");
+    let (code, _, err) = twill("ipam free 10.1.15.77");
+    assert!(code == Some(1) && err.contains("nobody holds 10.1.15.77"), "{err}");
+    assert_eq!(twill("ipam free 10.1.15.9").0, Some(0));
+    assert_eq!(runtime.held(), ["10.1.15.2", "fd00:0:0:15::2"]);
+    assert_eq!(twill("ipam free --leaked").1, "nothing to free\n");
+    a.ip("link del eth0");
+    assert_eq!(twill("ipam free --leaked").1, "freed 10.1.15.2\nfreed fd00:0:0:15::2\n");
+}
+
+#[test]
+fn install_puts_the_plugin_in_place_once_the_node_is_ready_and_uninstall_gives_the_names_back() {
+    let Some(bed) = Bed::new() else { return };
+    if !installed("etcdctl") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::new(bed, dir.path());
+    let (bins, confs) = (node.file("bin"), node.file("net.d"));
+    std::fs::create_dir(&bins).unwrap();
+    std::fs::write(bins.join("bridge"), "the original").unwrap();
+    let at = format!("--bin-dir {} --conf-dir {}", bins.display(), confs.display());
+    let (code, err) = node.twill(&format!("cni install {at}"));
+    assert!(code == Some(1) && err.unwrap_err().contains("no agent"), "not before the node is ready");
+    assert!(!bins.join("twill-cni").exists() && !confs.exists());
+    let _agent = node.agent("");
+    let ready = || node.twill(&format!("cni install {at} --dry-run"));
+    eventually("the node is ready", || ready().1);
+    assert!(!bins.join("twill-cni").exists() && !confs.exists(), "a dry run");
+    let (code, err) = node.twill(&format!("cni install {at} --take-over host-local"));
+    assert!(code == Some(2) && err.unwrap_err().contains("bridge"), "host-local alone");
+    node.twill(&format!("cni install {at} --take-over flannel,bridge,host-local")).1.unwrap();
+    let program = std::fs::read(bin("twill-cni")).unwrap();
+    for name in ["twill-cni", "flannel", "bridge", "host-local"] {
+        assert!(std::fs::read(bins.join(name)).unwrap() == program, "{name}");
+    }
+    let conflist: Value = serde_json::from_slice(&std::fs::read(confs.join("10-twill.conflist")).unwrap()).unwrap();
+    assert_eq!(conflist["cniVersion"], "1.0.0");
+    // A container starts by what was installed, and holds off the uninstallation.
+    let container = node.container("c");
+    let mut conf = conflist["plugins"][0].clone();
+    conf["cniVersion"] = json!("1.0.0");
+    conf["name"] = conflist["name"].clone();
+    conf["ipam"] = json!({"dataDir": node.file("networks")});
+    let call = |verb: &str| {
+        let mut command = node.host.command(bins.join("twill-cni"));
+        command
+            .env("CNI_COMMAND", verb)
+            .env("CNI_CONTAINERID", "c")
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_NETNS", netns(&container));
+        start(command, &conf).wait_with_output().unwrap()
+    };
+    let said = call("ADD");
+    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stdout));
+    let (code, err) = node.twill(&format!("cni uninstall {at}"));
+    assert!(code == Some(1) && err.unwrap_err().contains("1 containers are attached: c"));
+    assert!(call("DEL").status.success());
+    node.twill(&format!("cni uninstall {at}")).1.unwrap();
+    let left: Vec<_> = std::fs::read_dir(&bins).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left, ["bridge"]);
+    assert_eq!(std::fs::read(bins.join("bridge")).unwrap(), b"the original");
+    assert_eq!(std::fs::read_dir(&confs).unwrap().count(), 0);
+}
