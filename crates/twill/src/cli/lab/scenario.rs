@@ -110,9 +110,13 @@ fn whose(state: &LabState, packet: &Seen, first: &ContainerInfo, last: &Containe
     Ok(Section { title, lines })
 }
 
-/// Each frame once, in the order in which the pinging container's port saw them, with the ports that it passed.
+/// Each frame once, in the order in which the pinging container's port saw them, with the ports that it passed. What the host's end
+/// of the cable says for itself in IPv6 (group reports) is no part of it.
 fn told(seen: &[Seen], ports: &[LinkName]) -> Vec<String> {
-    let whole = seen.iter().filter(|seen| Some(&seen.device) == ports.last());
+    let ipv6 = |frame: &Seen| {
+        ethernet::Packet::new(&frame.bytes).is_ok_and(|packet| packet.ethertype() == ethernet::EtherType::IPV6)
+    };
+    let whole = seen.iter().filter(|seen| Some(&seen.device) == ports.last() && !ipv6(seen));
     let line = |frame: &Seen| {
         let passed =
             ports.iter().rev().filter(|port| seen.iter().any(|s| s.device == **port && s.bytes == frame.bytes));
