@@ -34,7 +34,7 @@ fn main() {
         return;
     }
     let wants = |name: &str| wanted.is_empty() || wanted.iter().any(|w| w == name);
-    let twill = release_binary();
+    let twill = std::cell::LazyCell::new(release_binary);
     let mut report = Report::new();
     if wants("lab") {
         lab(&twill, &mut report);

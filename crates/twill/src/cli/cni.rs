@@ -41,6 +41,9 @@ enum Command {
         after_help = "Examples:\n  twill cni install\n  twill cni install --bin-dir /usr/lib/cni\n  twill cni install --take-over flannel,bridge,host-local   existing configurations go on, by Twill"
     )]
     Install(Install),
+    /// Print the line that makes podman's own network (netavark) on this node's subnet
+    #[command(after_help = "Example:\n  $(twill cni podman)")]
+    Podman(PodmanLine),
     /// Take them away again, and give the names back that were taken over
     #[command(after_help = "Example:\n  twill cni uninstall")]
     Uninstall(Uninstall),
@@ -102,6 +105,23 @@ struct Install {
 }
 
 #[derive(Debug, Args)]
+struct PodmanLine {
+    /// Name of the network
+    #[arg(default_value = "twill")]
+    name: String,
+    /// File that the agent writes [default: /run/flannel/subnet.env]
+    #[arg(long, value_name = "FILE", env = "TWILL_SUBNET_FILE")]
+    subnet_file: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Serialize)]
+struct Line {
+    command: String,
+}
+
+#[derive(Debug, Args)]
 struct Uninstall {
     #[command(flatten)]
     at: Where,
@@ -144,9 +164,39 @@ impl Cni {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         match self.command {
             Command::Install(args) => args.run(),
+            Command::Podman(args) => args.run(),
             Command::Uninstall(args) => args.run(),
         }
     }
+}
+
+impl PodmanLine {
+    /// The upper half of each subnet: podman refuses one that holds an address of this host, and the tunnel has the first. No name
+    /// service: podman's needs a package of its own, and knows this host's containers alone.
+    fn run(self) -> anyhow::Result<ExitCode> {
+        let file = self.subnet_file.unwrap_or_else(|| SUBNET_FILE.into());
+        let env = subnet_env(&file)?;
+        let mut words = vec!["podman network create --disable-dns".to_owned()];
+        words.extend(env.v6.map(|_| "--ipv6".to_owned()));
+        for (_, subnet) in [env.v4, env.v6].into_iter().flatten() {
+            let subnet = subnet.subnet(subnet.len() + 1, 1).unwrap_or(subnet);
+            words.push(format!("--subnet {subnet} --gateway {}", subnet.nth(1).unwrap_or(subnet.addr())));
+        }
+        words.push(format!("--opt mtu={} {}", env.mtu, self.name));
+        let line = Line { command: words.join(" ") };
+        self.output.print(&line, || line.command.clone())?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// What the agent has written of this node's lease.
+fn subnet_env(file: &Path) -> Result<SubnetEnv, Failure> {
+    let not_ready = |why: &dyn std::fmt::Display| {
+        Failure::new("node-not-ready", format!("read {}: {why}", file.display()))
+            .hint("wait until `twill status` says running")
+    };
+    let text = fs::read_to_string(file).map_err(|error| not_ready(&error))?;
+    SubnetEnv::parse(&text).map_err(|error| not_ready(&error))
 }
 
 fn failed(act: &str, path: &Path, error: &io::Error) -> Failure {
@@ -198,9 +248,7 @@ impl Install {
         if view.state != "running" || view.subnets.is_empty() {
             return Err(not_ready(format!("this node is {}, with {} subnets", view.state, view.subnets.len())).into());
         }
-        let text =
-            fs::read_to_string(subnet_file).map_err(|e| not_ready(format!("read {}: {e}", subnet_file.display())))?;
-        let env = SubnetEnv::parse(&text).map_err(|e| not_ready(format!("read {}: {e}", subnet_file.display())))?;
+        let env = subnet_env(subnet_file)?;
         let told = [env.v4, env.v6].into_iter().flatten().map(|(_, subnet)| subnet.to_string());
         if let Some(other) = told.into_iter().find(|subnet| !view.subnets.contains(subnet)) {
             return Err(not_ready(format!(
@@ -228,6 +276,7 @@ impl Install {
         let state = self.at.state();
         if state != Path::new(STATE) {
             plugin["stateDir"] = json!(state);
+            plugin["ipam"] = json!({"dataDir": state.join("networks")});
         }
         let mut plugins = vec![plugin];
         if self.at.bin_dir.join("portmap").exists() {
