@@ -205,12 +205,17 @@ impl Reconciler {
                 answers.push(done);
             }
             Order::Peers(peers) => {
+                let before = self.tunnel.peer_count();
                 let dirty = peers.into_iter().flat_map(|(name, reach)| {
                     self.tunnel.set_peer(&name, reach.tunnel);
                     self.wanted.set_peer(&name, reach.objects)
                 });
                 let dirty: BTreeSet<Key> = dirty.collect();
                 self.ordered.extend(dirty);
+                // A tunnel's peer has no object in the kernel whose coming would be told.
+                if self.tunnel.peer_count() != before {
+                    self.findings = Some(self.now());
+                }
             }
             Order::Prune => {
                 self.prune = true;
@@ -280,10 +285,10 @@ impl Reconciler {
     }
 
     fn bring_up_tunnel(&mut self) {
-        let before = (self.tunnel.finding().cloned(), self.tunnel.peer_count());
+        let before = self.tunnel.finding().cloned();
         let again = self.tunnel.bring_up(self.kernel.mirror(), self.now());
         self.wake = [self.wake, again].into_iter().flatten().min();
-        if before != (self.tunnel.finding().cloned(), self.tunnel.peer_count()) {
+        if before.as_ref() != self.tunnel.finding() {
             self.findings = Some(self.now());
         }
     }
