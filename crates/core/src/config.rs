@@ -17,6 +17,8 @@ pub struct NetworkConfig {
     pub v6: Option<Range>,
     /// How packets are carried.
     pub backend: BackendConfig,
+    /// Destinations outside that see the containers' own addresses.
+    pub no_masq: Vec<Prefix>,
 }
 
 /// One family's network, and the subnets that may be leased.
@@ -84,8 +86,8 @@ impl NetworkConfig {
         let fields = Fields::parse(text).map_err(|e| fault("", e, "a JSON object"))?;
         let mut ignored: Vec<String> =
             fields.unknown(&KEYS).iter().map(|key| format!("{key} is not a key of the network config")).collect();
-        for key in ["EnableNFTables", "NoMasqCIDRs"].iter().filter(|key| fields.has(key)) {
-            ignored.push(format!("{key} has no effect yet"));
+        if fields.has("EnableNFTables") {
+            ignored.push("EnableNFTables has no effect: nftables is always used".into());
         }
         let flag = |key, default| Ok(value::<bool>(&fields, key, "true or false")?.unwrap_or(default));
         let v4 = flag("EnableIPv4", true)?.then(|| range(&fields, true)).transpose()?;
@@ -98,7 +100,7 @@ impl NetworkConfig {
             None if fields.has("Backend") => return Err(fault("Backend", "null", "an object with a Type")),
             None => udp(&Fields::default()).map(BackendConfig::Udp)?,
         };
-        Ok((NetworkConfig { v4, v6, backend }, ignored))
+        Ok((NetworkConfig { v4, v6, backend, no_masq: no_masq(&fields)? }, ignored))
     }
 
     /// The ranges, IPv4 first.
@@ -111,9 +113,21 @@ impl NetworkConfig {
         self.ranges().map(|range| range.network).collect()
     }
 
-    /// The config that a fresh store gets: `network` over vxlan.
-    pub fn default_json(network: Prefix) -> String {
-        serde_json::json!({"Network": network, "Backend": {"Type": "vxlan"}}).to_string()
+    /// The config that a fresh store gets: one network of each family over vxlan.
+    pub fn default_json(networks: &[Prefix]) -> String {
+        let mut config = serde_json::Map::new();
+        for network in networks {
+            let key = if network.is_v4() { "Network" } else { "IPv6Network" };
+            if !network.is_v4() {
+                config.insert("EnableIPv6".into(), true.into());
+            }
+            config.insert(key.into(), network.to_string().into());
+        }
+        if !config.contains_key("Network") {
+            config.insert("EnableIPv4".into(), false.into());
+        }
+        config.insert("Backend".into(), serde_json::json!({"Type": "vxlan"}));
+        serde_json::Value::Object(config).to_string()
     }
 }
 
@@ -137,6 +151,14 @@ impl Range {
             && subnet.addr() >= self.min.addr()
             && subnet.addr() <= self.max.addr()
     }
+}
+
+/// Networks that are not masqueraded; host bits are refused, since they hide a slip.
+fn no_masq(fields: &Fields<'_>) -> Result<Vec<Prefix>, ConfigFault> {
+    const KEY: &str = "NoMasqCIDRs";
+    let allowed = "a list of networks like [\"192.0.2.0/24\"]";
+    let texts = value::<Vec<String>>(fields, KEY, allowed)?.unwrap_or_default();
+    texts.iter().map(|text| text.parse().map_err(|_| fault(KEY, text, "a network like 192.0.2.0/24"))).collect()
 }
 
 /// One family's range by flannel's rules (`pkg/subnet/config.go`).

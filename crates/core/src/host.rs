@@ -16,6 +16,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::firewall::{ChainName, Head, Table, TableName};
 use crate::net::{Inet, LinkName, MacAddr, Mtu, Port, Prefix, Vni};
 
 /// Route protocol number of every route that Twill adds (`ip route` prints `proto 116`).
@@ -50,6 +51,12 @@ pub enum Key {
     Route(RouteKey),
     /// A policy rule, by priority and its printed selector.
     Rule(RuleKey),
+    /// An nftables table.
+    Table(TableName),
+    /// Rules of ours in somebody else's chain.
+    Head(Box<ChainName>),
+    /// A chain that flannel left in somebody else's table.
+    Leftover(Box<ChainName>),
 }
 
 /// What the kernel keeps apart as routes: table, destination, TOS, metric. The protocol is not part of it.
@@ -99,6 +106,12 @@ pub enum Object {
     Route(Route),
     /// A policy rule.
     Rule(Rule),
+    /// An nftables table with its chains and rules.
+    Table(Box<Table>),
+    /// Rules of ours at the head of somebody else's chain.
+    Head(Box<Head>),
+    /// A chain that flannel left in a table of `iptables`, with the rules that lead to it.
+    Leftover(Box<ChainName>),
 }
 
 /// A device.
@@ -336,7 +349,7 @@ impl Key {
     pub fn link(&self) -> Option<LinkName> {
         match self {
             Key::Link(l) | Key::Addr(l, _) | Key::Neigh(l, _) | Key::Fdb(l, _) => Some(*l),
-            Key::Sysctl(_) | Key::Route(_) | Key::Rule(_) => None,
+            Key::Sysctl(_) | Key::Route(_) | Key::Rule(_) | Key::Table(_) | Key::Head(_) | Key::Leftover(_) => None,
         }
     }
 }
@@ -352,6 +365,9 @@ impl Object {
             Object::Fdb(f) => Key::Fdb(f.link, f.mac),
             Object::Route(r) => Key::Route(r.key),
             Object::Rule(r) => Key::Rule(r.key.clone()),
+            Object::Table(t) => Key::Table(t.name.clone()),
+            Object::Head(head) => Key::Head(Box::new(head.at.clone())),
+            Object::Leftover(at) => Key::Leftover(at.clone()),
         }
     }
 

@@ -3,9 +3,10 @@
 //! - [`net`]: the facts of addressing (prefix, MAC, VNI, …), checked once
 //! - [`flannel`]: flannel's formats; [`config`]: the network config
 //! - [`lease`]: who holds which subnet; [`backend`]: what that means for the kernel
+//! - [`firewall`]: nftables as values
 //! - [`host`]: the state of a network namespace, as wanted and as found
 //! - [`reconcile`]: from wanted and found to steps
-//! - [`attach`]: containers on a bridge; [`ipam`]: which address each of them gets
+//! - [`attach`]: containers on a bridge; [`misfits`]: those that do not fit any more; [`ipam`]: which address each of them gets
 //! - [`ipcalc`]: address arithmetic for people
 //! - [`words`]: kernel numbers and table lines as `ip` and `bridge` print them
 
@@ -13,6 +14,7 @@ pub mod alloc;
 pub mod attach;
 pub mod backend;
 pub mod config;
+pub mod firewall;
 pub mod flannel;
 pub mod host;
 pub mod iface;
@@ -20,6 +22,7 @@ pub mod ipam;
 pub mod ipcalc;
 pub mod lease;
 pub mod lease_set;
+pub mod misfits;
 pub mod net;
 pub mod reconcile;
 pub mod state_file;

@@ -179,7 +179,7 @@ fn standing(objects: impl IntoIterator<Item = Object>) -> HostState {
         Object::Fdb(f) => tunnels.contains(&f.link),
         Object::Route(r) => r.entries.as_slice().iter().all(|e| e.dev.is_none_or(|dev| up.contains(&dev))),
         Object::Sysctl { path, .. } => !path.contains(V6) || there.contains(&name(V6)),
-        Object::Rule(_) => true,
+        Object::Rule(_) | Object::Table(_) | Object::Head(_) | Object::Leftover(_) => true,
     });
     host
 }
@@ -209,6 +209,7 @@ fn cases() -> impl Strategy<Value = (Desired, HostState)> {
             devices: [name(V4), name(V6)].into(),
             protocol: Some(PROTO_TWILL),
             networks: vec!["10.1.0.0/16".parse().unwrap(), "fd00:1::/48".parse().unwrap()],
+            ..Claim::default()
         };
         (Desired { host: wanted, claim }, standing(have))
     })

@@ -6,6 +6,7 @@ pub mod cni;
 pub mod net;
 pub mod node;
 pub mod overlay;
+pub mod site;
 
 use std::fmt::Debug;
 use std::path::PathBuf;

@@ -29,7 +29,7 @@ fn takes_a_subnet_and_programs_peers_as_they_come_and_go() {
     let env = std::fs::read_to_string(node.file("subnet.env")).unwrap();
     assert_eq!(
         env,
-        "FLANNEL_NETWORK=10.1.0.0/16\nFLANNEL_SUBNET=10.1.15.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n"
+        "FLANNEL_NETWORK=10.1.0.0/16\nFLANNEL_SUBNET=10.1.15.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n"
     );
     let leases = node.leases();
     let own = &leases.iter().find(|(name, _)| name == "10.1.15.0-24").expect("our lease").1;

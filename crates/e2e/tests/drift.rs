@@ -1,6 +1,6 @@
 //! Every object of the live desired state, altered from outside in every field: it comes back, and the journal says so.
 //!
-//! The objects are read from a settled node with `ip -j` and `bridge -j`, and held against what `twill plan` wanted before
+//! The objects are read from a settled node with `ip -j`, `bridge -j` and `nft`, and held against what `twill plan` wanted before
 //! anything was there. Each becomes a line in the words of `twill plan`; what is done to it follows from the line.
 //!
 //! ```text
@@ -27,7 +27,7 @@ fn picture(node: &Node, sysctls: &[String]) -> BTreeSet<String> {
     // All in one go: this is asked some hundred times.
     let shell = format!(
         "ip -j -d addr show; echo =; ip -j neigh show; echo =; bridge -j fdb show; echo =; ip -j -N route show table main; echo =; \
-         ip -j -6 -N route show table main; echo =; grep -H . {}",
+         ip -j -6 -N route show table main; echo =; nft -j list tables; echo =; nft list table inet twill 2>&1; echo =; grep -H . {}",
         files.join(" ")
     );
     let out = node.host.command("sh").args(["-c", &shell]).output().unwrap();
@@ -59,18 +59,29 @@ fn picture(node: &Node, sysctls: &[String]) -> BTreeSet<String> {
         if route["protocol"] == "2" {
             continue;
         }
-        let mut line = format!("route {}", word(&route["dst"]));
+        let kind = route["type"]
+            .as_str()
+            .map_or(String::new(), |kind| format!("{} ", if kind == "6" { "blackhole" } else { kind }));
+        let mut line = format!("route {kind}{}", word(&route["dst"]));
         for (key, name) in [("gateway", "via"), ("dev", "dev"), ("protocol", "proto"), ("metric", "metric")] {
             if route[key] != Value::Null {
                 line += &format!(" {name} {}", word(&route[key]));
             }
         }
-        let known = ["dst", "gateway", "dev", "protocol", "metric"];
+        let known = ["type", "dst", "gateway", "dev", "protocol", "metric"];
         lines.insert(with_rest(line, route, &known, |rest| {
             rest.retain(|key, value| key != "pref" || value != "medium");
             let onlink = rest.remove("flags") == Some(json!(["onlink"]));
             if onlink { " onlink".into() } else { String::new() }
         }));
+    }
+    let tables = parts.next().unwrap().contains("twill");
+    let table = parts.next().unwrap();
+    if tables {
+        let count = |is: &dyn Fn(&str) -> bool| table.lines().map(str::trim).filter(|line| is(line)).count();
+        let chains = count(&|line| line.starts_with("chain "));
+        let rules = count(&|line| line.contains("counter packets") || line == "drop");
+        lines.insert(format!("table inet twill ({chains} chains, {rules} rules)"));
     }
     for (path, value) in
         parts.next().unwrap().lines().filter_map(|line| line.strip_prefix("/proc/sys/")?.split_once(':'))
@@ -142,6 +153,16 @@ fn harms(line: &str) -> Vec<String> {
             format!("ip addr del {name} dev {dev}"),
             format!("ip addr add {} dev {dev}", if v6 { "fd00:1:0:99::1/64" } else { "10.1.99.1/24" }),
         ],
+        "route" if name == "blackhole" => {
+            let dst = words[2];
+            let ip = if dst.contains(':') { "ip -6" } else { "ip" };
+            let metric = "metric 4294967295";
+            vec![
+                format!("{ip} route del blackhole {dst} {metric}"),
+                format!("{ip} route replace unreachable {dst} {metric} proto 116"),
+                format!("{ip} route add blackhole {dst} metric 4294967294 proto 116"),
+            ]
+        }
         "route" => {
             let (proto, via) = ("proto 116", after("via"));
             let twin = if v6 { "fd00:1:0:77::" } else { "10.1.77.0" };
@@ -173,6 +194,16 @@ fn harms(line: &str) -> Vec<String> {
             format!("bridge fdb replace {name} dev {dev} dst {} via eth1", after("dst")),
         ],
         "sysctl" => vec![format!("sysctl -qw {name}={}", if line.ends_with('1') { 0 } else { 1 })],
+        "table" => [
+            "nft flush ruleset",
+            "nft delete table inet twill",
+            "nft flush chain inet twill leaving",
+            "nft insert rule inet twill forward drop",
+            "nft add chain inet twill stranger",
+            "nft delete table inet twill ; nft flush ruleset",
+        ]
+        .map(str::to_owned)
+        .to_vec(),
         other => panic!("what is a {other}?"),
     }
 }
@@ -194,7 +225,7 @@ fn settled(node: &Node) -> Daemon {
 #[test]
 fn every_object_of_the_live_desired_state_comes_back_whatever_is_done_to_it() {
     let Some(bed) = Bed::new() else { return };
-    if !installed("etcdctl") {
+    if !installed("etcdctl") || !installed("nft") {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -218,7 +249,7 @@ fn every_object_of_the_live_desired_state_comes_back_whatever_is_done_to_it() {
     // … is what stands there when the agent has settled, seen from outside.
     let mut agent = settled(&node);
     let kinds: BTreeSet<&str> = wanted.iter().filter_map(|l| l.split(' ').next()).collect();
-    assert_eq!(kinds.into_iter().collect::<Vec<_>>(), ["address", "fdb", "link", "neigh", "route", "sysctl"]);
+    assert_eq!(kinds.into_iter().collect::<Vec<_>>(), ["address", "fdb", "link", "neigh", "route", "sysctl", "table"]);
     is_right(&node, "the agent's start", &wanted, &sysctls);
 
     // The same harm to each object before the next harm, and a fresh agent in time: five reverts of one object in ten seconds

@@ -59,7 +59,7 @@ fn interest(want: &Desired) -> Interest {
         Key::Sysctl(path) => Some(path.clone()),
         _ => None,
     });
-    Interest { devices: Some(BTreeSet::new()), sysctls: sysctls.collect() }
+    Interest { devices: Some(BTreeSet::new()), sysctls: sysctls.collect(), firewall: false }
 }
 
 /// Reads the calling thread's namespace.

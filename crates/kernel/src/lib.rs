@@ -3,7 +3,7 @@
 //! - [`Kernel`]: what the reconciler needs of a network namespace; [`LinuxKernel`] is the real one, [`MemoryKernel`] its twin
 //! - [`lookup`]: the kernel's own routing decision; [`wires`]: the other ends of veth pairs
 //! - [`tun`], [`udp`], [`icmp`]: the doors of a tunnel in user space, each with its twin
-//! - [`netns`]: namespaces; [`sysctl`], [`files`], [`capture`]: the rest of the host
+//! - [`nft`]: nftables; [`legacy`]: what it does not show; [`netns`]: namespaces; [`sysctl`], [`files`], [`capture`]: the rest of the host
 //! - [`attach`]: containers joined to a host
 //! - [`netlink::wire`]: netlink's bytes
 
@@ -11,11 +11,13 @@ pub mod attach;
 pub mod capture;
 pub mod files;
 pub mod icmp;
+pub mod legacy;
 mod linux;
 pub mod lookup;
 mod memory;
 pub mod netlink;
 pub mod netns;
+pub mod nft;
 pub mod process;
 pub mod sysctl;
 pub mod tun;

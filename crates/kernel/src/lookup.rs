@@ -36,7 +36,9 @@ pub struct Router {
 impl Router {
     /// Opens a socket.
     pub fn open() -> Result<Self, KernelError> {
-        Socket::open(0).map(|socket| Self { socket }).map_err(|e| KernelError::new("open a routing netlink socket", e))
+        Socket::open(None, 0)
+            .map(|socket| Self { socket })
+            .map_err(|e| KernelError::new("open a routing netlink socket", e))
     }
 
     /// The route that the kernel's tables hold for the packet; `None`: there is none ("network is unreachable").

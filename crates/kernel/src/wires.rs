@@ -41,7 +41,9 @@ pub struct Wires {
 impl Wires {
     /// Opens a socket.
     pub fn open() -> Result<Self, KernelError> {
-        Socket::open(0).map(|socket| Self { socket }).map_err(|e| KernelError::new("open a routing netlink socket", e))
+        Socket::open(None, 0)
+            .map(|socket| Self { socket })
+            .map_err(|e| KernelError::new("open a routing netlink socket", e))
     }
 
     /// Every veth end of this namespace.

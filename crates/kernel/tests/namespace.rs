@@ -51,7 +51,11 @@ fn eventually(what: &str, kernel: &mut LinuxKernel, check: impl Fn(&HostState) -
 }
 
 fn interest() -> Interest {
-    Interest { devices: Some([name("flannel.1")].into()), sysctls: ["net/ipv4/ip_forward".into()].into() }
+    Interest {
+        devices: Some([name("flannel.1")].into()),
+        sysctls: ["net/ipv4/ip_forward".into()].into(),
+        ..Interest::default()
+    }
 }
 
 fn name(text: &str) -> LinkName {
@@ -108,8 +112,12 @@ fn desired(peers: u8) -> Desired {
             }),
         }));
     }
-    let claim =
-        Claim { devices: [link].into(), protocol: Some(PROTO_TWILL), networks: vec!["10.1.0.0/16".parse().unwrap()] };
+    let claim = Claim {
+        devices: [link].into(),
+        protocol: Some(PROTO_TWILL),
+        networks: vec!["10.1.0.0/16".parse().unwrap()],
+        ..Claim::default()
+    };
     Desired { host, claim }
 }
 

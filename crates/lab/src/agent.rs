@@ -47,7 +47,8 @@ pub(crate) fn start(
     let store = spec.store_url().act(|| "plan the store".into())?;
     let mut command = own_program()?;
     command.arg("agent").arg("--config").arg(&settings).args(["--store", &store]).args(["--iface", "eth0"]);
-    command.args(["--subnet", &plan.subnet.to_string()]);
+    let subnets = [plan.subnet].into_iter().chain(plan.second.map(|second| second.subnet));
+    command.args(["--subnet", &subnets.map(|subnet| subnet.to_string()).collect::<Vec<_>>().join(",")]);
     command.arg("--state-dir").arg(folder.join("state")).arg("--run-dir").arg(folder.join("run"));
     command.arg("--subnet-file").arg(&env).env("NOTIFY_SOCKET", notify.path());
     let pid = children.spawn(&place.netns, &mut command, &log).act(|| format!("start the agent of {name}"))?;

@@ -27,7 +27,7 @@ pub(crate) struct Lab {
     children: Arc<Children>,
     underlay: Place,
     bridge: LinkName,
-    gateway: Inet,
+    gateways: Vec<Inet>,
     hosts: Vec<Host>,
 }
 
@@ -50,19 +50,19 @@ impl Lab {
         progress: Progress<'_>,
     ) -> Result<Self, LabError> {
         let netns = twill_kernel::netns::Netns::current().act(|| "open the underlay's namespace".into())?;
-        let gateway = spec.underlay().act(|| "plan the underlay".into())?;
+        let gateways = spec.underlay().act(|| "plan the underlay".into())?;
         let mut lab = Self {
             pid: wiring::own_pid()?,
             underlay: Place { name: UNDERLAY.into(), netns },
             bridge: UNDERLAY.parse().act(|| "name the underlay".into())?,
-            gateway,
+            gateways,
             hosts: Vec::new(),
             spec,
             dir,
             user_namespace,
             children,
         };
-        wiring::underlay(&lab.underlay, lab.bridge, lab.gateway)?;
+        wiring::underlay(&lab.underlay, lab.bridge, &lab.gateways)?;
         lab.name(UNDERLAY, &lab.underlay)?;
         // The store starts while the hosts are made.
         let store = lab.spec.has_agents().then(|| store::start(&lab.spec, &lab.dir, &lab.underlay, &lab.children));
@@ -71,7 +71,8 @@ impl Lab {
         for host in made {
             lab.hosts.push(host?);
         }
-        progress(format!("{} joined by the underlay {}", count(lab.hosts.len(), "host"), lab.gateway.network()));
+        let wires = lab.gateways.iter().map(|gateway| gateway.network().to_string()).collect::<Vec<_>>().join(" and ");
+        progress(format!("{} joined by the underlay {wires}", count(lab.hosts.len(), "host")));
         if let Some(store) = store {
             let address = store.ready(&lab.spec, &lab.underlay, &lab.children)?;
             progress(format!("a store at {address}"));
@@ -93,7 +94,7 @@ impl Lab {
     fn make_host(&self, number: u8) -> Result<Host, LabError> {
         let plan = self.spec.node(number).act(|| format!("plan node{number}"))?;
         let place = Place::create(&plan.name)?;
-        wiring::join_host(&self.underlay, self.bridge, self.gateway, &place, &plan)?;
+        wiring::join_host(&self.underlay, self.bridge, &self.gateways, &place, &plan)?;
         self.name(&plan.name, &place)?;
         let containers = plan.containers.iter().map(|container| {
             let place = Place::create(&container.name)?;
@@ -233,6 +234,7 @@ impl Lab {
                 .map(|(place, plan)| ContainerInfo {
                     name: plan.name.clone(),
                     address: plan.address.addr,
+                    second: plan.second.map(|inet| inet.addr),
                     netns: place.path(self.pid),
                 })
                 .collect(),

@@ -9,7 +9,7 @@
 //! ```
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -88,6 +88,19 @@ pub enum StoreKind {
     Etcd,
 }
 
+/// Which addresses a lab has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Families {
+    /// IPv4.
+    #[default]
+    V4,
+    /// IPv4 and IPv6.
+    Both,
+    /// IPv6, and nothing else on any wire.
+    V6,
+}
+
 /// What a lab is to be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spec {
@@ -101,6 +114,9 @@ pub struct Spec {
     pub containers: u8,
     /// Where leases are kept.
     pub store: StoreKind,
+    /// Which addresses it has.
+    #[serde(default)]
+    pub families: Families,
 }
 
 /// One host to be.
@@ -116,8 +132,21 @@ pub struct NodePlan {
     pub bridge: LinkName,
     /// The bridge's address.
     pub gateway: Inet,
+    /// The same of IPv6, beside IPv4.
+    pub second: Option<Second>,
     /// Its containers.
     pub containers: Vec<ContainerPlan>,
+}
+
+/// What a node has of its second family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Second {
+    /// On the underlay.
+    pub address: Inet,
+    /// Its containers' subnet.
+    pub subnet: Prefix,
+    /// The bridge's address.
+    pub gateway: Inet,
 }
 
 /// One container to be.
@@ -127,6 +156,8 @@ pub struct ContainerPlan {
     pub name: String,
     /// In its node's subnet.
     pub address: Inet,
+    /// The same of IPv6, beside IPv4.
+    pub second: Option<Inet>,
     /// The host's end of its veth pair.
     pub host_device: LinkName,
 }
@@ -137,14 +168,23 @@ impl Spec {
         self.scenario != Some(Scenario::Bridge)
     }
 
-    /// The underlay's own address, every node's gateway.
-    pub fn underlay(&self) -> Result<Inet, BadValue> {
-        Inet::new(v4(10, 168, 0, 1), 24)
+    /// The underlay's own addresses, every node's gateways; the first is where the store listens.
+    pub fn underlay(&self) -> Result<Vec<Inet>, BadValue> {
+        let mut all = Vec::new();
+        if self.families != Families::V6 {
+            all.push(Inet::new(v4(10, 168, 0, 1), 24)?);
+        }
+        if self.families != Families::V4 {
+            all.push(Inet::new(v6([0xfd00, 0x168, 0, 0], 1), 64)?);
+        }
+        Ok(all)
     }
 
     /// Where the store listens: `ADDR:PORT`.
     pub fn store_address(&self) -> Result<String, BadValue> {
-        Ok(format!("{}:{STORE_PORT}", self.underlay()?.addr))
+        let first = self.underlay()?.into_iter().next().map(|inet| inet.addr);
+        let first = first.ok_or_else(|| BadValue::new("", "an address of the underlay"))?;
+        Ok(SocketAddr::new(first, STORE_PORT).to_string())
     }
 
     /// The same as a URL.
@@ -152,9 +192,16 @@ impl Spec {
         self.store_address().map(|address| format!("http://{address}"))
     }
 
-    /// The whole network that agents share.
-    pub fn network(&self) -> Result<Prefix, BadValue> {
-        Prefix::strict(v4(10, 1, 0, 0), 16)
+    /// The whole networks that agents share, IPv4 first.
+    pub fn networks(&self) -> Result<Vec<Prefix>, BadValue> {
+        let mut all = Vec::new();
+        if self.families != Families::V6 {
+            all.push(Prefix::strict(v4(10, 1, 0, 0), 16)?);
+        }
+        if self.families != Families::V4 {
+            all.push(Prefix::strict(v6([0xfd00, 1, 0, 0], 0), 48)?);
+        }
+        Ok(all)
     }
 
     /// Node number `number`, counted from 1.
@@ -166,26 +213,53 @@ impl Spec {
             Some(Scenario::Bridge) => (Prefix::strict(v4(172, 17, 0, 0), 16)?, 3),
             Some(Scenario::Vxlan) | None => (Prefix::strict(v4(10, 1, 14 + number, 0), 24)?, 2),
         };
+        let of_v4 = Second {
+            address: Inet::new(v4(10, 168, 0, 1 + number), 24)?,
+            subnet,
+            gateway: Inet::new(subnet.nth(1).unwrap_or(subnet.addr()), subnet.len())?,
+        };
+        let subnet = Prefix::strict(v6([0xfd00, 1, 0, 14 + u16::from(number)], 0), 64)?;
+        let of_v6 = Second {
+            address: Inet::new(v6([0xfd00, 0x168, 0, 0], 1 + u16::from(number)), 64)?,
+            subnet,
+            gateway: Inet::new(subnet.nth(1).unwrap_or(subnet.addr()), subnet.len())?,
+        };
+        let (primary, second) = match self.families {
+            Families::V4 => (of_v4, None),
+            Families::Both => (of_v4, Some(of_v6)),
+            Families::V6 => (of_v6, None),
+        };
         let containers = (1..=self.containers).map(|local| {
             // Counted over all nodes, addresses too: the source has container-2 at .3 of its subnet.
             let count = (number - 1) * self.containers + local;
             let host = u128::from(first + count - 1);
-            let address = subnet.nth(host).ok_or_else(|| BadValue::new(host, "an address of the subnet"))?;
+            let address = |subnet: Prefix| {
+                let address = subnet.nth(host).ok_or_else(|| BadValue::new(host, "an address of the subnet"))?;
+                Inet::new(address, subnet.len())
+            };
             Ok(ContainerPlan {
                 name: format!("container-{count}"),
-                address: Inet::new(address, subnet.len())?,
+                address: address(primary.subnet)?,
+                second: second.map(|second| address(second.subnet)).transpose()?,
                 host_device: format!("veth{count}").parse()?,
             })
         });
+        let containers = containers.collect::<Result<_, _>>()?;
         Ok(NodePlan {
             name: format!("node{number}"),
-            address: Inet::new(v4(10, 168, 0, 1 + number), 24)?,
-            subnet,
+            address: primary.address,
+            subnet: primary.subnet,
             bridge: if self.scenario.is_some() { "docker0" } else { "cni0" }.parse()?,
-            gateway: Inet::new(subnet.nth(1).unwrap_or(subnet.addr()), subnet.len())?,
-            containers: containers.collect::<Result<_, _>>()?,
+            gateway: primary.gateway,
+            second,
+            containers,
         })
     }
+}
+
+/// The address `host` of the network that begins with these four groups.
+const fn v6(net: [u16; 4], host: u16) -> IpAddr {
+    IpAddr::V6(Ipv6Addr::new(net[0], net[1], net[2], net[3], 0, 0, 0, host))
 }
 
 const fn v4(a: u8, b: u8, c: u8, d: u8) -> IpAddr {
@@ -198,7 +272,7 @@ mod tests {
 
     fn spec(scenario: Option<Scenario>, containers: u8) -> Spec {
         let name = "lab".parse().unwrap();
-        Spec { name, scenario, nodes: 2, containers, store: StoreKind::Embedded }
+        Spec { name, scenario, nodes: 2, containers, store: StoreKind::Embedded, families: Families::V4 }
     }
 
     #[test]
@@ -218,6 +292,24 @@ mod tests {
         let addresses: Vec<_> = node.containers.iter().map(|c| c.address.addr.to_string()).collect();
         assert_eq!(addresses, ["172.17.0.3", "172.17.0.4"]);
         assert_eq!(node.gateway.to_string(), "172.17.0.1/16");
+    }
+
+    #[test]
+    fn both_families_have_the_same_numbers_and_ipv6_alone_has_no_ipv4() {
+        let both = Spec { families: Families::Both, ..spec(None, 1) };
+        let node = both.node(2).unwrap();
+        assert_eq!(
+            (node.subnet.to_string(), node.second.unwrap().subnet.to_string()),
+            ("10.1.16.0/24".into(), "fd00:1:0:10::/64".into())
+        );
+        assert_eq!(node.containers[0].second.unwrap().to_string(), "fd00:1:0:10::3/64");
+        let alone = Spec { families: Families::V6, ..spec(None, 1) };
+        assert_eq!(alone.store_url().unwrap(), "http://[fd00:168::1]:2379");
+        let node = alone.node(1).unwrap();
+        assert!(
+            node.second.is_none()
+                && [node.address, node.gateway, node.containers[0].address].iter().all(|inet| inet.addr.is_ipv6())
+        );
     }
 
     #[test]

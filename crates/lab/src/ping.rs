@@ -1,9 +1,9 @@
 //! Who reaches whom: ICMP echo (RFC 792) from inside every container, over raw sockets of our own.
 
 use std::collections::BTreeMap;
-use std::io::{self, ErrorKind};
+use std::io;
 use std::mem::MaybeUninit;
-use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, ipproto, recv, sendto, socket_with};
 use serde::Serialize;
 use twill_kernel::netns::Netns;
-use twill_packet::{icmp, ipv4};
+use twill_packet::{icmp, icmpv6, ipv4, ipv6};
 
 use crate::error::{Act, LabError};
 use crate::proto::LabState;
@@ -73,7 +73,7 @@ pub fn matrix(state: &LabState) -> Result<Matrix, LabError> {
             .iter()
             .map(|(from, netns)| {
                 let others = containers.iter().filter(|to| to.name != from.name);
-                let targets: Vec<Target> = others.map(|to| (to.name.clone(), to.address)).collect();
+                let targets: Vec<Target> = others.flat_map(addresses).collect();
                 (*from, scope.spawn(move || ask_all(netns, &targets)))
             })
             .collect();
@@ -100,6 +100,12 @@ pub fn matrix(state: &LabState) -> Result<Matrix, LabError> {
     Ok(matrix)
 }
 
+/// A container's addresses, each by a name of its own.
+fn addresses(to: &&ContainerInfo) -> Vec<Target> {
+    let second = to.second.map(|ip| (format!("{} (IPv6)", to.name), ip));
+    [(to.name.clone(), to.address)].into_iter().chain(second).collect()
+}
+
 /// One address from one namespace: the time of its answer, or what was heard instead.
 pub fn one(from: &Netns, to: IpAddr) -> Result<Duration, String> {
     let answers = ask_all(from, &[(to.to_string(), to)]).map_err(|error| error.to_string())?;
@@ -117,52 +123,62 @@ type Target = (String, IpAddr);
 /// What came of each target, by name.
 type Answers = Vec<(String, Result<Duration, String>)>;
 
-/// From one namespace to every target, one after the other.
+/// From one namespace to every target, one after the other; IPv4 first.
 fn ask_all(netns: &Netns, targets: &[Target]) -> io::Result<Answers> {
     netns.run(|| {
-        let mut asker = Asker::open(targets)?;
-        for round in 0..ROUNDS {
-            for number in 0..targets.len() {
-                if asker.heard[number].is_none() {
-                    asker.ask(number, round);
-                    asker.listen(TURN, Some(number))?;
-                }
-            }
-            if asker.is_done() {
-                break;
+        let mut answers = Vec::new();
+        for v4 in [true, false] {
+            let of_family: Vec<&Target> = targets.iter().filter(|to| to.1.is_ipv4() == v4).collect();
+            if !of_family.is_empty() {
+                answers.extend(ask_family(&of_family, v4)?);
             }
         }
-        asker.listen(LAST, None)?;
-        let word = |number: usize| match asker.heard[number] {
-            Some(rtt) => Ok(rtt),
-            None => Err(asker.instead[number].clone().unwrap_or_else(|| "no answer".to_owned())),
-        };
-        Ok(targets.iter().enumerate().map(|(number, to)| (to.0.clone(), word(number))).collect())
+        Ok(answers)
     })?
 }
 
-/// A raw ICMP socket, and what it has heard of each target.
+fn ask_family(targets: &[&Target], v4: bool) -> io::Result<Answers> {
+    let mut asker = Asker::open(targets, v4)?;
+    for round in 0..ROUNDS {
+        for number in 0..targets.len() {
+            if asker.heard[number].is_none() {
+                asker.ask(number, round);
+                asker.listen(TURN, Some(number))?;
+            }
+        }
+        if asker.is_done() {
+            break;
+        }
+    }
+    asker.listen(LAST, None)?;
+    let word = |number: usize| match asker.heard[number] {
+        Some(rtt) => Ok(rtt),
+        None => Err(asker.instead[number].clone().unwrap_or_else(|| "no answer".to_owned())),
+    };
+    Ok(targets.iter().enumerate().map(|(number, to)| (to.0.clone(), word(number))).collect())
+}
+
+/// A raw socket of one family, and what it has heard of each target.
 struct Asker {
     socket: OwnedFd,
+    v4: bool,
     ident: u16,
-    targets: Vec<Ipv4Addr>,
+    targets: Vec<IpAddr>,
     sent: BTreeMap<u16, (usize, Instant)>,
     heard: Vec<Option<Duration>>,
     instead: Vec<Option<String>>,
 }
 
 impl Asker {
-    fn open(targets: &[Target]) -> io::Result<Self> {
+    fn open(targets: &[&Target], v4: bool) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = socket_with(AddressFamily::INET, SocketType::RAW, flags, Some(ipproto::ICMP))?;
-        let v4 = |ip: IpAddr| match ip {
-            IpAddr::V4(ip) => Ok(ip),
-            IpAddr::V6(ip) => Err(io::Error::new(ErrorKind::Unsupported, format!("{ip} is not IPv4"))),
-        };
-        let addresses = targets.iter().map(|to| v4(to.1)).collect::<io::Result<Vec<_>>>()?;
+        let (family, protocol) =
+            if v4 { (AddressFamily::INET, ipproto::ICMP) } else { (AddressFamily::INET6, ipproto::ICMPV6) };
+        let socket = socket_with(family, SocketType::RAW, flags, Some(protocol))?;
         let ident = std::process::id() as u16;
         let (heard, instead) = (vec![None; targets.len()], vec![None; targets.len()]);
-        Ok(Self { socket, ident, targets: addresses, sent: BTreeMap::new(), heard, instead })
+        let targets = targets.iter().map(|to| to.1).collect();
+        Ok(Self { socket, v4, ident, targets, sent: BTreeMap::new(), heard, instead })
     }
 
     fn is_done(&self) -> bool {
@@ -171,11 +187,17 @@ impl Asker {
 
     fn ask(&mut self, number: usize, round: u16) {
         let seq = round * self.targets.len() as u16 + number as u16;
-        let mut message = [0; icmp::LEN + PAYLOAD];
-        // The buffer holds the header.
-        let _ = icmp::Repr::EchoRequest { ident: self.ident, seq }.emit(&mut message);
+        let (mut message, ident) = ([0; icmp::LEN + PAYLOAD], self.ident);
+        // The buffer holds the header. Over IPv6 the kernel writes the checksum, since it chooses the source (RFC 3542, 3.1).
+        let _ = match self.v4 {
+            true => icmp::Repr::EchoRequest { ident, seq }.emit(&mut message),
+            false => {
+                let any = Ipv6Addr::UNSPECIFIED;
+                icmpv6::Repr::EchoRequest { ident, seq }.emit(any, any, &mut message)
+            }
+        };
         self.sent.insert(seq, (number, Instant::now()));
-        let to = SocketAddrV4::new(self.targets[number], 0);
+        let to = SocketAddr::new(self.targets[number], 0);
         if let Err(error) = sendto(&self.socket, &message, SendFlags::empty(), &to) {
             self.instead[number] = Some(io::Error::from(error).to_string());
         }
@@ -198,8 +220,36 @@ impl Asker {
         Ok(())
     }
 
+    /// An ICMPv6 message, which comes without its packet: what is not for us is passed over.
+    fn hear6(&mut self, message: &[u8], now: Instant) -> Option<()> {
+        let message = icmpv6::Packet::new(message).ok()?;
+        let repr = icmpv6::Repr::parse(message).ok()?;
+        match repr {
+            icmpv6::Repr::EchoReply { ident, seq } if ident == self.ident => {
+                let (number, at) = *self.sent.get(&seq)?;
+                self.heard[number].get_or_insert(now.duration_since(at));
+            }
+            // Unreachable, too big, time exceeded: each carries the packet that it is about.
+            icmpv6::Repr::Other { kind: kind @ 1..=3, code, .. } => {
+                let about = ipv6::Packet::new(message.payload(&repr)).ok()?;
+                let question = icmpv6::Packet::new(about.payload()).ok()?;
+                if let Ok(icmpv6::Repr::EchoRequest { ident, seq }) = icmpv6::Repr::parse(question)
+                    && ident == self.ident
+                {
+                    let (number, _) = *self.sent.get(&seq)?;
+                    self.instead[number] = Some(format!("ICMPv6 type {kind} code {code}"));
+                }
+            }
+            _ => {}
+        }
+        Some(())
+    }
+
     /// An IPv4 packet with ICMP inside; what is not for us is passed over.
     fn hear(&mut self, packet: &[u8], now: Instant) -> Option<()> {
+        if !self.v4 {
+            return self.hear6(packet, now);
+        }
         let packet = ipv4::Packet::new(packet).ok()?;
         let from = ipv4::Repr::parse(packet).src;
         let message = icmp::Packet::new(packet.payload()).ok()?;

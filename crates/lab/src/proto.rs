@@ -51,6 +51,9 @@ pub struct ContainerInfo {
     pub name: String,
     /// Its address.
     pub address: IpAddr,
+    /// Its IPv6 address, beside an IPv4 one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second: Option<IpAddr>,
     /// Its network namespace, as a path.
     pub netns: String,
 }

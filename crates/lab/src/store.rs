@@ -40,12 +40,13 @@ pub(crate) fn start(
     let (log, data) = (dir.path().join("store.log"), dir.path().join("store"));
     let notify = Notify::bind(&dir.path().join("store.sock")).act(|| "listen for the store".into())?;
     let address = spec.store_address().act(|| "plan the store".into())?;
-    let network = spec.network().act(|| "plan the network".into())?;
+    let networks = spec.networks().act(|| "plan the network".into())?;
     let mut command = match spec.store {
         StoreKind::Embedded => {
             let mut command = own_program()?;
             command.args(["store", "serve", "--listen", &address, "--insecure"]);
-            command.args(["--network", &network.to_string()]);
+            let networks: Vec<String> = networks.iter().map(ToString::to_string).collect();
+            command.args(["--network", &networks.join(",")]);
             command.arg("--data").arg(data);
             command
         }
@@ -59,7 +60,7 @@ pub(crate) fn start(
     };
     command.env("NOTIFY_SOCKET", notify.path());
     let pid = children.spawn(&underlay.netns, &mut command, &log).map_err(|error| missing(spec.store, &error))?;
-    Ok(StoreProcess { pid, notify, log, address, config: NetworkConfig::default_json(network) })
+    Ok(StoreProcess { pid, notify, log, address, config: NetworkConfig::default_json(&networks) })
 }
 
 impl StoreProcess {

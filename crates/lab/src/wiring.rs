@@ -47,8 +47,8 @@ impl Place {
 }
 
 /// The bridge between the hosts.
-pub(crate) fn underlay(place: &Place, bridge: LinkName, address: Inet) -> Result<(), LabError> {
-    let mut host = bridge_with(bridge, &[address], None);
+pub(crate) fn underlay(place: &Place, bridge: LinkName, addresses: &[Inet]) -> Result<(), LabError> {
+    let mut host = bridge_with(bridge, addresses, None);
     host.extend(loopback());
     place.make(&Desired { host, claim: Claim::default() })
 }
@@ -57,7 +57,7 @@ pub(crate) fn underlay(place: &Place, bridge: LinkName, address: Inet) -> Result
 pub(crate) fn join_host(
     underlay: &Place,
     bridge: LinkName,
-    gateway: Inet,
+    gateways: &[Inet],
     host: &Place,
     plan: &NodePlan,
 ) -> Result<(), LabError> {
@@ -67,9 +67,9 @@ pub(crate) fn join_host(
         netns: host.own_path().into(),
         host_device: plan.name.parse().act(|| format!("name the port of {}", plan.name))?,
         bridge: Some(bridge),
-        gateways: vec![gateway],
-        addresses: vec![plan.address],
-        routes: vec![Way::out(gateway.addr)],
+        gateways: gateways.to_vec(),
+        addresses: [plan.address].into_iter().chain(plan.second.map(|second| second.address)).collect(),
+        routes: gateways.iter().map(|gateway| Way::out(gateway.addr)).collect(),
         mac: None,
         mtu: None,
         forward: false,
@@ -88,15 +88,16 @@ pub(crate) fn join_container(
     mtu: Option<Mtu>,
     attachments: &Path,
 ) -> Result<(), LabError> {
+    let gateways: Vec<Inet> = [node.gateway].into_iter().chain(node.second.map(|second| second.gateway)).collect();
     let request = Request {
         container_id: plan.name.clone(),
         ifname: eth0()?,
         netns: container.own_path().into(),
         host_device: plan.host_device,
         bridge: Some(node.bridge),
-        gateways: vec![node.gateway],
-        addresses: vec![plan.address],
-        routes: vec![Way::out(node.gateway.addr)],
+        routes: gateways.iter().map(|gateway| Way::out(gateway.addr)).collect(),
+        gateways,
+        addresses: [plan.address].into_iter().chain(plan.second).collect(),
         mac: None,
         mtu,
         forward: true,

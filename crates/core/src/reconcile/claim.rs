@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use crate::firewall::beside::is_flannels;
 use crate::host::{Key, Object, PROTO_BOOT, PROTO_KERNEL, Route, RouteEntry};
 use crate::net::{LinkName, Prefix};
 
@@ -16,6 +17,10 @@ pub struct Claim {
     pub protocol: Option<u8>,
     /// Boot-protocol routes inside these networks on our devices: what flannel left.
     pub networks: Vec<Prefix>,
+    /// nftables tables that Twill made, and rules that it put into the chains of others.
+    pub firewall: bool,
+    /// Tables and chains that flannel left.
+    pub flannels_firewall: bool,
 }
 
 impl Claim {
@@ -28,6 +33,11 @@ impl Claim {
             Object::Neigh(neigh) => self.devices.contains(&neigh.link) && neigh.permanent,
             Object::Fdb(fdb) => self.devices.contains(&fdb.link) && fdb.state & NUD_STATIC != 0,
             Object::Route(route) => route.entries.as_slice().iter().any(|entry| self.owns_entry(route, entry)),
+            Object::Table(table) => {
+                (self.firewall && table.is_ours()) || (self.flannels_firewall && is_flannels(&table.name))
+            }
+            Object::Head(_) => self.firewall,
+            Object::Leftover(_) => self.flannels_firewall,
             Object::Sysctl { .. } | Object::Rule(_) => false,
         }
     }
@@ -47,6 +57,7 @@ impl Claim {
         match key {
             Key::Link(l) | Key::Addr(l, _) | Key::Neigh(l, _) | Key::Fdb(l, _) => self.devices.contains(l),
             Key::Route(_) => true,
+            Key::Table(_) | Key::Head(_) | Key::Leftover(_) => self.firewall || self.flannels_firewall,
             Key::Sysctl(_) | Key::Rule(_) => false,
         }
     }

@@ -22,6 +22,9 @@ impl fmt::Display for Object {
                 write!(f, "rule {}: {}", key.priority, key.selector)?;
                 table.map_or(Ok(()), |table| write!(f, " lookup {table}"))
             }
+            Object::Table(table) => table.fmt(f),
+            Object::Head(head) => head.fmt(f),
+            Object::Leftover(at) => write!(f, "flannel's chain {at}"),
         }
     }
 }

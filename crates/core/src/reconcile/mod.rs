@@ -13,6 +13,7 @@ mod heal;
 mod journal;
 mod plan;
 mod shadow;
+mod tables;
 mod wanted;
 
 use std::collections::BTreeSet;
@@ -27,6 +28,7 @@ pub use heal::Healer;
 pub use journal::{Journal, Repair};
 pub use plan::plan;
 pub use shadow::shadowed;
+pub use tables::taken_tables;
 pub use wanted::Wanted;
 
 /// What the node should look like.

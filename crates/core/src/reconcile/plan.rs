@@ -17,7 +17,7 @@ use super::{Caps, Desired, Op, Plan, Scope, Step, StepId, Why, effect};
 /// When a device is touched, its dependants are looked at whether or not `scope` names them, since the kernel drops some of them
 /// without a word.
 pub fn plan(want: &Desired, have: &HostState, _caps: &Caps, scope: Scope<'_>) -> Plan {
-    let mut draft = Draft { steps: Vec::new(), links: BTreeMap::new() };
+    let mut draft = Draft { steps: Vec::new(), links: BTreeMap::new(), table: None };
     links(&mut draft, want, have, scope);
     let mut after = Cow::Borrowed(have);
     let mut scope = scope;
@@ -49,6 +49,8 @@ struct Draft {
     steps: Vec<Step>,
     /// The step that makes or changes a device: what stands on it waits for it.
     links: BTreeMap<LinkName, StepId>,
+    /// The step that makes our table: what it takes the place of waits for it.
+    table: Option<StepId>,
 }
 
 impl Draft {
@@ -60,7 +62,13 @@ impl Draft {
             Object::Sysctl { path, .. } => sysctl_link(path),
             other => other.key().link(),
         };
-        let needs = link.and_then(|link| self.links.get(&link)).copied().into_iter().collect();
+        let makes = matches!((&op, object), (Op::Create(_) | Op::Update { .. }, Object::Table(_)));
+        let replaced = matches!((&op, object), (Op::Delete(_), Object::Table(_) | Object::Leftover(_)));
+        let table = self.table.filter(|_| replaced);
+        let needs = link.and_then(|link| self.links.get(&link)).copied().into_iter().chain(table).collect();
+        if makes {
+            self.table = Some(self.steps.len() as StepId);
+        }
         self.steps.push(Step { op, needs, why });
     }
 
@@ -75,6 +83,8 @@ impl Draft {
         };
         match (object, found) {
             (Object::Route(wanted), Object::Route(found)) => self.make_route(want, wanted, found),
+            // Somebody else's table of this name is a finding, not ours to replace.
+            (Object::Table(_), Object::Table(found)) if !found.is_ours() => {}
             _ if object.satisfied_by(found) => {}
             _ => self.push(Op::Update { from: found.clone(), to: object.clone() }, Why::Differs),
         }

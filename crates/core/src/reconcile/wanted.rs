@@ -11,6 +11,7 @@ use super::{Claim, Desired};
 pub struct Wanted {
     desired: Desired,
     base: BTreeSet<Key>,
+    beside: BTreeSet<Key>,
     peers: BTreeMap<Box<str>, Box<[Key]>>,
 }
 
@@ -34,6 +35,23 @@ impl Wanted {
         self.base = base.iter().map(|(key, _)| key.clone()).collect();
         dirty.extend(self.base.iter().cloned());
         self.desired.host.extend(base.iter().map(|(_, object)| object.clone()));
+        dirty
+    }
+
+    /// Replaces what the firewalls of others make necessary; gives the keys to look at, none when nothing differs.
+    pub fn set_beside(&mut self, objects: Vec<Object>) -> BTreeSet<Key> {
+        let same = objects.len() == self.beside.len()
+            && objects.iter().all(|object| self.desired.host.get(&object.key()) == Some(object));
+        if same {
+            return BTreeSet::new();
+        }
+        let mut dirty = std::mem::take(&mut self.beside);
+        for key in &dirty {
+            self.desired.host.remove(key);
+        }
+        self.beside = objects.iter().map(Object::key).collect();
+        dirty.extend(self.beside.iter().cloned());
+        self.desired.host.extend(objects);
         dirty
     }
 

@@ -6,8 +6,8 @@ use std::ops::RangeInclusive;
 use twill_core::host::{Link, LinkKind, Object};
 use twill_core::reconcile::{Op, Outcome, Plan, StepError, effect};
 
-use super::LinuxKernel;
 use super::dump::{Stale, add_twins, remove_entries};
+use super::{Firewall, LinuxKernel};
 use crate::netlink::encode::Encoder;
 use crate::netlink::socket::Refusal;
 use crate::netlink::wire::Writer;
@@ -68,7 +68,7 @@ impl<'a> Applier<'a> {
             }
             let before = *self.kernel.requests.seq();
             let result = self.write(&step.op);
-            if result.is_ok() && !matches!(step.op.object(), Object::Sysctl { .. }) {
+            if result.is_ok() && !matches!(step.op.object(), Object::Sysctl { .. }) && !is_firewalls(step.op.object()) {
                 self.batch.push((before + 1..=*self.kernel.requests.seq(), n));
             }
             self.outcome.steps.push(result);
@@ -80,7 +80,7 @@ impl<'a> Applier<'a> {
         self.outcome
     }
 
-    /// Writes a step's requests into the batch; a sysctl is done at once.
+    /// Writes a step's requests into the batch; a sysctl and a table are done at once.
     fn write(&mut self, op: &Op) -> Result<(), StepError> {
         if let Object::Sysctl { path, value } = op.object() {
             return sysctl::write(path, value)
@@ -91,6 +91,9 @@ impl<'a> Applier<'a> {
                 .map(|()| {
                     self.kernel.mirror.insert(op.object().clone());
                 });
+        }
+        if is_firewalls(op.object()) {
+            return self.table(op);
         }
         match op {
             Op::Create(Object::Link(link)) if link.kind == LinkKind::Tun => self.make_tun(None, link),
@@ -130,6 +133,26 @@ impl<'a> Applier<'a> {
         let found = self.kernel.mirror.link(link.name).cloned();
         let from = found.ok_or_else(|| refused(libc_error(libc::ENODEV), "look at tun"))?;
         self.encode(&Op::Update { from: Object::Link(Box::new(from)), to: Object::Link(Box::new(link.clone())) })
+    }
+
+    fn table(&mut self, op: &Op) -> Result<(), StepError> {
+        let result = match &mut self.kernel.firewall {
+            Firewall::Open(nft) => nft.apply(op),
+            Firewall::Ignored => {
+                Err(StepError::Refused { errno: libc::EOPNOTSUPP, text: "nftables is not looked at".into() })
+            }
+            Firewall::Lacking(error) => Err(StepError::Refused {
+                errno: error.raw_os_error().unwrap_or(libc::EOPNOTSUPP),
+                text: format!(
+                    "this kernel has no nf_tables ({error}): load nf_tables and nft_masq, or run with --ip-masq=false"
+                ),
+            }),
+        };
+        match &result {
+            Ok(()) => effect(&mut self.kernel.mirror, op),
+            Err(_) => self.stale.tables = true,
+        }
+        result
     }
 
     /// Sends the batch, notes what was refused, and brings the mirror along.
@@ -199,4 +222,9 @@ impl<'a> Applier<'a> {
 
 fn libc_error(errno: i32) -> std::io::Error {
     std::io::Error::from_raw_os_error(errno)
+}
+
+/// What is changed by a transaction of nftables.
+fn is_firewalls(object: &Object) -> bool {
+    matches!(object, Object::Table(_) | Object::Head(_) | Object::Leftover(_))
 }

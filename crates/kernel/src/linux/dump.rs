@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 use std::io;
 
+use twill_core::firewall::beside;
 use twill_core::host::{Fdb, HostState, Key, LinkKind, Object, Route, TABLE_LOCAL};
 use twill_core::net::LinkName;
 
-use super::{Interest, LinuxKernel};
+use super::{Firewall, Interest, LinuxKernel};
 use crate::netlink::decode::{self, AF_BRIDGE, AF_INET, AF_INET6};
 use crate::netlink::encode::rtm;
 use crate::netlink::wire::Writer;
@@ -22,6 +23,8 @@ pub(super) struct Stale {
     pub(super) addrs: bool,
     /// All rules.
     pub(super) rules: bool,
+    /// All nftables tables of interest.
+    pub(super) tables: bool,
     /// All routes of these address families.
     pub(super) routes: BTreeSet<u8>,
     /// Neighbours and forwarding entries of these devices.
@@ -39,6 +42,7 @@ impl Stale {
             }
             Key::Route(route) => self.route_family(route.dst.is_v4()),
             Key::Rule(_) => self.rules = true,
+            Key::Table(_) | Key::Head(_) | Key::Leftover(_) => self.tables = true,
             Key::Sysctl(_) => {}
         }
     }
@@ -60,6 +64,10 @@ impl LinuxKernel {
         }
         if stale.rules {
             self.exchange(Self::dump_rules, |key| matches!(key, Key::Rule(_)))?;
+        }
+        if stale.tables {
+            let of_firewall = |key: &Key| matches!(key, Key::Table(_) | Key::Head(_) | Key::Leftover(_));
+            self.exchange(Self::dump_tables, of_firewall)?;
         }
         for family in stale.routes {
             let of_family = |key: &Key| matches!(key, Key::Route(r) if r.dst.is_v4() == (family == AF_INET));
@@ -112,7 +120,7 @@ impl LinuxKernel {
             _ => true,
         };
         self.mirror.retain(|key, _| kept(&self.interest, key));
-        let mut rest = Stale { addrs: true, rules: true, routes: FAMILIES.into(), ..Stale::default() };
+        let mut rest = Stale { addrs: true, rules: true, tables: true, routes: FAMILIES.into(), ..Stale::default() };
         match self.interest.devices.clone() {
             Some(devices) => rest.devices = devices,
             None => {
@@ -181,6 +189,21 @@ impl LinuxKernel {
                 self.requests.dump(rtm::GETRULE, fill, |m| fresh.extend(decode::rule(m.payload).map(Object::Rule)))?;
         }
         Ok(whole)
+    }
+
+    /// A kernel that cannot be asked has no tables, and says so once it is to make one.
+    fn dump_tables(&mut self, fresh: &mut HostState) -> io::Result<bool> {
+        let Firewall::Open(nft) = &mut self.firewall else { return Ok(true) };
+        match nft.tables() {
+            Ok(tables) => {
+                for table in tables {
+                    fresh.extend(beside::found_in(&table));
+                    fresh.insert(Object::Table(Box::new(table)));
+                }
+            }
+            Err(error) => self.firewall = Firewall::Lacking(error),
+        }
+        Ok(true)
     }
 
     /// Neighbours and forwarding entries, of one device or of all. A bridge's stand under its ports.

@@ -25,6 +25,7 @@ use self::apply::Applier;
 use self::dump::Stale;
 use crate::netlink::names::Names;
 use crate::netlink::socket::Socket;
+use crate::nft::Nft;
 use crate::{Kernel, KernelError, sysctl};
 
 /// RTNLGRP_LINK 1, NEIGH 3, IPV4_IFADDR 5, IPV4_ROUTE 7, IPV4_RULE 8, IPV6_IFADDR 9, IPV6_ROUTE 11, IPV6_RULE 19.
@@ -37,6 +38,8 @@ pub struct Interest {
     pub devices: Option<BTreeSet<LinkName>>,
     /// Sysctls that are kept, as paths below /proc/sys.
     pub sysctls: BTreeSet<Box<str>>,
+    /// Our nftables table is kept, and those of others that may drop what we forward.
+    pub firewall: bool,
 }
 
 impl Interest {
@@ -60,11 +63,31 @@ impl Interest {
 pub struct LinuxKernel {
     requests: Socket,
     monitor: Socket,
+    firewall: Firewall,
     waker: Arc<OwnedFd>,
     names: Names,
     mirror: HostState,
     interest: Interest,
     pending: Changes,
+}
+
+/// nftables, where it is of interest.
+#[derive(Debug)]
+enum Firewall {
+    Ignored,
+    Open(Nft),
+    /// Of interest, and this kernel does not have it: its word.
+    Lacking(io::Error),
+}
+
+impl Firewall {
+    fn open(wanted: bool) -> Self {
+        match wanted.then(Nft::open) {
+            None => Firewall::Ignored,
+            Some(Ok(nft)) => Firewall::Open(nft),
+            Some(Err(error)) => Firewall::Lacking(error),
+        }
+    }
 }
 
 /// Wakes a [`LinuxKernel`] that waits in `changes`, from any thread.
@@ -82,7 +105,8 @@ impl Waker {
 impl LinuxKernel {
     /// Opens the calling thread's namespace and reads all of it.
     pub fn open(interest: Interest) -> Result<Self, KernelError> {
-        let socket = |groups| Socket::open(groups).map_err(|e| KernelError::new("open a routing netlink socket", e));
+        let socket =
+            |groups| Socket::open(None, groups).map_err(|e| KernelError::new("open a routing netlink socket", e));
         let waker = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| KernelError::new("open an eventfd", e.into()))?;
         let (requests, monitor) = (socket(0)?, socket(GROUPS)?);
@@ -92,6 +116,7 @@ impl LinuxKernel {
         let mut kernel = Self {
             requests,
             monitor,
+            firewall: Firewall::open(interest.firewall),
             waker: Arc::new(waker),
             names: Names::default(),
             mirror: HostState::new(),
@@ -116,6 +141,9 @@ impl LinuxKernel {
     pub fn set_interest(&mut self, interest: Interest) -> Result<(), KernelError> {
         if self.interest == interest {
             return Ok(());
+        }
+        if self.interest.firewall != interest.firewall {
+            self.firewall = Firewall::open(interest.firewall);
         }
         self.interest = interest;
         self.pending.all = true;
@@ -172,7 +200,10 @@ impl Kernel for LinuxKernel {
     fn changes(&mut self, timeout: Option<Duration>) -> Result<Changes, KernelError> {
         let failed = |e: io::Error| KernelError::new("wait for notifications", e);
         let limit = timeout.map(|t| Timespec { tv_sec: t.as_secs() as _, tv_nsec: t.subsec_nanos().into() });
-        let mut fds = [PollFd::new(&self.monitor, PollFlags::IN), PollFd::new(&*self.waker, PollFlags::IN)];
+        let mut fds = vec![PollFd::new(&self.monitor, PollFlags::IN), PollFd::new(&*self.waker, PollFlags::IN)];
+        if let Firewall::Open(nft) = &self.firewall {
+            fds.push(PollFd::new(nft, PollFlags::IN));
+        }
         let limit = if self.pending.all || !self.pending.dirty.is_empty() { Some(Timespec::default()) } else { limit };
         match poll(&mut fds, limit.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}

@@ -7,8 +7,8 @@ use twill_core::host::{Key, Link, LinkKind, Object, Route, RouteEntry, RouteKey,
 use twill_core::net::{LinkName, Prefix};
 use twill_core::reconcile::{Op, effect};
 
-use super::LinuxKernel;
 use super::dump::{Stale, add_host};
+use super::{Firewall, LinuxKernel};
 use crate::netlink::decode::{self, AF_BRIDGE};
 use crate::netlink::encode::rtm;
 use crate::netlink::wire::{self, Message, flag};
@@ -21,6 +21,9 @@ impl LinuxKernel {
     pub(super) fn absorb(&mut self) -> io::Result<()> {
         let (told, lost) = self.monitor.collect()?;
         let mut stale = Stale { all: lost, ..Stale::default() };
+        if let Firewall::Open(nft) = &mut self.firewall {
+            stale.tables = nft.changed()?;
+        }
         for message in wire::messages(&told) {
             self.on_notification(&message, &mut stale);
         }

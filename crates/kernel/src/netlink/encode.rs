@@ -83,9 +83,13 @@ impl Encoder<'_> {
             Object::Addr(addr) => self.addr(addr, delete),
             Object::Neigh(neigh) => self.neigh(neigh, delete),
             Object::Fdb(fdb) => self.fdb(fdb, delete),
-            Object::Link(_) | Object::Route(_) | Object::Sysctl { .. } | Object::Rule(_) => {
-                Err(format!("cannot write {object}"))
-            }
+            Object::Link(_)
+            | Object::Route(_)
+            | Object::Sysctl { .. }
+            | Object::Rule(_)
+            | Object::Table(_)
+            | Object::Head(_)
+            | Object::Leftover(_) => Err(format!("cannot write {object}")),
         }
     }
 

@@ -1,4 +1,4 @@
-//! A routing netlink socket: requests and their answers, dumps, notifications.
+//! A netlink socket: requests and their answers, dumps, notifications.
 //!
 //! Only the last message of a batch asks for an acknowledgement: errors always come back, so a batch of a thousand has one answer
 //! when all is well, and the receive buffer cannot overflow with acknowledgements.
@@ -10,7 +10,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, getsockname, recv, send, socket_with, sockopt,
+    AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType, bind, getsockname, recv, send, socket_with,
+    sockopt,
 };
 
 use libc::{BPF_ABS, BPF_H, BPF_JEQ, BPF_JMP, BPF_LD, BPF_RET, BPF_W};
@@ -52,10 +53,10 @@ pub(crate) struct Refusal {
 }
 
 impl Socket {
-    /// Opens and binds; `groups` is the bit mask of notification groups (bit n-1 = RTNLGRP n).
-    pub(crate) fn open(groups: u32) -> io::Result<Self> {
+    /// Opens and binds; without a protocol it is a routing socket. `groups` is the bit mask of notification groups (bit n-1 = group n).
+    pub(crate) fn open(protocol: Option<Protocol>, groups: u32) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC;
-        let fd = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
+        let fd = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, protocol)?;
         if sockopt::set_socket_recv_buffer_size_force(&fd, BUFFER).is_err() {
             sockopt::set_socket_recv_buffer_size(&fd, BUFFER)?;
         }
@@ -89,7 +90,7 @@ impl Socket {
     }
 
     /// The next sequence number.
-    fn next_seq(&mut self) -> u32 {
+    pub(crate) fn next_seq(&mut self) -> u32 {
         self.seq = self.seq.wrapping_add(1).max(1);
         self.seq
     }
@@ -148,6 +149,26 @@ impl Socket {
                 return Ok(refused);
             }
         }
+    }
+
+    /// Sends a transaction whose message number `last` asks for an acknowledgement; gives the first refusal, after which the kernel has
+    /// changed nothing. The kernel answers all of it before `send` returns (net/netlink/af_netlink.c `netlink_unicast_kernel`), and names
+    /// the opening bracket when it is the commit that fails.
+    pub(crate) fn transact(&mut self, writer: &Writer, last: u32) -> io::Result<Option<Refusal>> {
+        self.send(&writer.buf)?;
+        let (answers, lost) = self.collect()?;
+        let answers = wire::messages(&answers).filter(|m| m.kind == ERROR).map(|m| refusal(&m));
+        let (mut acknowledged, mut refused) = (false, None);
+        for answer in answers {
+            acknowledged |= answer.seq == last;
+            if answer.errno != 0 && refused.is_none() {
+                refused = Some(answer);
+            }
+        }
+        if refused.is_none() && (lost || !acknowledged) {
+            return Err(io::Error::from_raw_os_error(libc::ENOBUFS));
+        }
+        Ok(refused)
     }
 
     /// Sends one request without a dump, gives its first answer to `on`.

@@ -5,18 +5,26 @@ use std::collections::BTreeMap;
 use twill_core::alloc::Me;
 use twill_core::backend::{self, Backend, Cx, Reach, Refusal, Underlay};
 use twill_core::config::NetworkConfig;
-use twill_core::host::{HostState, LinkKind, Object, PROTO_TWILL};
+use twill_core::firewall::Policy;
+use twill_core::host::{Few, HostState, LinkKind, Object, PROTO_TWILL, Route, RouteEntry, RouteKey, TABLE_MAIN};
 use twill_core::lease::{Lease, LeaseKey, Peer, PeerFault};
 use twill_core::lease_set::LeaseSet;
 use twill_core::net::{LinkName, MacAddr, Prefix};
 use twill_core::reconcile::Claim;
 use twill_core::state_file::State;
 
+use super::settings::WayOut;
+
 /// A network on this host, without the peers.
 #[derive(Debug)]
 pub(crate) struct Network {
     pub(crate) backend: Box<dyn Backend>,
+    /// What is done here: the families that this host has.
     pub(crate) cx: Cx,
+    /// The networks of all families that the config names.
+    configured: Vec<Prefix>,
+    excluded: Vec<Prefix>,
+    way_out: WayOut,
 }
 
 impl Network {
@@ -26,25 +34,50 @@ impl Network {
         underlay: Underlay,
         host: &HostState,
         state: &State,
+        way_out: WayOut,
     ) -> Result<Self, Refusal> {
         let backend = backend::build(&config.backend)?;
         let devices = config.networks().iter().flat_map(|n| backend.devices(&[*n])).collect::<Vec<_>>();
-        let cx = Cx {
-            networks: config.networks(),
-            subnets: Vec::new(),
-            underlay,
-            macs: macs(&devices, host, state),
-            node: state.node,
-        };
-        for range in config.ranges() {
-            backend.mtu(&cx.underlay, range.network.is_v4())?;
+        let mut networks = Vec::new();
+        let mut lacking = None;
+        for network in config.networks() {
+            match fault(&*backend, &underlay, network.is_v4()) {
+                None => networks.push(network),
+                Some(refusal) => lacking = lacking.or(Some(refusal)),
+            }
         }
-        Ok(Self { backend, cx })
+        if let (true, Some(refusal)) = (networks.is_empty(), lacking) {
+            return Err(refusal);
+        }
+        let cx = Cx { networks, subnets: Vec::new(), underlay, macs: macs(&devices, host, state), node: state.node };
+        Ok(Self { backend, cx, configured: config.networks(), excluded: config.no_masq.clone(), way_out })
+    }
+
+    /// Why a family that the config names is left out with this underlay; the other goes on.
+    pub(crate) fn left_out(&self, underlay: &Underlay) -> Vec<Refusal> {
+        self.configured.iter().filter_map(|network| fault(&*self.backend, underlay, network.is_v4())).collect()
+    }
+
+    /// The node's own objects: what the backend stands on, and the way out.
+    pub(crate) fn base(&self) -> Result<HostState, Refusal> {
+        let mut base = self.backend.base(&self.cx)?;
+        let policy = Policy {
+            networks: self.cx.networks.clone(),
+            subnets: self.cx.subnets.clone(),
+            excluded: self.excluded.clone(),
+            tunnels: self.devices(),
+            masquerade: self.way_out.masquerade,
+            clamp: self.way_out.clamp,
+        };
+        base.insert(Object::Table(Box::new(policy.table())));
+        base.extend(self.cx.subnets.iter().map(|subnet| Object::Route(unused(*subnet))));
+        Ok(base)
     }
 
     /// Takes the subnets of our lease, and the MACs that it tells: peers have programmed them.
     pub(crate) fn take(&mut self, key: &LeaseKey, own: Option<&Lease>) {
-        self.cx.subnets = key.subnets().collect();
+        let here = |subnet: &Prefix| self.cx.networks.iter().any(|network| network.is_v4() == subnet.is_v4());
+        self.cx.subnets = key.subnets().filter(here).collect();
         let [v4, v6] = own.map_or([None; 2], Lease::vtep_macs);
         for subnet in self.cx.subnets.clone() {
             let mac = if subnet.is_v4() { v4 } else { v6 }.filter(MacAddr::is_unicast);
@@ -75,7 +108,13 @@ impl Network {
     /// What is ours on this host.
     pub(crate) fn claim(&self, state: &State) -> Claim {
         let devices = self.devices().into_iter().chain(state.devices.keys().copied()).collect();
-        Claim { devices, protocol: Some(PROTO_TWILL), networks: self.cx.networks.clone() }
+        Claim {
+            devices,
+            protocol: Some(PROTO_TWILL),
+            networks: self.cx.networks.clone(),
+            firewall: true,
+            flannels_firewall: true,
+        }
     }
 
     /// What reaches the holder of one lease, which is not our own. A peer of another backend is left out with its reason.
@@ -87,13 +126,48 @@ impl Network {
                     lease.fault("foreign-backend", format!("its backend is {theirs}, and this network's is another"))
                 );
             }
-            if let Some(outside) = lease.key.subnets().find(|s| !self.cx.networks.iter().any(|n| n.covers(s))) {
+            if let Some(outside) = lease.key.subnets().find(|s| !self.configured.iter().any(|n| n.covers(s))) {
                 return Err(lease.fault("outside-network", format!("its subnet {outside} is not in the network")));
             }
             self.backend.peer(&self.cx, &Peer { lease })
         };
         Some(leases.verdict(name)?.and_then(peer))
     }
+}
+
+/// Why this underlay cannot carry a family; `None`: it can.
+fn fault(backend: &dyn Backend, underlay: &Underlay, v4: bool) -> Option<Refusal> {
+    if underlay.public(v4).is_none() {
+        let (name, other, option) = if v4 { ("IPv4", "", "EnableIPv4") } else { ("IPv6", "-6 ", "EnableIPv6") };
+        return Some(Refusal {
+            code: "family-missing",
+            message: format!("the network config asks for {name}, and {} has no global {name} address", underlay.link),
+            hint: format!(
+                "ip {other}addr add ADDRESS/LEN dev {}, or set {option} to false in the network config",
+                underlay.link
+            ),
+        });
+    }
+    backend.mtu(underlay, v4).err()
+}
+
+/// Addresses of the own subnet that no container has lead nowhere, and not back to where the packet came from. Any other route of the
+/// subnet is better: with a lower metric this one would take the place of the bridge's connected route.
+fn unused(subnet: Prefix) -> Route {
+    const RTN_BLACKHOLE: u8 = 6;
+    // The kernel hangs an IPv6 route of this kind on the loopback device (net/ipv6/route.c `fib6_nh_init`).
+    let dev = if subnet.is_v4() { None } else { "lo".parse().ok() };
+    let entry = RouteEntry {
+        via: None,
+        dev,
+        onlink: false,
+        protocol: PROTO_TWILL,
+        special: false,
+        kind: RTN_BLACKHOLE,
+        scope: 0,
+        src: None,
+    };
+    Route { key: RouteKey { table: TABLE_MAIN, dst: subnet, tos: 0, metric: u32::MAX }, entries: Few::One(entry) }
 }
 
 /// Hardware addresses by precedence: live device, state file; what neither knows is derived, and the own lease comes on top.

@@ -16,9 +16,11 @@ use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
+use twill_core::host::HostState;
 use twill_kernel::Waker;
 
+use super::guests;
 use super::reconciler::Order;
 use super::session::Command;
 use super::tunnel::SharedGauge;
@@ -33,6 +35,8 @@ pub(crate) struct Control {
     pub(crate) orders: Sender<Order>,
     pub(crate) waker: Waker,
     pub(crate) commands: mpsc::Sender<Command>,
+    pub(crate) host: watch::Receiver<Arc<HostState>>,
+    pub(crate) state_dir: PathBuf,
 }
 
 /// Makes the socket; an old one that nobody listens on is replaced.
@@ -89,6 +93,8 @@ fn ended() -> Refused {
 async fn status(State(control): State<Control>) -> Answer {
     let mut view = control.view.lock().map_err(|_| ended())?.clone();
     view.tunnel = control.gauge.lock().map_err(|_| ended())?.as_ref().map(TunnelView::of);
+    let host = control.host.borrow().clone();
+    view.findings.extend(guests::findings(&control.state_dir, &host, &view));
     answer(view)
 }
 

@@ -5,10 +5,11 @@
 //! - [`reconciler`]: the thread that owns the kernel
 //! - [`compose`]: from leases and facts to what is wanted
 //! - [`tunnel`]: the udp backend's tunnel
-//! - [`control`], [`view`]: the control API and what it shows
+//! - [`control`], [`view`], [`guests`]: the control API and what it shows
 
 pub(crate) mod compose;
 pub(crate) mod control;
+mod guests;
 pub(crate) mod reconciler;
 pub(crate) mod session;
 pub(crate) mod settings;
@@ -73,8 +74,15 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
             tracing::warn!(endpoints = store.endpoints(), "nothing authenticates the store to us, nor us to the store");
         }
         let (commands, command_receiver) = mpsc::channel(16);
-        let control =
-            Control { view: Arc::clone(&view), gauge, orders: orders.clone(), waker: waker.clone(), commands };
+        let control = Control {
+            view: Arc::clone(&view),
+            gauge,
+            orders: orders.clone(),
+            waker: waker.clone(),
+            commands,
+            host: host.clone(),
+            state_dir: settings.state_dir.clone(),
+        };
         let session =
             Session::new(settings.clone(), store, orders.clone(), waker.clone(), host, view, command_receiver, state);
         let (stop, stopped) = oneshot::channel::<()>();
@@ -172,7 +180,7 @@ async fn serve_store(settings: &Settings, address: std::net::SocketAddr, host: &
             let message = format!("the network {} overlaps what this host has: {clash}", settings.network);
             return Err(Failure::new("network-overlap", message).hint("choose another with --network PREFIX").into());
         }
-        let text = NetworkConfig::default_json(settings.network);
+        let text = NetworkConfig::default_json(&[settings.network]);
         store.create_config(text.as_bytes()).await.map_err(Failure::from)?;
         tracing::info!(config = text, "wrote the network config");
     }

@@ -13,8 +13,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{oneshot, watch};
 use twill_core::backend::{Reach, TunnelSpec};
+use twill_core::firewall::{TableName, beside};
 use twill_core::host::{HostState, Key, Object, PROTO_TWILL};
-use twill_core::reconcile::{Caps, Claim, Healer, Journal, Plan, Scope, Wanted, plan, shadowed};
+use twill_core::reconcile::{Caps, Claim, Healer, Journal, Plan, Scope, Wanted, plan, shadowed, taken_tables};
 use twill_kernel::{Interest, Kernel, KernelError, LinuxKernel};
 
 use super::tunnel::{SharedGauge, TunnelHost};
@@ -33,8 +34,9 @@ const SHOWN_REPAIRS: usize = 20;
 
 /// What the reconciler is told.
 pub(crate) enum Order {
-    /// The node's own objects, what is claimed, what to watch, and the tunnel. Answered when applied.
-    Base { base: HostState, claim: Claim, tunnel: Option<TunnelSpec>, done: oneshot::Sender<()> },
+    /// The node's own objects, what is claimed, what to watch, and the tunnel. Answered when
+    /// applied: whether the firewall is as wanted.
+    Base { base: HostState, claim: Claim, tunnel: Option<TunnelSpec>, done: oneshot::Sender<bool> },
     /// What reaches peers, by name; nothing: the peer is gone.
     Peers(Vec<(String, Reach)>),
     /// What is not wanted may be removed from now on: every peer is known.
@@ -44,7 +46,7 @@ pub(crate) enum Order {
     /// What would be changed now.
     Plan(oneshot::Sender<PlanView>),
     /// Remove everything that is ours. Answered when applied.
-    Clear(oneshot::Sender<()>),
+    Clear(oneshot::Sender<bool>),
 }
 
 /// The thread's state.
@@ -134,11 +136,12 @@ impl Reconciler {
                     Err(TryRecvError::Disconnected) => return,
                 }
             }
+            self.look_beside();
             self.reconcile();
             self.bring_up_tunnel();
             for done in answers {
                 // Whoever asked may have gone.
-                let _ = done.send(());
+                let _ = done.send(self.firewall_stands());
             }
         }
     }
@@ -184,7 +187,7 @@ impl Reconciler {
         }
     }
 
-    fn on_order(&mut self, order: Order, answers: &mut Vec<oneshot::Sender<()>>) {
+    fn on_order(&mut self, order: Order, answers: &mut Vec<oneshot::Sender<bool>>) {
         match order {
             Order::Base { base, claim, tunnel, done } => {
                 self.tunnel.set_spec(tunnel);
@@ -193,7 +196,8 @@ impl Reconciler {
                 let devices = devices.chain(claim.devices.iter().copied()).collect();
                 let sysctls =
                     base.iter().filter_map(|(k, _)| if let Key::Sysctl(path) = k { Some(path.clone()) } else { None });
-                let interest = Interest { devices: Some(devices), sysctls: sysctls.collect() };
+                let interest =
+                    Interest { devices: Some(devices), sysctls: sysctls.collect(), firewall: claim.firewall };
                 if let Err(error) = self.kernel.set_interest(interest) {
                     tracing::warn!(%error, "watch the tunnel device");
                 }
@@ -248,6 +252,19 @@ impl Reconciler {
         plan
     }
 
+    /// What the firewalls of others make necessary, when they or what we want have changed.
+    fn look_beside(&mut self) {
+        if !self.all && !self.drifted.iter().any(|key| matches!(key, Key::Table(_))) {
+            return;
+        }
+        let desired = self.wanted.desired();
+        let wanted = desired.host.get(&Key::Table(TableName::twill())).is_some();
+        let networks = if wanted { desired.claim.networks.as_slice() } else { &[] };
+        let heads = beside::heads(networks, self.kernel.mirror());
+        let dirty = self.wanted.set_beside(heads);
+        self.ordered.extend(dirty);
+    }
+
     /// Plans what is dirty, applies it, and notes what came of it.
     fn reconcile(&mut self) {
         let idle = !self.all && self.ordered.is_empty() && self.drifted.is_empty();
@@ -293,6 +310,13 @@ impl Reconciler {
         }
     }
 
+    /// True when every table that is wanted is there.
+    fn firewall_stands(&self) -> bool {
+        let have = self.kernel.mirror();
+        let mut tables = self.wanted.desired().host.iter().filter(|(key, _)| matches!(key, Key::Table(_)));
+        tables.all(|(key, want)| have.get(key).is_some_and(|have| want.satisfied_by(have)))
+    }
+
     fn is_ours(&self, key: &Key) -> bool {
         self.wanted.desired().host.get(key).is_some()
     }
@@ -318,6 +342,12 @@ impl Reconciler {
 
     fn publish_status(&mut self) {
         let mut findings = shadowed(self.wanted.desired(), self.kernel.mirror());
+        findings.extend(taken_tables(self.wanted.desired(), self.kernel.mirror()));
+        findings.extend(beside::early_drops(&self.wanted.desired().claim.networks, self.kernel.mirror()));
+        if self.kernel.interest().firewall {
+            let networks = &self.wanted.desired().claim.networks;
+            findings.extend(beside::legacy_drops(networks, &twill_kernel::legacy::forward()));
+        }
         findings.extend(self.healer.findings());
         findings.extend(self.tunnel.finding().cloned());
         let recent =
@@ -337,7 +367,15 @@ impl Reconciler {
 }
 
 /// Findings that come from here; the others are the session's.
-const KERNEL_CODES: [&str; 4] = ["route-shadowed", "fought-over", "kernel-refused", "tunnel-down"];
+const KERNEL_CODES: [&str; 7] = [
+    "route-shadowed",
+    "table-taken",
+    "dropped-before-forward",
+    "legacy-drops-forward",
+    "fought-over",
+    "kernel-refused",
+    "tunnel-down",
+];
 
 /// One line for each change, or one for all when there are many.
 fn log(plan: &Plan, results: &[Result<(), twill_core::reconcile::StepError>], drift: bool) {

@@ -40,6 +40,12 @@ pub(crate) struct AgentArgs {
     /// Ask for this subnet
     #[arg(long, value_name = "PREFIX", env = "TWILL_SUBNET", value_delimiter = ',')]
     subnet: Vec<Prefix>,
+    /// Masquerade what leaves the network [default: true]
+    #[arg(long, value_name = "BOOL", env = "TWILL_IP_MASQ", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    ip_masq: Option<bool>,
+    /// Lower the segment size that TCP announces through the tunnel to what the route's MTU carries [default: false]
+    #[arg(long, value_name = "BOOL", env = "TWILL_CLAMP_MSS", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    clamp_mss: Option<bool>,
     /// File for container runtimes [default: /run/flannel/subnet.env]
     #[arg(long, value_name = "FILE", env = "TWILL_SUBNET_FILE")]
     subnet_file: Option<PathBuf>,
@@ -75,6 +81,8 @@ struct File {
     public_ip: Vec<IpAddr>,
     #[serde(default)]
     subnet: Vec<Prefix>,
+    ip_masq: Option<bool>,
+    clamp_mss: Option<bool>,
     subnet_file: Option<PathBuf>,
     state_dir: Option<PathBuf>,
     run_dir: Option<PathBuf>,
@@ -89,9 +97,19 @@ pub(crate) struct Settings {
     pub(crate) network: Prefix,
     pub(crate) wishes: Wishes,
     pub(crate) subnet: Vec<Prefix>,
+    pub(crate) way_out: WayOut,
     pub(crate) subnet_file: PathBuf,
     pub(crate) state_dir: PathBuf,
     pub(crate) run_dir: PathBuf,
+}
+
+/// How packets leave the network.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct WayOut {
+    /// With the node's address as their source.
+    pub(crate) masquerade: bool,
+    /// TCP with segments that fit into the tunnel.
+    pub(crate) clamp: bool,
 }
 
 impl AgentArgs {
@@ -133,6 +151,10 @@ impl AgentArgs {
                 public: if self.public_ip.is_empty() { file.public_ip } else { self.public_ip },
             },
             subnet: if self.subnet.is_empty() { file.subnet } else { self.subnet },
+            way_out: WayOut {
+                masquerade: self.ip_masq.or(file.ip_masq).unwrap_or(true),
+                clamp: self.clamp_mss.or(file.clamp_mss).unwrap_or(false),
+            },
             subnet_file: self.subnet_file.or(file.subnet_file).unwrap_or_else(|| runtime_file().join("subnet.env")),
             state_dir: self.state_dir.or(file.state_dir).unwrap_or_else(stores::state_dir),
             run_dir: self.run_dir.or(file.run_dir).unwrap_or_else(stores::run_dir),

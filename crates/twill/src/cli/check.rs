@@ -82,7 +82,7 @@ pub(crate) fn run(settings: &Settings, output: Output) -> anyhow::Result<ExitCod
             }
             check.networks = config.networks().iter().map(ToString::to_string).collect();
             let state = load_state(&settings.state_dir)?;
-            let network = chosen.map(|chosen| Network::new(&config, chosen.underlay, host, &state));
+            let network = chosen.map(|chosen| Network::new(&config, chosen.underlay, host, &state, settings.way_out));
             match network {
                 Some(Ok(network)) => on_network(&mut check, &network, &config, host, &state, settings.serve_store),
                 Some(Err(refusal)) => check.find(refusal.code, "backend", &refusal.message, &refusal.hint),
@@ -120,7 +120,7 @@ fn capabilities(check: &mut Check) {
 /// The config of the store; of a store that we are to serve ourselves, the one that we would write.
 fn network_config(settings: &Settings) -> Result<Option<twill_store::RawConfig>, Failure> {
     if settings.serve_store.is_some() {
-        let value = config::NetworkConfig::default_json(settings.network).into_bytes();
+        let value = config::NetworkConfig::default_json(&[settings.network]).into_bytes();
         return Ok(Some(twill_store::RawConfig { value, mod_rev: 0 }));
     }
     let store = settings.store.connect()?;

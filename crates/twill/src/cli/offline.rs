@@ -9,6 +9,7 @@ use clap::Args;
 use serde::Serialize;
 use twill_core::alloc::{self, Choice};
 use twill_core::config::NetworkConfig;
+use twill_core::firewall::beside;
 use twill_core::host::{HostState, Key, LinkKind, Object, PROTO_TWILL};
 use twill_core::iface;
 use twill_core::lease::Lease;
@@ -71,7 +72,7 @@ fn compute(settings: &Settings) -> anyhow::Result<Plan> {
     let everything = LinuxKernel::open(Interest::default()).context("look at this host's network")?;
     let host = everything.mirror().clone();
     let chosen = iface::choose(&host, &settings.wishes).map_err(refused)?;
-    let mut network = Network::new(&config, chosen.underlay, &host, &state).map_err(refused)?;
+    let mut network = Network::new(&config, chosen.underlay, &host, &state, settings.way_out).map_err(refused)?;
     let mut leases = LeaseSet::default();
     leases.reset(listing.entries);
     let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
@@ -92,7 +93,7 @@ fn compute(settings: &Settings) -> anyhow::Result<Plan> {
     };
     let mut wanted = Wanted::default();
     wanted.set_claim(network.claim(&state));
-    wanted.set_base(network.backend.base(&network.cx).map_err(refused)?);
+    wanted.set_base(network.base().map_err(refused)?);
     for name in leases.names().filter(|name| own.as_deref() != Some(*name)) {
         if let Some(Ok(reach)) = network.peer(&leases, name) {
             wanted.set_peer(name, reach.objects);
@@ -103,8 +104,10 @@ fn compute(settings: &Settings) -> anyhow::Result<Plan> {
         .host
         .iter()
         .filter_map(|(k, _)| if let Key::Sysctl(path) = k { Some(path.clone()) } else { None });
-    let interest = Interest { devices: Some(wanted.desired().claim.devices.clone()), sysctls: sysctls.collect() };
+    let interest =
+        Interest { devices: Some(wanted.desired().claim.devices.clone()), sysctls: sysctls.collect(), firewall: true };
     let kernel = LinuxKernel::open(interest).context("look at this host's network")?;
+    wanted.set_beside(beside::heads(&network.cx.networks, kernel.mirror()));
     Ok(plan(wanted.desired(), kernel.mirror(), &Caps::default(), Scope::All))
 }
 
@@ -233,7 +236,8 @@ impl Clean {
         }
         refuse_beside_flannel()?;
         let mut state = load_state(&state_dir)?;
-        let mut kernel = LinuxKernel::open(Interest::default()).context("look at this host's network")?;
+        let interest = Interest { firewall: true, ..Interest::default() };
+        let mut kernel = LinuxKernel::open(interest).context("look at this host's network")?;
         let desired = Desired { host: HostState::new(), claim: claim(&state, kernel.mirror()) };
         let todo = plan(&desired, kernel.mirror(), &Caps::default(), Scope::All);
         let mut steps: Vec<String> = todo.steps.iter().map(|s| s.op.to_string()).collect();
@@ -272,7 +276,13 @@ fn claim(state: &twill_core::state_file::State, have: &HostState) -> Claim {
             ours.filter_map(|e| e.dev).filter(|d| have.link(*d).is_some_and(|l| matches!(l.kind, LinkKind::Vxlan(_))));
         devices.extend(tunnels);
     }
-    Claim { devices, protocol: Some(PROTO_TWILL), networks: state.networks.clone() }
+    Claim {
+        devices,
+        protocol: Some(PROTO_TWILL),
+        networks: state.networks.clone(),
+        firewall: true,
+        flannels_firewall: false,
+    }
 }
 
 fn describe(cleaned: &Cleaned) -> String {

@@ -44,9 +44,9 @@ struct Serve {
     /// Serve other hosts although nothing authenticates them
     #[arg(long)]
     insecure: bool,
-    /// Write a network config (this network over vxlan) where there is none
-    #[arg(long, value_name = "PREFIX")]
-    network: Option<Prefix>,
+    /// Write a network config (this network over vxlan; one of each family, joined by a comma) where there is none
+    #[arg(long, value_name = "PREFIX", value_delimiter = ',')]
+    network: Vec<Prefix>,
 }
 
 /// List keys, one on a line.
@@ -80,13 +80,13 @@ impl Serve {
         let data = self.data.unwrap_or_else(|| stores::state_dir().join("store"));
         crate::runtime()?.block_on(async {
             let (server, listener) = stores::open(self.listen, &data).await?;
-            if let Some(network) = self.network {
+            if !self.network.is_empty() {
                 let store = twill_store::EtcdStore::new(twill_store::StoreConfig {
                     endpoints: vec![format!("http://{}", self.listen)],
                     prefix: stores::PREFIX.into(),
                     ..Default::default()
                 })?;
-                let config = twill_core::config::NetworkConfig::default_json(network);
+                let config = twill_core::config::NetworkConfig::default_json(&self.network);
                 let served = tokio::spawn(server.serve(listener, crate::terminated()));
                 store.create_config(config.as_bytes()).await?;
                 return served.await.context("the store's task ended")?.context("serve the store");

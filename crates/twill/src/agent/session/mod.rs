@@ -183,7 +183,7 @@ impl Session {
                 }
             };
             self.show_ignored(&ignored);
-            let network = match Network::new(&config, chosen.underlay, &host, &self.state) {
+            let network = match Network::new(&config, chosen.underlay, &host, &self.state, self.settings.way_out) {
                 Ok(network) => network,
                 Err(refusal) => {
                     self.wait_for(refusal.code, &refusal.message, &refusal.hint).await;
@@ -449,6 +449,12 @@ impl Session {
             return Ok(None);
         }
         tracing::info!(interface = %chosen.underlay.link, "the underlay has changed");
+        let (was, now) = (network.left_out(&network.cx.underlay), network.left_out(&chosen.underlay));
+        let too_small = now.iter().any(|refusal| refusal.code == "mtu-too-small" && !was.contains(refusal));
+        if now.len() < was.len() || too_small {
+            // Another set of families: begin again with it. An address that is lost for a while takes no family down.
+            return Ok(Some(End::Again));
+        }
         self.show_underlay(&chosen);
         network.cx.underlay = chosen.underlay;
         match self.refresh(network, own.clone()).await? {

@@ -127,14 +127,15 @@ impl Session {
         self.state.subnets = own.key.subnets().collect();
         self.state.networks = network.cx.networks.clone();
         self.save();
-        let both = network.backend.base(&network.cx).and_then(|base| Ok((base, network.backend.tunnel(&network.cx)?)));
+        self.show_left_out(&network.left_out(&network.cx.underlay));
+        let both = network.base().and_then(|base| Ok((base, network.backend.tunnel(&network.cx)?)));
         match both {
             Ok((base, tunnel)) => {
                 let (done, applied) = oneshot::channel();
                 let claim = network.claim(&self.state);
                 self.order(Order::Base { base, claim, tunnel, done });
-                let _ = applied.await;
-                self.write_subnet_env(network, own);
+                let firewall = applied.await.unwrap_or(false);
+                self.write_subnet_env(network, own, firewall && self.settings.way_out.masquerade);
             }
             Err(refusal) => self.find(refusal.code, "backend", &refusal.message, &refusal.hint),
         }
@@ -164,14 +165,14 @@ impl Session {
         }
     }
 
-    fn write_subnet_env(&mut self, network: &Network, own: &Lease) {
+    fn write_subnet_env(&mut self, network: &Network, own: &Lease, ip_masq: bool) {
         let Ok(mtu) = network.mtu() else { return };
         let pair = |v4: bool| {
             let network = network.cx.networks.iter().find(|n| n.is_v4() == v4)?;
             Some((*network, own.key.subnets().find(|s| s.is_v4() == v4)?))
         };
-        // Nothing masquerades yet: docker and the bridge plugin shall.
-        let env = SubnetEnv { v4: pair(true), v6: pair(false), mtu, ip_masq: false }.to_string();
+        // Where we do not masquerade, docker and the bridge plugin shall.
+        let env = SubnetEnv { v4: pair(true), v6: pair(false), mtu, ip_masq }.to_string();
         let path: PathBuf = self.settings.subnet_file.clone();
         if self.subnet_env() == env {
             return;

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
+use twill_core::backend::Refusal;
 use twill_core::iface;
 use twill_core::reconcile::Finding;
 use twill_store::StoreError;
@@ -138,6 +139,19 @@ impl Session {
             let (code, object, fix) =
                 ("config-key-ignored".into(), "network config".into(), "remove it, or correct its spelling".into());
             view.findings.push(Finding { code, object, evidence: text.clone(), fix });
+        }
+    }
+
+    /// Families that the config names and this host does not carry.
+    pub(super) fn show_left_out(&self, refusals: &[Refusal]) {
+        for code in ["family-missing", "mtu-too-small"] {
+            match refusals.iter().find(|refusal| refusal.code == code) {
+                Some(Refusal { message, hint, .. }) => {
+                    tracing::warn!(code, hint, "{message}: the other family goes on");
+                    self.find(code, "node", message, hint);
+                }
+                None => self.unfind(code),
+            }
         }
     }
 

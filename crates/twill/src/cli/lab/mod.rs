@@ -9,7 +9,7 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand, ValueEnum};
-use twill_lab::layout::{MOST_CONTAINERS, MOST_NODES};
+use twill_lab::layout::{Families, MOST_CONTAINERS, MOST_NODES};
 use twill_lab::{AgentAct, Home, LabError, LabName, LabState, Request, Scenario, Spec, StoreKind, ask, enter, start};
 
 use crate::output::{Failure, Output, USAGE, progress};
@@ -27,6 +27,8 @@ pub(crate) struct Lab {
     #[command(subcommand)]
     command: Option<LabCommand>,
     #[command(flatten)]
+    families: Addresses,
+    #[command(flatten)]
     output: Output,
 }
 
@@ -34,7 +36,7 @@ pub(crate) struct Lab {
 enum LabCommand {
     /// Make a lab that stays until `down`
     #[command(
-        after_help = "Examples:\n  twill lab up\n  twill lab up --scenario bridge\n  twill lab up --nodes 16 --containers 4"
+        after_help = "Examples:\n  twill lab up\n  twill lab up --scenario bridge\n  twill lab up --nodes 16 --containers 4\n  twill lab up --ipv6-only"
     )]
     Up(Up),
     /// All labs of this user
@@ -70,6 +72,27 @@ enum LabCommand {
     Inside(Words),
 }
 
+/// Which addresses.
+#[derive(Debug, Clone, Copy, Default, Args)]
+struct Addresses {
+    /// IPv6 beside IPv4, on every wire and in every container
+    #[arg(long)]
+    ipv6: bool,
+    /// IPv6 and nothing else
+    #[arg(long, conflicts_with = "ipv6")]
+    ipv6_only: bool,
+}
+
+impl Addresses {
+    fn families(self) -> Families {
+        match (self.ipv6, self.ipv6_only) {
+            (_, true) => Families::V6,
+            (true, false) => Families::Both,
+            (false, false) => Families::V4,
+        }
+    }
+}
+
 /// Which lab.
 #[derive(Debug, Clone, Args)]
 struct Named {
@@ -91,6 +114,8 @@ struct Up {
     /// How many containers on each host, 1 to 4 [default: 1; bridge: 2]
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=i64::from(MOST_CONTAINERS)))]
     containers: Option<u8>,
+    #[command(flatten)]
+    families: Addresses,
     /// How packets are carried between hosts
     #[arg(long, default_value = "vxlan")]
     backend: String,
@@ -182,7 +207,7 @@ impl From<LabError> for Failure {
 impl Lab {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         let output = self.output;
-        let Some(command) = self.command else { return whole::run(output) };
+        let Some(command) = self.command else { return whole::run(self.families.families(), output) };
         match command {
             LabCommand::Up(up) => return up.run(output),
             LabCommand::List => show::list(output)?,
@@ -256,6 +281,12 @@ impl Up {
                 .hint("leave --nodes away")
                 .exit(USAGE));
         }
+        let families = self.families.families();
+        if scenario.is_some() && families != Families::V4 {
+            return Err(Failure::new("bad-lab", "the scenarios have the IPv4 addresses of their source")
+                .hint("leave --scenario away, or --ipv6 and --ipv6-only")
+                .exit(USAGE));
+        }
         let (nodes, containers) = if bridge { (1, 2) } else { (2, 1) };
         let store = match self.store {
             Store::Embedded => StoreKind::Embedded,
@@ -267,6 +298,7 @@ impl Up {
             nodes: self.nodes.unwrap_or(nodes),
             containers: self.containers.unwrap_or(containers),
             store,
+            families,
         })
     }
 }

@@ -3,18 +3,19 @@
 use std::process::ExitCode;
 
 use serde_json::json;
+use twill_lab::layout::Families;
 use twill_lab::{Spec, StoreKind, enter, start};
 
 use super::{home, look};
 use crate::output::{Failure, Output, progress};
 
 /// Makes a lab, shows who reaches whom and one path, and removes everything.
-pub(super) fn run(output: Output) -> anyhow::Result<ExitCode> {
+pub(super) fn run(families: Families, output: Output) -> anyhow::Result<ExitCode> {
     // A name of its own, so that it is in nobody's way.
     let name = format!("once-{}", std::process::id())
         .parse()
         .map_err(|e: twill_core::net::BadValue| Failure::new("bad-lab-name", e.to_string()))?;
-    let spec = Spec { name, scenario: None, nodes: 2, containers: 1, store: StoreKind::Embedded };
+    let spec = Spec { name, scenario: None, nodes: 2, containers: 1, store: StoreKind::Embedded, families };
     let home = home()?;
     let started = start::up(&home, &spec, |text| progress(text)).map_err(Failure::from)?;
     let state = started.state.clone();

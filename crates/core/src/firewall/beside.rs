@@ -1,0 +1,257 @@
+//! Beside the firewalls of others: an accept in our table cannot override a drop in theirs, so that ours must stand in their chain.
+//!
+//! ```text
+//!   table ip filter   chain FORWARD (policy drop)          Head: ip saddr 10.1.0.0/16 accept comment "twill"
+//!                       └─ jump DOCKER-USER   ◀── here           ip daddr 10.1.0.0/16 accept comment "twill"
+//! ```
+//! The rules compare addresses and nothing else: `iptables-nft` prints them as its own.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use super::build::{End, family, within};
+use super::policy::TAG;
+use super::{
+    Base, Chain, ChainKind, ChainName, Cmp, Datum, Expr, Family, Field, Head, Hook, Rule, Table, TableName, Verdict,
+};
+use crate::host::{HostState, Object};
+use crate::net::{LinkName, Prefix, ip_to_bits};
+use crate::reconcile::Finding;
+
+/// Where docker leaves room for the rules of others, before its own.
+const DOCKER_USER: &str = "DOCKER-USER";
+/// What flannel's chains in the tables of `iptables` begin with (`pkg/trafficmngr/iptables/iptables.go`).
+const FLANNEL_CHAINS: [&str; 2] = ["FLANNEL-POSTRTG", "FLANNEL-FWD"];
+
+/// True for a table that flannel made for itself (`pkg/trafficmngr/nftables/nftables.go`).
+pub fn is_flannels(table: &TableName) -> bool {
+    matches!((table.family, &*table.name), (Family::Ip, "flannel-ipv4") | (Family::Ip6, "flannel-ipv6"))
+}
+
+/// The chains of a table that are worth reading, with those that they lead to: all of ours, and what may drop what we forward.
+pub fn roots(table: &TableName, chains: &BTreeMap<Box<str>, Option<Base>>) -> Vec<Box<str>> {
+    let ours = *table == TableName::twill();
+    let of_twill = table.name.starts_with("twill-");
+    let routed = matches!(table.family, Family::Inet | Family::Ip | Family::Ip6);
+    let drops = |base: &Base| base.kind == ChainKind::Filter && matches!(base.hook, Hook::Forward | Hook::Prerouting);
+    // The rooms for others, also when nothing leads there any more: rules of ours may be left in them.
+    let named = |name: &str| name == DOCKER_USER || FLANNEL_CHAINS.contains(&name);
+    let wanted = chains
+        .iter()
+        .filter(|(name, base)| ours || routed && !of_twill && (base.as_ref().is_some_and(drops) || named(name)));
+    wanted.map(|(name, _)| name.clone()).collect()
+}
+
+/// What of ours, and of flannel's, stands in somebody else's table.
+pub fn found_in(table: &Table) -> Vec<Object> {
+    if table.name == TableName::twill() {
+        return Vec::new();
+    }
+    let mut found = Vec::new();
+    for (name, chain) in &table.chains {
+        let at = ChainName { table: table.name.clone(), chain: name.clone() };
+        let tagged = |rule: &&Rule| rule.comment.as_deref() == Some(TAG);
+        let rules: Vec<Rule> = chain.rules.iter().filter(tagged).cloned().collect();
+        if !rules.is_empty() {
+            let first = chain.rules.iter().take(rules.len()).all(|rule| tagged(&rule));
+            found.push(Object::Head(Box::new(Head { at: at.clone(), rules, first })));
+        }
+        if FLANNEL_CHAINS.contains(&&**name) {
+            found.push(Object::Leftover(Box::new(at)));
+        }
+    }
+    found
+}
+
+/// The rules that must stand at the head of others' chains for the networks' packets to pass.
+pub fn heads(networks: &[Prefix], have: &HostState) -> Vec<Object> {
+    let mut heads = Vec::new();
+    for table in foreign_tables(have) {
+        let forward = table.chains.iter().filter(|(_, chain)| enters(chain, Hook::Forward));
+        let places: BTreeSet<&str> = forward.filter_map(|(name, _)| place(table, name)).collect();
+        for chain in places {
+            let rules: Vec<Rule> = networks.iter().flat_map(|network| accepts(table.name.family, network)).collect();
+            if !rules.is_empty() {
+                let at = ChainName { table: table.name.clone(), chain: chain.into() };
+                heads.push(Object::Head(Box::new(Head { at, rules, first: true })));
+            }
+        }
+    }
+    heads
+}
+
+/// Tables that are neither ours nor flannel's.
+fn foreign_tables(have: &HostState) -> impl Iterator<Item = &Table> {
+    have.iter().filter_map(|(_, object)| match object {
+        Object::Table(table) if !table.is_ours() && !is_flannels(&table.name) => Some(&**table),
+        _ => None,
+    })
+}
+
+fn enters(chain: &Chain, hook: Hook) -> bool {
+    chain.base.is_some_and(|base| base.kind == ChainKind::Filter && base.hook == hook)
+}
+
+/// The chain to stand in, for a base chain that may drop; `None`: it drops nothing.
+fn place<'a>(table: &'a Table, base: &'a str) -> Option<&'a str> {
+    let reached = reached(table, base);
+    let policy = table.chains[base].base.is_some_and(|base| base.drops);
+    let rules = || reached.iter().filter_map(|name| table.chains.get(*name)).flat_map(|chain| &chain.rules);
+    let drops = policy || rules().any(|rule| rule.comment.as_deref() != Some(TAG) && rule.exprs.iter().any(is_drop));
+    drops.then(|| reached.get(DOCKER_USER).copied().unwrap_or(base))
+}
+
+/// A chain and all that it leads to.
+fn reached<'a>(table: &'a Table, from: &'a str) -> BTreeSet<&'a str> {
+    let (mut reached, mut todo) = (BTreeSet::new(), vec![from]);
+    while let Some(name) = todo.pop() {
+        if reached.insert(name) {
+            let exprs = table.chains.get(name).into_iter().flat_map(|chain| chain.rules.iter().flat_map(|r| &r.exprs));
+            todo.extend(exprs.filter_map(|expr| match expr {
+                Expr::Verdict(Verdict::Jump(to) | Verdict::Goto(to)) => Some(&**to),
+                _ => None,
+            }));
+        }
+    }
+    reached
+}
+
+/// `drop`, `reject`, and the REJECT target of `iptables-nft`.
+fn is_drop(expr: &Expr) -> bool {
+    match expr {
+        Expr::Verdict(verdict) => *verdict == Verdict::Drop,
+        Expr::Other { name, data } => {
+            &**name == "reject" || (&**name == "target" && data.windows(6).any(|window| window == b"REJECT"))
+        }
+        _ => false,
+    }
+}
+
+/// Plain comparisons; a table of both families compares the family before.
+fn accepts(of: Family, network: &Prefix) -> Vec<Rule> {
+    let v4 = network.is_v4();
+    if !matches!((of, v4), (Family::Inet, _) | (Family::Ip, true) | (Family::Ip6, false)) {
+        return Vec::new();
+    }
+    let rule = |end| {
+        let first = (of == Family::Inet).then(|| family(v4));
+        let rest = [within(end, network, true), Expr::Counter, Expr::Verdict(Verdict::Accept)];
+        Rule::new(first.into_iter().chain(rest)).comment(TAG)
+    };
+    [End::Source, End::Destination].map(rule).into()
+}
+
+/// Drops before the forward chain, which no accept of ours can come before: each with the command that ends it.
+pub fn early_drops(networks: &[Prefix], have: &HostState) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for table in foreign_tables(have) {
+        let bases = table.chains.iter().filter(|(_, chain)| enters(chain, Hook::Prerouting));
+        let chains: BTreeSet<&str> = bases.flat_map(|(name, _)| reached(table, name)).collect();
+        for name in chains {
+            let rules = table.chains.get(name).into_iter().flat_map(|chain| &chain.rules);
+            for rule in rules.filter(|rule| rule.exprs.iter().any(is_drop) && concerns(rule, networks)) {
+                findings.push(early_drop(&table.name, name, rule));
+            }
+        }
+    }
+    findings
+}
+
+/// True when a rule names a destination inside of our networks.
+fn concerns(rule: &Rule, networks: &[Prefix]) -> bool {
+    rule.exprs.iter().any(|expr| match expr {
+        Expr::Match { load, op: Cmp::Eq, value: Datum::Ip(ip) } => {
+            matches!(load.field, Field::DstV4 | Field::DstV6) && networks.iter().any(|network| network.contains(*ip))
+        }
+        _ => false,
+    })
+}
+
+fn early_drop(table: &TableName, chain: &str, rule: &Rule) -> Finding {
+    let fix = match iptables(rule) {
+        Some(words) if &*table.name == "raw" => {
+            let program = if table.family == Family::Ip6 { "ip6tables" } else { "iptables" };
+            format!(
+                "{program} -t raw -D {chain} {words}; where docker made it: start dockerd with --allow-direct-routing"
+            )
+        }
+        _ => format!(
+            "find its handle with `nft -a list chain {table} {chain}`, then nft delete rule {table} {chain} handle N"
+        ),
+    };
+    Finding {
+        code: "dropped-before-forward".into(),
+        object: format!("chain {table} {chain}"),
+        evidence: format!("`{rule}` drops packets for containers that come through the tunnel"),
+        fix,
+    }
+}
+
+/// The rule in the words of `iptables`, where it is simple enough.
+fn iptables(rule: &Rule) -> Option<String> {
+    let mut words = Vec::new();
+    for expr in &rule.exprs {
+        match expr {
+            Expr::Match { load, op: op @ (Cmp::Eq | Cmp::Ne), value } => {
+                let not = if *op == Cmp::Ne { "! " } else { "" };
+                let (option, value) = match (load.field, value) {
+                    (Field::Iif, Datum::Name(name)) => ("-i", LinkName::to_string(name)),
+                    (Field::DstV4 | Field::DstV6, Datum::Ip(ip)) => {
+                        ("-d", Prefix::truncate(*ip, length(load)?).ok()?.to_string())
+                    }
+                    _ => return None,
+                };
+                words.push(format!("{not}{option} {value}"));
+            }
+            Expr::Counter => {}
+            Expr::Verdict(Verdict::Drop) => words.push("-j DROP".into()),
+            _ => return None,
+        }
+    }
+    Some(words.join(" "))
+}
+
+/// Length of the network that a load compares.
+fn length(load: &super::Load) -> Option<u8> {
+    match &load.mask {
+        None => Some(load.field.kind().len() as u8 * 8),
+        Some(Datum::Ip(mask)) => Some(ip_to_bits(IpAddr::to_canonical(mask)).count_ones() as u8),
+        Some(_) => None,
+    }
+}
+
+/// The forward chain of legacy iptables, as far as it matters.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LegacyForward {
+    /// IPv4.
+    pub v4: bool,
+    /// Its policy, or a rule for everything, drops.
+    pub drops: bool,
+    /// What its rules accept by source and destination alone.
+    pub accepts: Vec<(Prefix, Prefix)>,
+}
+
+/// Legacy iptables that drops what comes from or goes to our networks, with the commands that let it pass. nftables does not show it,
+/// and nothing of it is changed.
+pub fn legacy_drops(networks: &[Prefix], chains: &[LegacyForward]) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for network in networks {
+        let Some(chain) = chains.iter().find(|chain| chain.v4 == network.is_v4() && chain.drops) else { continue };
+        let accepted = |end: fn(&(Prefix, Prefix)) -> (Prefix, Prefix)| {
+            chain.accepts.iter().map(end).any(|(this, other)| this.covers(network) && other.len() == 0)
+        };
+        if accepted(|(src, dst)| (*src, *dst)) && accepted(|(src, dst)| (*dst, *src)) {
+            continue;
+        }
+        let program = if chain.v4 { "iptables-legacy" } else { "ip6tables-legacy" };
+        findings.push(Finding {
+            code: "legacy-drops-forward".into(),
+            object: format!("legacy {} chain FORWARD", if chain.v4 { "iptables" } else { "ip6tables" }),
+            evidence: format!(
+                "it drops forwarded packets, and no rule there accepts {network}; nftables cannot override it"
+            ),
+            fix: format!("{program} -I FORWARD -s {network} -j ACCEPT; {program} -I FORWARD -d {network} -j ACCEPT"),
+        });
+    }
+    findings
+}

@@ -1,0 +1,241 @@
+//! nftables as values: tables, chains and rules; what Twill wants of them and what the kernel holds, in one shape.
+//!
+//! ```text
+//!   table inet twill ─┬─ chain "leaving"      base: nat, postrouting, 100
+//!                     │    └─ Rule            [Match ip saddr 10.1.0.0/16, Match ip daddr != 224.0.0.0/4, Counter, Masquerade]
+//!                     └─ chain "forward"      base: filter, forward, 0
+//! ```
+//! An expression here is what `nft` prints as one word group: a load with its comparison, a statement, a verdict. The kernel's register
+//! machine (loads, bitwise, cmp, …) stays in the kernel crate, which turns one into the other without loss.
+//!
+//! - [`build`]: rules in few words; [`policy`]: the table that Twill wants; [`beside`]: what it needs in the tables of others
+
+pub mod beside;
+pub mod build;
+mod datum;
+mod display;
+pub mod policy;
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+pub use datum::{Datum, Field, Load, PayloadBase, Type};
+pub use policy::Policy;
+
+/// Address family of a table (NFPROTO_*).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Family {
+    /// IPv4 and IPv6 in one table.
+    Inet,
+    /// IPv4.
+    Ip,
+    /// IPv6.
+    Ip6,
+    /// ARP.
+    Arp,
+    /// Bridged frames.
+    Bridge,
+    /// Frames of a device.
+    Netdev,
+}
+
+/// What tells two tables apart.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct TableName {
+    /// Its family.
+    pub family: Family,
+    /// Its name.
+    pub name: Box<str>,
+}
+
+/// A table with all that is looked at in it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Table {
+    /// Family and name.
+    #[serde(flatten)]
+    pub name: TableName,
+    /// What `nft` shows as `comment`: by this a table is known as ours.
+    pub comment: Option<Box<str>>,
+    /// Chains by name.
+    pub chains: BTreeMap<Box<str>, Chain>,
+}
+
+/// What tells two chains apart.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ChainName {
+    /// Its table.
+    #[serde(flatten)]
+    pub table: TableName,
+    /// Its name.
+    pub chain: Box<str>,
+}
+
+/// Rules of ours in somebody else's chain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Head {
+    /// The chain.
+    #[serde(flatten)]
+    pub at: ChainName,
+    /// The rules in order.
+    pub rules: Vec<Rule>,
+    /// No other rule stands before them.
+    pub first: bool,
+}
+
+/// A chain.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Chain {
+    /// Where packets enter it; `None`: only by a jump.
+    pub base: Option<Base>,
+    /// Its rules in order.
+    pub rules: Vec<Rule>,
+}
+
+/// Where and when a chain is entered, and what holds at its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Base {
+    /// What it may do.
+    pub kind: ChainKind,
+    /// When it is entered.
+    pub hook: Hook,
+    /// Order among the chains of a hook; lower first.
+    pub priority: i32,
+    /// The verdict at its end: `true` drops.
+    pub drops: bool,
+}
+
+/// What a chain may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ChainKind {
+    /// Accept and drop.
+    Filter,
+    /// Translate addresses; sees the first packet of a connection only.
+    Nat,
+    /// Reroute what the host itself sends.
+    Route,
+}
+
+/// When a chain is entered (NF_INET_*).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Hook {
+    /// Received, before the routing decision.
+    Prerouting,
+    /// For the host itself.
+    Input,
+    /// Passing through.
+    Forward,
+    /// Sent by the host itself.
+    Output,
+    /// On the way out.
+    Postrouting,
+    /// At a device's door.
+    Ingress,
+}
+
+/// A rule: its expressions from left to right; the first that does not match ends it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rule {
+    /// The expressions.
+    pub exprs: Vec<Expr>,
+    /// What `nft` shows as `comment`.
+    pub comment: Option<Box<str>>,
+}
+
+/// A comparison's operator (NFT_CMP_*).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cmp {
+    /// Equal.
+    Eq,
+    /// Not equal.
+    Ne,
+    /// Less, in network byte order.
+    Lt,
+    /// Less or equal.
+    Le,
+    /// Greater.
+    Gt,
+    /// Greater or equal.
+    Ge,
+}
+
+/// One expression.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Expr {
+    /// `ip saddr 10.0.0.0/8`, `meta mark & 0x4000 == 0x4000`.
+    Match {
+        /// What is looked at.
+        load: Load,
+        /// How it is compared.
+        op: Cmp,
+        /// With what.
+        value: Datum,
+    },
+    /// Counts what comes by. Its figures are no part of the model.
+    Counter,
+    /// What happens to the packet.
+    Verdict(Verdict),
+    /// The source becomes the outgoing device's address.
+    Masquerade {
+        /// A random port for each connection (NF_NAT_RANGE_PROTO_RANDOM_FULLY).
+        fully_random: bool,
+    },
+    /// `tcp option maxseg size set rt mtu`: never raised, only lowered, to what the MTU of the packet's route leaves.
+    ClampMaxSeg,
+    /// An expression that is not known here; it can be looked at, but not written.
+    Other {
+        /// The kernel's name for it.
+        name: Box<str>,
+        /// Its attributes, as they came.
+        data: Box<[u8]>,
+    },
+}
+
+/// What happens to a packet.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// This hook's next chain.
+    Accept,
+    /// The end.
+    Drop,
+    /// The next rule.
+    Continue,
+    /// Back to where the chain was called; in a base chain its policy.
+    Return,
+    /// Through another chain, and back.
+    Jump(Box<str>),
+    /// Through another chain, and not back.
+    Goto(Box<str>),
+    /// To a program (NF_QUEUE).
+    Queue,
+}
+
+impl TableName {
+    /// The table `name` of `family`.
+    pub fn new(family: Family, name: &str) -> Self {
+        Self { family, name: name.into() }
+    }
+
+    /// The agent's table.
+    pub fn twill() -> Self {
+        Self::new(Family::Inet, "twill")
+    }
+}
+
+impl Table {
+    /// True for a table that Twill made.
+    pub fn is_ours(&self) -> bool {
+        self.comment.as_deref() == Some(policy::TAG)
+    }
+
+    /// How many rules are in it.
+    pub fn rules(&self) -> usize {
+        self.chains.values().map(|chain| chain.rules.len()).sum()
+    }
+}

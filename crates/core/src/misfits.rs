@@ -1,0 +1,45 @@
+//! Containers that do not fit into the network any more: by their attachments, for `status` to say. Nothing of theirs is changed.
+
+use crate::attach::Attachment;
+use crate::host::HostState;
+use crate::net::{Inet, Prefix};
+use crate::reconcile::Finding;
+
+/// Those attached to `host` that have a larger MTU than the network carries, or an address from a subnet that is no longer this node's.
+pub fn misfits(
+    attachments: &[Attachment],
+    host: &HostState,
+    mtu: Option<u32>,
+    networks: &[Prefix],
+    subnets: &[Prefix],
+) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for Attachment { request, .. } in attachments {
+        let Some(link) = host.link(request.host_device) else { continue };
+        let object = format!("container {}, device {}", request.container_id, request.ifname);
+        if let (Some(has), Some(fits)) = (link.mtu, mtu)
+            && has.get() > fits
+        {
+            findings.push(Finding {
+                code: "container-mtu".into(),
+                object: object.clone(),
+                evidence: format!("its MTU is {has}, and the network carries {fits}: large packets are lost or cut"),
+                fix: format!("start it anew, or set {fits} on {} and on its other end", link.name),
+            });
+        }
+        let holds = |prefixes: &[Prefix], inet: &Inet| prefixes.iter().any(|prefix| prefix.contains(inet.addr));
+        let stranded = |inet: &&Inet| !subnets.is_empty() && holds(networks, inet) && !holds(subnets, inet);
+        if let Some(inet) = request.addresses.iter().find(stranded) {
+            findings.push(Finding {
+                code: "container-stranded".into(),
+                object,
+                evidence: format!(
+                    "its address {} is from a subnet that this node no longer holds: it runs, fenced off from other nodes",
+                    inet.addr
+                ),
+                fix: "start it anew: it gets an address of the node's own subnet".into(),
+            });
+        }
+    }
+    findings
+}

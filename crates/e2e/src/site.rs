@@ -1,0 +1,147 @@
+//! A node with a container behind a bridge, and what a peer sees of it.
+//!
+//! ```text
+//!   container 10.1.15.2 ─ cni0 10.1.15.1 ┬ node ─ eth0 10.168.0.2 ───── eth0 10.168.0.3 ─ other (knows no way to 10.1.0.0/16 but its tunnel)
+//!                                        └ flannel.1 ···············    flannel.1 10.1.40.0
+//! ```
+
+use std::path::Path;
+use std::process::Stdio;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::eventually;
+use crate::net::{Bed, Host};
+use crate::node::Node;
+
+/// The node and its container.
+#[derive(Debug)]
+pub struct Site {
+    /// The node.
+    pub node: Node,
+    /// The container's namespace.
+    pub container: Host,
+}
+
+impl Site {
+    /// Both, with the node's files below `dir`.
+    pub fn new(bed: Bed, dir: &Path) -> Site {
+        let container = bed.host("container");
+        Site { node: Node::new(bed, dir), container }
+    }
+
+    /// The container, on a bridge with the first address of the node's subnet, as a plugin makes it once the subnet is known.
+    pub fn plug(&self) {
+        let host = &self.node.host;
+        host.ip("link add cni0 type bridge");
+        host.ip(&format!("link add veth0 type veth peer name eth0 netns {}", self.container.pid()));
+        for line in ["addr add 10.1.15.1/24 dev cni0", "link set cni0 up", "link set veth0 master cni0 up"] {
+            host.ip(line);
+        }
+        for line in ["addr add 10.1.15.2/24 dev eth0", "link set eth0 up", "route add default via 10.1.15.1"] {
+            self.container.ip(line);
+        }
+    }
+
+    /// `other` becomes peer 40 with a VTEP of its own: nothing there knows a way to 10.1.0.0/16 but through the tunnel.
+    pub fn peer(&self) {
+        let lease = r#"{"PublicIP":"10.168.0.3","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:28"}}"#;
+        self.node.put("subnets/10.1.40.0-24", lease);
+        let mac = self.node.host.json("link show flannel.1")[0]["address"].as_str().unwrap().to_owned();
+        for line in [
+            "link add flannel.1 address 02:00:00:00:00:28 mtu 1450 type vxlan id 1 dev eth0 local 10.168.0.3 dstport 8472 nolearning",
+            "addr add 10.1.40.0/32 dev flannel.1",
+            "link set flannel.1 up",
+            "route add 10.1.15.0/24 via 10.1.15.0 dev flannel.1 onlink",
+            &format!("neigh add 10.1.15.0 lladdr {mac} dev flannel.1 nud permanent"),
+        ] {
+            self.node.other.ip(line);
+        }
+        self.node.other.run(&format!("bridge fdb add {mac} dev flannel.1 dst 10.168.0.2"));
+    }
+
+    /// As [`Site::plug`], with IPv6 alone.
+    pub fn plug6(&self) {
+        let host = &self.node.host;
+        host.ip("link add cni0 type bridge");
+        host.ip(&format!("link add veth0 type veth peer name eth0 netns {}", self.container.pid()));
+        for line in ["addr add fd00:1:0:f::1/64 dev cni0 nodad", "link set cni0 up", "link set veth0 master cni0 up"] {
+            host.ip(line);
+        }
+        for line in [
+            "addr add fd00:1:0:f::2/64 dev eth0 nodad",
+            "link set eth0 up",
+            "route add default via fd00:1:0:f::1 dev eth0",
+        ] {
+            self.container.ip(line);
+        }
+    }
+
+    /// As [`Site::peer`], with IPv6 alone.
+    pub fn peer6(&self) {
+        let lease = r#"{"PublicIP":null,"PublicIPv6":"fd00:168::3","BackendType":"vxlan","BackendV6Data":{"VNI":1,"VtepMAC":"02:00:00:00:06:28"}}"#;
+        self.node.put("subnets/0.0.0.0-0&fd00:1:0:28::-64", lease);
+        let mac = self.node.host.json("link show flannel-v6.1")[0]["address"].as_str().unwrap().to_owned();
+        for line in [
+            "link add flannel-v6.1 address 02:00:00:00:06:28 mtu 1430 type vxlan id 1 dev eth0 local fd00:168::3 dstport 8472 nolearning",
+            "addr add fd00:1:0:28::/128 dev flannel-v6.1 nodad",
+            "link set flannel-v6.1 up",
+            "route add fd00:1:0:f::/64 via fd00:1:0:f:: dev flannel-v6.1 onlink",
+            &format!("neigh add fd00:1:0:f:: lladdr {mac} dev flannel-v6.1 nud permanent"),
+        ] {
+            self.node.other.ip(line);
+        }
+        self.node.other.run(&format!("bridge fdb add {mac} dev flannel-v6.1 dst fd00:168::2"));
+    }
+
+    /// Source and destination of the first packet that arrives at `device` of `other` while the container pings `to`.
+    pub fn arrives(&self, device: &str, to: &str) -> String {
+        eventually(&format!("{to} answers and is seen on {device}"), || {
+            let mut command = self.node.other.command("tcpdump");
+            command.args([
+                "-i",
+                device,
+                "-n",
+                "-l",
+                "-c",
+                "1",
+                "-Z",
+                "root",
+                "--immediate-mode",
+                "-Q",
+                "in",
+                "icmp[0] == 8 or icmp6[0] == 128",
+            ]);
+            let capture = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+            let ping = self.container.try_run(&format!("ping -c 5 -i 0.2 -W 1 {to}"));
+            if !ping.status.success() {
+                kill_process(Pid::from_child(&capture), Signal::TERM).unwrap();
+            }
+            let seen = capture.wait_with_output().unwrap();
+            let text = String::from_utf8_lossy(&seen.stdout).into_owned();
+            if ping.status.success() { Ok(text) } else { Err((text, self.node.host.run("nft list ruleset"))) }
+        })
+    }
+}
+
+/// The ruleset as `nft` shows it, without handles and counters: what a person would compare.
+pub fn ruleset(host: &Host) -> Vec<Value> {
+    fn bare(value: &mut Value) {
+        match value {
+            Value::Object(map) => {
+                map.remove("handle");
+                map.remove("packets");
+                map.remove("bytes");
+                map.values_mut().for_each(bare);
+            }
+            Value::Array(list) => list.iter_mut().for_each(bare),
+            _ => {}
+        }
+    }
+    let mut all: Value = serde_json::from_str(&host.run("nft -j list ruleset")).unwrap();
+    let list = all["nftables"].as_array_mut().unwrap();
+    list.retain(|object| object.get("metainfo").is_none());
+    list.iter_mut().for_each(bare);
+    list.clone()
+}

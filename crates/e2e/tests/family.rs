@@ -1,0 +1,220 @@
+//! IPv6 alone, both families together, one of them lacking, and the MTU that each has.
+//!
+//! ```text
+//!   container 10.1.15.2, fd00:1:0:f::2 ─ cni0 ─ node ─ eth0 10.168.0.2, fd00:168::2 ───── eth0 10.168.0.3, fd00:168::3 ─ other
+//!                                                 └ flannel.1, flannel-v6.1 ····· flannel-v6.1 fd00:1:0:28::
+//! ```
+
+use serde_json::json;
+use twill_e2e::net::Bed;
+use twill_e2e::site::Site;
+use twill_e2e::{eventually, installed};
+
+const DUAL: &str =
+    r#"{"Network":"10.1.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:1::/48","Backend":{"Type":"vxlan"}}"#;
+const ALONE: &str = r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:1::/48","Backend":{"Type":"vxlan"}}"#;
+
+/// A site whose hosts have both families on the wire.
+fn site() -> Option<(Site, tempfile::TempDir)> {
+    let bed = Bed::new()?;
+    if !["etcdctl", "nft", "tcpdump"].iter().all(|program| installed(program)) {
+        return None;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let site = Site::new(bed, dir.path());
+    site.node.host.ip("addr add fd00:168::2/64 dev eth0 nodad");
+    site.node.other.ip("addr add fd00:168::3/64 dev eth0 nodad");
+    Some((site, dir))
+}
+
+fn env(site: &Site) -> String {
+    std::fs::read_to_string(site.node.file("subnet.env")).unwrap()
+}
+
+fn mtu(site: &Site, device: &str) -> u64 {
+    site.node.host.json(&format!("link show {device}"))[0]["mtu"].as_u64().unwrap()
+}
+
+#[test]
+fn ipv6_alone_end_to_end_and_on_its_way_out() {
+    let Some((site, _dir)) = site() else { return };
+    // No host of such a network has an IPv4 address: what flannel tells as 0.0.0.0 would match every other's.
+    for host in [&site.node.host, &site.node.other] {
+        host.ip("-4 addr flush dev eth0");
+    }
+    site.node.put("config", ALONE);
+    let _agent = site.node.agent("--subnet fd00:1:0:f::/64");
+    assert_eq!(
+        env(&site),
+        "FLANNEL_IPV6_NETWORK=fd00:1::/48\nFLANNEL_IPV6_SUBNET=fd00:1:0:f::1/64\nFLANNEL_MTU=1430\nFLANNEL_IPMASQ=true\n"
+    );
+    assert_eq!(mtu(&site, "flannel-v6.1"), 1430, "1500 - 40 - 8 - 8 - 14");
+    let leases = site.node.leases();
+    assert_eq!(leases[0].0, "0.0.0.0-0&fd00:1:0:f::-64");
+    assert!(leases[0].1.contains(r#""PublicIPv6":"fd00:168::2""#), "{leases:?}");
+    let route = site.node.host.json("-6 route show fd00:1:0:f::/64 type blackhole");
+    assert_eq!(route[0]["metric"], 4_294_967_295u32, "{route}");
+    site.plug6();
+    site.peer6();
+    let inside = site.arrives("flannel-v6.1", "fd00:1:0:28::");
+    assert!(inside.contains("IP6 fd00:1:0:f::2 > fd00:1:0:28::: ICMP6, echo request"), "{inside}");
+    let out = site.arrives("eth0", "fd00:168::3");
+    assert!(out.contains("IP6 fd00:168::2 > fd00:168::3: ICMP6, echo request"), "{out}");
+    assert_eq!(site.node.twill_json("plan")["steps"], json!([]));
+}
+
+#[test]
+fn two_nodes_without_ipv4_have_two_subnets() {
+    let Some((site, dir)) = site() else { return };
+    site.node.put("config", ALONE);
+    let _agent = site.node.agent("");
+    // The second node's lease, as a flannel without IPv4 writes it: its PublicIP is nobody's, and so is not ours.
+    let value = r#"{"PublicIP":"0.0.0.0","PublicIPv6":"fd00:168::3","BackendType":"vxlan","BackendV6Data":{"VNI":1,"VtepMAC":"02:00:00:00:06:28"}}"#;
+    site.node.put("subnets/0.0.0.0-0&fd00:1:0:28::-64", value);
+    eventually("the other is a peer", || {
+        let routes = site.node.host.run("ip -6 route show dev flannel-v6.1");
+        if routes.contains("fd00:1:0:28::/64 via fd00:1:0:28::") { Ok(()) } else { Err((routes, site.node.status())) }
+    });
+    drop(dir);
+}
+
+#[test]
+fn both_families_and_a_change_of_one_alone() {
+    let Some((site, _dir)) = site() else { return };
+    site.node.put("config", DUAL);
+    let lease = |mac: &str| {
+        format!(
+            r#"{{"PublicIP":"10.168.0.3","PublicIPv6":"fd00:168::3","BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"02:00:00:00:00:28"}},"BackendV6Data":{{"VNI":1,"VtepMAC":"{mac}"}}}}"#
+        )
+    };
+    let name = "subnets/10.1.40.0-24&fd00:1:0:28::-64";
+    site.node.put(name, &lease("02:00:00:00:06:28"));
+    let _agent = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
+    assert_eq!((mtu(&site, "flannel.1"), mtu(&site, "flannel-v6.1")), (1450, 1430));
+    assert!(env(&site).contains("FLANNEL_MTU=1430"), "{}", env(&site));
+    let fdb = |device: &str, mac: &str, dst: &str| {
+        eventually(&format!("{mac} on {device}"), || {
+            let text = site.node.host.run(&format!("bridge fdb show dev {device}"));
+            if text.contains(&format!("{mac} dst {dst}")) { Ok(()) } else { Err(text) }
+        });
+    };
+    fdb("flannel.1", "02:00:00:00:00:28", "10.168.0.3");
+    fdb("flannel-v6.1", "02:00:00:00:06:28", "fd00:168::3");
+    site.node.put(name, &lease("02:00:00:00:06:99"));
+    fdb("flannel-v6.1", "02:00:00:00:06:99", "fd00:168::3");
+    fdb("flannel.1", "02:00:00:00:00:28", "10.168.0.3");
+    let table = site.node.host.run("nft list table inet twill");
+    for words in ["ip saddr 10.1.0.0/16 ip daddr != 224.0.0.0/4", "ip6 saddr fd00:1::/48 ip6 daddr != ff00::/8"] {
+        assert!(table.contains(words), "{table}");
+    }
+}
+
+#[test]
+fn a_family_that_the_host_lacks_is_named_and_the_other_goes_on() {
+    let Some((site, _dir)) = site() else { return };
+    site.node.host.ip("addr del fd00:168::2/64 dev eth0");
+    site.node.put("config", DUAL);
+    let _agent = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
+    let finding = site.node.finding("family-missing");
+    assert!(finding["fix"].as_str().unwrap().starts_with("ip -6 addr add ADDRESS/LEN dev eth0"), "{finding}");
+    assert!(!env(&site).contains("IPV6") && env(&site).contains("FLANNEL_MTU=1450"), "{}", env(&site));
+    site.plug();
+    site.peer();
+    site.arrives("flannel.1", "10.1.40.0");
+    site.node.host.ip("addr add fd00:168::2/64 dev eth0 nodad");
+    eventually("the family comes with its address", || {
+        let status = site.node.status();
+        let missing = status["findings"].to_string().contains("family-missing");
+        if !missing && env(&site).contains("FLANNEL_IPV6_SUBNET=fd00:1:0:f::1/64") { Ok(()) } else { Err(status) }
+    });
+    assert_eq!(mtu(&site, "flannel-v6.1"), 1430);
+}
+
+#[test]
+fn the_mtu_follows_the_underlay_for_each_family_and_too_small_a_one_is_named() {
+    let Some((site, _dir)) = site() else { return };
+    site.node.put("config", DUAL);
+    let _agent = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
+    let becomes = |v4: u64, v6: Option<u64>, all: u64| {
+        eventually(&format!("MTUs {v4}, {v6:?}, {all}"), || {
+            let link = |device: &str| {
+                let links = site.node.host.json("link");
+                let link = links.as_array().unwrap().iter().find(|link| link["ifname"] == device).cloned();
+                link.and_then(|link| link["mtu"].as_u64())
+            };
+            let seen = (link("flannel.1"), link("flannel-v6.1"), env(&site));
+            let good = seen.0 == Some(v4) && seen.1 == v6 && seen.2.contains(&format!("FLANNEL_MTU={all}\n"));
+            if good { Ok(()) } else { Err((seen, site.node.log("agent.log"))) }
+        });
+    };
+    becomes(1450, Some(1430), 1430);
+    site.node.host.ip("link set eth0 mtu 1400");
+    becomes(1350, Some(1330), 1330);
+    // 1340 leaves IPv6 less than its least MTU.
+    site.node.host.ip("link set eth0 mtu 1340");
+    let finding = site.node.finding("mtu-too-small");
+    assert!(finding["evidence"].as_str().unwrap().contains("1280"), "{finding}");
+    becomes(1290, None, 1290);
+    site.node.host.ip("link set eth0 mtu 1500");
+    becomes(1450, Some(1430), 1430);
+}
+
+#[test]
+fn containers_that_do_not_fit_are_listed_and_left_as_they_are() {
+    let Some((site, _dir)) = site() else { return };
+    let first = site.node.agent("--subnet 10.1.15.0/24");
+    first.end(rustix::process::Signal::TERM);
+    // It keeps its subnet, and no longer insists on it.
+    let _agent = site.node.agent("");
+    site.plug();
+    site.peer();
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let attachment = json!({
+        "format": "twill-attachment", "version": 1, "containerID": "box", "ifname": "eth0", "bootId": boot.trim(),
+        "netns": "/proc/1/ns/net", "netnsInode": 1, "bridge": "cni0", "hostDevice": "veth0",
+        "addresses": ["10.1.15.2/24"], "gateways": ["10.1.15.1/24"],
+    });
+    std::fs::create_dir_all(site.node.file("state/attachments")).unwrap();
+    std::fs::write(site.node.file("state/attachments/box:eth0.json"), attachment.to_string()).unwrap();
+    let finding = site.node.finding("container-mtu");
+    assert!(
+        finding["evidence"].as_str().unwrap().starts_with("its MTU is 1500, and the network carries 1450"),
+        "{finding}"
+    );
+    // The subnet is taken away, by a lease of the whole of it for somebody else.
+    site.node.delete("subnets/10.1.15.0-24");
+    let lease = r#"{"PublicIP":"10.168.0.15","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:15"}}"#;
+    site.node.put("subnets/10.1.15.0-24", lease);
+    let stranded = eventually("the container is stranded", || {
+        site.node.put("subnets/10.1.15.0-24", lease);
+        let status = site.node.status();
+        let found = status["findings"].as_array().unwrap().iter().find(|f| f["code"] == "container-stranded").cloned();
+        found.filter(|_| status["subnets"][0] != "10.1.15.0/24").ok_or((status.to_string(), site.node.log("agent.log")))
+    });
+    assert_eq!(stranded["object"], "container box, device eth0");
+    eventually("it is fenced off from other nodes", || {
+        site.container.try_run("ping -c 1 -W 1 10.1.40.0");
+        let rules = site.node.host.run("nft list chain inet twill forward");
+        let counted = rules.lines().any(|line| line.contains("drop") && !line.contains("counter packets 0 "));
+        if counted { Ok(()) } else { Err(rules) }
+    });
+    let link = site.node.host.json("link show veth0");
+    assert_eq!((&link[0]["mtu"], &link[0]["operstate"]), (&1500.into(), &"UP".into()), "it runs on as it is");
+}
+
+#[test]
+fn the_lab_has_both_families_or_ipv6_alone() {
+    for (flag, pairs) in [("--ipv6", 4), ("--ipv6-only", 2)] {
+        let Some(_bed) = Bed::new() else { return };
+        let home = tempfile::tempdir().unwrap();
+        let mut command = std::process::Command::new(twill_e2e::bin("twill"));
+        let out = command.args(["lab", flag, "-o", "json"]).env("XDG_RUNTIME_DIR", home.path()).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(out.status.success(), "{flag}: {said}");
+        let value: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        assert_eq!((&value["ping"]["pairs"], &value["ping"]["reachable"]), (&pairs.into(), &pairs.into()), "{value}");
+        let explanation = value["explain"].to_string();
+        let through = if flag == "--ipv6" { "flannel.1" } else { "flannel-v6.1" };
+        assert!(explanation.contains(through), "{explanation}");
+    }
+}

@@ -1,0 +1,151 @@
+//! The way out of the network: what leaves is masqueraded, what stays is not, and nobody takes that away for long.
+
+use rustix::process::Signal;
+use twill_e2e::net::{Bed, Host};
+use twill_e2e::site::{Site, ruleset};
+use twill_e2e::{eventually, installed};
+
+/// A site, or `None` where this machine grants none (which was said); its folder goes last.
+fn site() -> Option<(Site, tempfile::TempDir)> {
+    let bed = Bed::new()?;
+    if !["etcdctl", "nft", "tcpdump"].iter().all(|program| installed(program)) {
+        return None;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    Some((Site::new(bed, dir.path()), dir))
+}
+
+fn handles(host: &Host) -> String {
+    host.run("nft -a list table inet twill")
+        .lines()
+        .filter(|l| l.contains("handle"))
+        .map(|l| l.rsplit(' ').next().unwrap())
+        .collect()
+}
+
+#[test]
+fn what_leaves_is_masqueraded_and_what_stays_is_not() {
+    let Some((site, _dir)) = site() else { return };
+    let _agent = site.node.agent("--subnet 10.1.15.0/24 --ip-masq");
+    site.plug();
+    let env = std::fs::read_to_string(site.node.file("subnet.env")).unwrap();
+    assert!(env.contains("FLANNEL_IPMASQ=true"), "{env}");
+    site.peer();
+    let out = site.arrives("eth0", "10.168.0.3");
+    assert!(out.contains("IP 10.168.0.2 > 10.168.0.3: ICMP echo request"), "{out}");
+    let inside = site.arrives("flannel.1", "10.1.40.0");
+    assert!(inside.contains("IP 10.1.15.2 > 10.1.40.0: ICMP echo request"), "{inside}");
+    assert_eq!(site.node.twill_json("plan")["steps"], serde_json::json!([]));
+}
+
+#[test]
+fn without_ip_masq_the_containers_address_is_seen() {
+    let Some((site, _dir)) = site() else { return };
+    let _agent = site.node.agent("--subnet 10.1.15.0/24 --ip-masq=false");
+    site.plug();
+    let env = std::fs::read_to_string(site.node.file("subnet.env")).unwrap();
+    assert!(env.contains("FLANNEL_IPMASQ=false"), "{env}");
+    site.node.other.ip("route add 10.1.15.0/24 via 10.168.0.2");
+    let out = site.arrives("eth0", "10.168.0.3");
+    assert!(out.contains("IP 10.1.15.2 > 10.168.0.3: ICMP echo request"), "{out}");
+}
+
+#[test]
+fn a_flushed_ruleset_comes_back_and_a_restart_touches_nothing() {
+    let Some((site, _dir)) = site() else { return };
+    let agent = site.node.agent("--subnet 10.1.15.0/24");
+    site.plug();
+    let host = &site.node.host;
+    let (before, old) = (ruleset(host), handles(host));
+    assert!(before.iter().any(|object| object["table"]["name"] == "twill"), "{before:?}");
+    // A restart finds its table and leaves it: the same objects, by their handles.
+    assert_eq!(agent.end(Signal::TERM), Some(0));
+    assert_eq!(handles(host), old);
+    let _agent = site.node.agent("");
+    assert_eq!((ruleset(host), handles(host)), (before.clone(), old));
+    for line in [
+        "nft flush ruleset",
+        "nft flush chain inet twill leaving",
+        "nft insert rule inet twill forward drop",
+        "nft add chain inet twill stranger",
+    ] {
+        host.run(line);
+        eventually(&format!("the table is back after `{line}`"), || {
+            let now = ruleset(host);
+            if now == before { Ok(()) } else { Err((now, site.node.log("agent.log"))) }
+        });
+    }
+    let out = site.arrives("eth0", "10.168.0.3");
+    assert!(out.contains("IP 10.168.0.2 > 10.168.0.3"), "{out}");
+    eventually("the journal tells", || {
+        let status = site.node.status();
+        let told = status["repairs"]["recent"].to_string().contains("table inet twill");
+        if told { Ok(()) } else { Err(status) }
+    });
+}
+
+#[test]
+fn a_strangers_table_of_our_name_is_left_alone_and_clean_removes_ours() {
+    let Some((site, _dir)) = site() else { return };
+    let host = &site.node.host;
+    host.run("nft add table inet twill");
+    let agent = site.node.agent("--subnet 10.1.15.0/24");
+    site.plug();
+    let finding = site.node.finding("table-taken");
+    assert_eq!(finding["fix"], "rename it, or remove it: nft delete table inet twill");
+    let env = std::fs::read_to_string(site.node.file("subnet.env")).unwrap();
+    assert!(env.contains("FLANNEL_IPMASQ=false"), "{env}");
+    assert_eq!(ruleset(host).len(), 1, "the stranger's table is as it was");
+    host.run("nft delete table inet twill");
+    eventually("ours takes the place", || {
+        let now = ruleset(host);
+        if now.iter().any(|o| o["chain"]["name"] == "leaving") { Ok(()) } else { Err(now) }
+    });
+    assert_eq!(agent.end(Signal::TERM), Some(0));
+    host.run("nft add table ip stranger");
+    let (code, said) = site.node.twill("clean");
+    assert_eq!(code, Some(0), "{said:?}");
+    let left = ruleset(host);
+    assert!(left.len() == 1 && left[0]["table"]["name"] == "stranger", "{left:?}");
+}
+
+#[test]
+fn unused_addresses_excluded_networks_and_stolen_sources() {
+    let Some((site, _dir)) = site() else { return };
+    let host = &site.node.host;
+    site.node.put("config", r#"{"Network":"10.1.0.0/16","NoMasqCIDRs":["10.168.0.0/30"],"Backend":{"Type":"vxlan"}}"#);
+    let _agent = site.node.agent("--subnet 10.1.15.0/24 --clamp-mss");
+    // No bridge yet: no address of the subnet leads anywhere, and none back to the default gateway.
+    let route = host.json("route show 10.1.15.0/24");
+    assert_eq!((&route[0]["type"], &route[0]["metric"]), (&"blackhole".into(), &4_294_967_295u32.into()), "{route}");
+    site.plug();
+    site.peer();
+    assert_eq!(host.json("route get 10.1.15.2")[0]["dev"], "cni0", "the bridge's route is better");
+    // 10.168.0.3 is excluded: it sees the container.
+    site.node.other.ip("route add 10.1.15.2/32 via 10.168.0.2 dev eth0");
+    let out = site.arrives("eth0", "10.168.0.3");
+    assert!(out.contains("IP 10.1.15.2 > 10.168.0.3: ICMP echo request"), "{out}");
+    site.node.other.ip("route del 10.1.15.2/32 via 10.168.0.2 dev eth0");
+    // From the tunnel nobody comes with an address of ours, and no container goes into it with another node's.
+    let dropped = |chain: &str| {
+        let rules = host.run(&format!("nft list chain inet twill {chain}"));
+        let counted =
+            rules.lines().filter(|line| line.contains("drop") && !line.contains("counter packets 0 ")).count();
+        if counted > 0 { Ok(()) } else { Err(rules) }
+    };
+    site.node.other.ip("addr add 10.1.15.9/32 dev lo");
+    eventually("a stolen source is dropped at the tunnel", || {
+        site.node.other.try_run("ping -c 1 -W 1 -I 10.1.15.9 10.1.15.2");
+        dropped("spoofed")
+    });
+    site.container.ip("addr add 10.1.77.7/32 dev eth0");
+    eventually("a foreign source is dropped before the tunnel", || {
+        site.container.try_run("ping -c 1 -W 1 -I 10.1.77.7 10.1.40.0");
+        dropped("forward")
+    });
+    let clamp = host.run("nft list chain inet twill clamp");
+    assert!(clamp.contains("tcp option maxseg size set rt mtu"), "{clamp}");
+    site.node.put("config", r#"{"Network":"10.1.0.0/16","NoMasqCIDRs":["10.168.0.1/30"],"Backend":{"Type":"vxlan"}}"#);
+    let finding = site.node.finding("bad-config");
+    assert!(finding["evidence"].as_str().unwrap().contains("NoMasqCIDRs"), "{finding}");
+}

@@ -1,0 +1,228 @@
+//! Messages → model.
+
+use twill_core::firewall::{
+    Base, ChainKind, Cmp, Datum, Expr, Family, Field, Hook, Load, PayloadBase, Rule, TableName, Type, Verdict,
+};
+
+use super::uapi::{REG_VERDICT, UDATA_COMMENT, chain, data, masq, maxseg, meta, payload, rule, table};
+use crate::netlink::wire::{attr, attrs, text};
+
+/// The attributes of a message, behind its nfgenmsg; and its family.
+pub(super) fn body(payload: &[u8]) -> Option<(Family, &[u8])> {
+    let family = match payload.first()? {
+        1 => Family::Inet,
+        2 => Family::Ip,
+        3 => Family::Arp,
+        5 => Family::Netdev,
+        7 => Family::Bridge,
+        10 => Family::Ip6,
+        _ => return None,
+    };
+    Some((family, payload.get(4..)?))
+}
+
+/// A table's name and comment.
+pub(super) fn table(payload: &[u8]) -> Option<(TableName, Option<Box<str>>)> {
+    let (family, body) = body(payload)?;
+    let name = text(attr(body, table::NAME)?)?;
+    Some((TableName::new(family, name), attr(body, table::USERDATA).and_then(comment)))
+}
+
+/// A chain's table, name and base.
+pub(super) fn chain(payload: &[u8]) -> Option<(TableName, Box<str>, Option<Base>)> {
+    let (family, body) = body(payload)?;
+    let of = TableName::new(family, text(attr(body, chain::TABLE)?)?);
+    Some((of, text(attr(body, chain::NAME)?)?.into(), base(body)))
+}
+
+fn base(body: &[u8]) -> Option<Base> {
+    let hook = attr(body, chain::HOOK)?;
+    Some(Base {
+        kind: match text(attr(body, chain::TYPE)?)? {
+            "filter" => ChainKind::Filter,
+            "nat" => ChainKind::Nat,
+            "route" => ChainKind::Route,
+            _ => return None,
+        },
+        hook: match number(hook, chain::HOOKNUM)? {
+            0 => Hook::Prerouting,
+            1 => Hook::Input,
+            2 => Hook::Forward,
+            3 => Hook::Output,
+            4 => Hook::Postrouting,
+            5 => Hook::Ingress,
+            _ => return None,
+        },
+        priority: number(hook, chain::PRIORITY)? as i32,
+        drops: number(body, chain::POLICY) == Some(0),
+    })
+}
+
+/// A rule's handle and content.
+pub(super) fn rule(payload: &[u8]) -> Option<(u64, Rule)> {
+    let (_, body) = body(payload)?;
+    let handle = u64::from_be_bytes(attr(body, rule::HANDLE)?.try_into().ok()?);
+    Some((handle, content(body)))
+}
+
+/// A rule's expressions and comment.
+pub(super) fn content(body: &[u8]) -> Rule {
+    let list = attr(body, rule::EXPRESSIONS).unwrap_or_default();
+    let raw: Vec<Raw<'_>> =
+        attrs(list).filter(|(kind, _)| *kind == rule::ELEMENT).filter_map(|(_, e)| Raw::new(e)).collect();
+    let mut exprs = Vec::with_capacity(raw.len());
+    let mut rest = raw.as_slice();
+    while let Some((first, behind)) = rest.split_first() {
+        let known = compared(rest).or_else(|| clamp(rest)).or_else(|| Some((single(first)?, behind)));
+        let (expr, left) = known.unwrap_or_else(|| (first.other(), behind));
+        exprs.push(expr);
+        rest = left;
+    }
+    Rule { exprs, comment: attr(body, rule::USERDATA).and_then(comment) }
+}
+
+/// An expression as it stands in the message.
+#[derive(Debug, Clone, Copy)]
+struct Raw<'a> {
+    name: &'a str,
+    data: &'a [u8],
+}
+
+impl<'a> Raw<'a> {
+    fn new(element: &'a [u8]) -> Option<Self> {
+        let name = text(attr(element, rule::EXPR_NAME)?)?;
+        Some(Self { name, data: attr(element, rule::EXPR_DATA).unwrap_or_default() })
+    }
+
+    fn is(&self, name: &str) -> Option<&'a [u8]> {
+        (self.name == name).then_some(self.data)
+    }
+
+    fn other(&self) -> Expr {
+        Expr::Other { name: self.name.into(), data: self.data.into() }
+    }
+}
+
+/// A load, perhaps a mask, and a comparison of the same register.
+fn compared<'r, 'a>(rest: &'r [Raw<'a>]) -> Option<(Expr, &'r [Raw<'a>])> {
+    let (first, mut rest) = rest.split_first()?;
+    let (field, register) = load(first)?;
+    let kind = field.kind();
+    let mut mask = None;
+    if let Some(found) = rest.first().and_then(|raw| raw.is("bitwise")) {
+        let same = [data::BITWISE_SREG, data::BITWISE_DREG].iter().all(|reg| number(found, *reg) == Some(register));
+        let plain = number(found, data::BITWISE_OP).unwrap_or(0) == 0;
+        let value = |attribute| attr(attr(found, attribute)?, data::VALUE);
+        let turned = value(data::BITWISE_XOR)?.iter().any(|byte| *byte != 0);
+        if !same || !plain || turned {
+            return None;
+        }
+        mask = Some(kind.read(value(data::BITWISE_MASK)?)?);
+        rest = &rest[1..];
+    }
+    let (cmp, rest) = rest.split_first()?;
+    let cmp = cmp.is("cmp").filter(|cmp| number(cmp, data::CMP_SREG) == Some(register))?;
+    let op = match number(cmp, data::CMP_OP)? {
+        0 => Cmp::Eq,
+        1 => Cmp::Ne,
+        2 => Cmp::Lt,
+        3 => Cmp::Le,
+        4 => Cmp::Gt,
+        5 => Cmp::Ge,
+        _ => return None,
+    };
+    let bytes = attr(attr(cmp, data::CMP_DATA)?, data::VALUE)?;
+    // `iptables-nft` compares a name up to its NUL; one that ends with `*` is compared by its beginning alone.
+    let whole = bytes.len() == kind.len() || (kind == Type::Name && bytes.last() == Some(&0));
+    let mut padded = bytes.to_vec();
+    padded.resize(kind.len(), 0);
+    let value = if whole { kind.read(&padded)? } else { Datum::Bytes(bytes.into()) };
+    Some((Expr::Match { load: Load { field, mask }, op, value }, rest))
+}
+
+/// The field that an expression loads, and the register that it lands in.
+fn load(raw: &Raw<'_>) -> Option<(Field, u32)> {
+    let keyed = raw.is("meta").or_else(|| raw.is("ct"));
+    if let Some(found) = keyed {
+        let field = match (raw.name, number(found, meta::KEY)?) {
+            ("meta", meta::KEY_IIFNAME) => Field::Iif,
+            ("meta", meta::KEY_OIFNAME) => Field::Oif,
+            ("meta", meta::KEY_NFPROTO) => Field::NfProto,
+            ("meta", meta::KEY_L4PROTO) => Field::L4Proto,
+            ("meta", meta::KEY_MARK) => Field::Mark,
+            ("ct", meta::CT_STATE) => Field::CtState,
+            _ => return None,
+        };
+        return Some((field, number(found, meta::DREG)?));
+    }
+    let found = raw.is("payload")?;
+    let base = match number(found, payload::BASE)? {
+        0 => PayloadBase::Link,
+        1 => PayloadBase::Network,
+        2 => PayloadBase::Transport,
+        _ => return None,
+    };
+    let small = |attribute| u8::try_from(number(found, attribute)?).ok();
+    let field = Field::from_payload(base, small(payload::OFFSET)?, small(payload::LEN)?);
+    Some((field, number(found, payload::DREG)?))
+}
+
+/// `tcp option maxseg size set rt mtu`.
+fn clamp<'r, 'a>(rest: &'r [Raw<'a>]) -> Option<(Expr, &'r [Raw<'a>])> {
+    let [route, order, option, rest @ ..] = rest else { return None };
+    let (route, order, option) = (route.is("rt")?, order.is("byteorder")?, option.is("exthdr")?);
+    let known = number(route, maxseg::RT_KEY) == Some(maxseg::RT_TCPMSS)
+        && number(order, maxseg::BYTEORDER_OP) == Some(maxseg::HTON)
+        && number(option, maxseg::EXTHDR_OP) == Some(maxseg::OP_TCPOPT)
+        && attr(option, maxseg::EXTHDR_TYPE) == Some(&[maxseg::TCPOPT_MAXSEG])
+        && number(option, maxseg::EXTHDR_OFFSET) == Some(2)
+        && attr(option, maxseg::EXTHDR_SREG).is_some();
+    known.then_some((Expr::ClampMaxSeg, rest))
+}
+
+/// An expression that stands for itself.
+fn single(raw: &Raw<'_>) -> Option<Expr> {
+    match raw.name {
+        "counter" => Some(Expr::Counter),
+        "immediate" if number(raw.data, data::IMMEDIATE_DREG) == Some(REG_VERDICT) => {
+            verdict(attr(attr(raw.data, data::IMMEDIATE_DATA)?, data::VERDICT)?).map(Expr::Verdict)
+        }
+        "masq" => match number(raw.data, masq::FLAGS).unwrap_or(0) {
+            0 if attrs(raw.data).count() == 0 => Some(Expr::Masquerade { fully_random: false }),
+            masq::FULLY_RANDOM => Some(Expr::Masquerade { fully_random: true }),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+fn verdict(found: &[u8]) -> Option<Verdict> {
+    let chain = || Some(text(attr(found, data::VERDICT_CHAIN)?)?.into());
+    Some(match number(found, data::VERDICT_CODE)? as i32 {
+        0 => Verdict::Drop,
+        1 => Verdict::Accept,
+        3 => Verdict::Queue,
+        -1 => Verdict::Continue,
+        -3 => Verdict::Jump(chain()?),
+        -4 => Verdict::Goto(chain()?),
+        -5 => Verdict::Return,
+        _ => return None,
+    })
+}
+
+/// `nft`'s comment in the user data: a list of (type, length, value).
+fn comment(mut bytes: &[u8]) -> Option<Box<str>> {
+    while let [kind, len, rest @ ..] = bytes {
+        let value = rest.get(..usize::from(*len))?;
+        if *kind == UDATA_COMMENT {
+            return text(value).map(Into::into);
+        }
+        bytes = &rest[value.len()..];
+    }
+    None
+}
+
+/// Numbers travel in network order.
+pub(super) fn number(bytes: &[u8], kind: u16) -> Option<u32> {
+    Some(u32::from_be_bytes(attr(bytes, kind)?.try_into().ok()?))
+}

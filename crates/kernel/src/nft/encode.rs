@@ -1,0 +1,210 @@
+//! Model → messages.
+
+use twill_core::firewall::{Base, Chain, ChainKind, Cmp, Expr, Family, Field, Hook, Load, PayloadBase, Rule, Verdict};
+
+use super::uapi::{REG, REG_VERDICT, UDATA_COMMENT, chain, data, masq, maxseg, meta, payload, rule};
+use crate::netlink::wire::Writer;
+
+/// NFPROTO_*.
+pub(super) const fn family(family: Family) -> u8 {
+    match family {
+        Family::Inet => 1,
+        Family::Ip => 2,
+        Family::Arp => 3,
+        Family::Netdev => 5,
+        Family::Bridge => 7,
+        Family::Ip6 => 10,
+    }
+}
+
+/// A chain's hook, policy and type.
+pub(super) fn base(w: &mut Writer, base: &Base) {
+    let hook: u32 = match base.hook {
+        Hook::Prerouting => 0,
+        Hook::Input => 1,
+        Hook::Forward => 2,
+        Hook::Output => 3,
+        Hook::Postrouting => 4,
+        Hook::Ingress => 5,
+    };
+    w.nest(chain::HOOK, |w| {
+        number(w, chain::HOOKNUM, hook);
+        number(w, chain::PRIORITY, base.priority as u32);
+    });
+    // NF_DROP, NF_ACCEPT.
+    number(w, chain::POLICY, u32::from(!base.drops));
+    w.text(
+        chain::TYPE,
+        match base.kind {
+            ChainKind::Filter => "filter",
+            ChainKind::Nat => "nat",
+            ChainKind::Route => "route",
+        },
+    );
+}
+
+/// A chain without its rules.
+pub(super) fn chain(w: &mut Writer, table: &str, name: &str, what: &Chain) {
+    w.text(chain::TABLE, table);
+    w.text(chain::NAME, name);
+    if let Some(found) = &what.base {
+        base(w, found);
+    }
+}
+
+/// A rule's expressions and comment.
+pub(super) fn rule(w: &mut Writer, what: &Rule) {
+    w.nest(rule::EXPRESSIONS, |w| what.exprs.iter().for_each(|e| expr(w, e)));
+    if let Some(text) = &what.comment {
+        comment(w, rule::USERDATA, text);
+    }
+}
+
+/// A comment as `nft` keeps it: type, length, text with its NUL.
+pub(super) fn comment(w: &mut Writer, kind: u16, text: &str) {
+    let text = &text.as_bytes()[..text.len().min(254)];
+    let mut bytes = vec![UDATA_COMMENT, text.len() as u8 + 1];
+    bytes.extend_from_slice(text);
+    bytes.push(0);
+    w.attr(kind, &bytes);
+}
+
+fn expr(w: &mut Writer, expr: &Expr) {
+    match expr {
+        Expr::Match { load, op, value } => {
+            self::load(w, load);
+            compare(w, *op, &value.bytes());
+        }
+        Expr::Counter => element(w, "counter", |_| {}),
+        Expr::Verdict(to) => element(w, "immediate", |w| {
+            number(w, data::IMMEDIATE_DREG, REG_VERDICT);
+            w.nest(data::IMMEDIATE_DATA, |w| verdict(w, to));
+        }),
+        Expr::Masquerade { fully_random } => element(w, "masq", |w| {
+            if *fully_random {
+                number(w, masq::FLAGS, masq::FULLY_RANDOM);
+            }
+        }),
+        Expr::ClampMaxSeg => clamp(w),
+        Expr::Other { name, data } => w.nest(rule::ELEMENT, |w| {
+            w.text(rule::EXPR_NAME, name);
+            w.attr(rule::EXPR_DATA, data);
+        }),
+    }
+}
+
+/// The field into the register, then its bits that count.
+fn load(w: &mut Writer, load: &Load) {
+    let keyed = |w: &mut Writer, name, key| {
+        element(w, name, |w| {
+            number(w, meta::DREG, REG);
+            number(w, meta::KEY, key);
+        });
+    };
+    match load.field {
+        Field::Iif => keyed(w, "meta", meta::KEY_IIFNAME),
+        Field::Oif => keyed(w, "meta", meta::KEY_OIFNAME),
+        Field::NfProto => keyed(w, "meta", meta::KEY_NFPROTO),
+        Field::L4Proto => keyed(w, "meta", meta::KEY_L4PROTO),
+        Field::Mark => keyed(w, "meta", meta::KEY_MARK),
+        Field::CtState => keyed(w, "ct", meta::CT_STATE),
+        field => {
+            if let Some((base, offset, len)) = field.payload() {
+                element(w, "payload", |w| {
+                    number(w, payload::DREG, REG);
+                    number(w, payload::BASE, payload_base(base));
+                    number(w, payload::OFFSET, offset.into());
+                    number(w, payload::LEN, len.into());
+                });
+            }
+        }
+    }
+    if let Some(mask) = &load.mask {
+        let mask = mask.bytes();
+        element(w, "bitwise", |w| {
+            number(w, data::BITWISE_SREG, REG);
+            number(w, data::BITWISE_DREG, REG);
+            number(w, data::BITWISE_LEN, mask.len() as u32);
+            w.nest(data::BITWISE_MASK, |w| w.attr(data::VALUE, &mask));
+            w.nest(data::BITWISE_XOR, |w| w.attr(data::VALUE, &vec![0; mask.len()]));
+            number(w, data::BITWISE_OP, 0);
+        });
+    }
+}
+
+fn compare(w: &mut Writer, op: Cmp, value: &[u8]) {
+    let op: u32 = match op {
+        Cmp::Eq => 0,
+        Cmp::Ne => 1,
+        Cmp::Lt => 2,
+        Cmp::Le => 3,
+        Cmp::Gt => 4,
+        Cmp::Ge => 5,
+    };
+    element(w, "cmp", |w| {
+        number(w, data::CMP_SREG, REG);
+        number(w, data::CMP_OP, op);
+        w.nest(data::CMP_DATA, |w| w.attr(data::VALUE, value));
+    });
+}
+
+fn verdict(w: &mut Writer, to: &Verdict) {
+    let (code, chain): (i32, Option<&str>) = match to {
+        Verdict::Drop => (0, None),
+        Verdict::Accept => (1, None),
+        Verdict::Queue => (3, None),
+        Verdict::Continue => (-1, None),
+        Verdict::Jump(chain) => (-3, Some(chain)),
+        Verdict::Goto(chain) => (-4, Some(chain)),
+        Verdict::Return => (-5, None),
+    };
+    w.nest(data::VERDICT, |w| {
+        number(w, data::VERDICT_CODE, code as u32);
+        if let Some(chain) = chain {
+            w.text(data::VERDICT_CHAIN, chain);
+        }
+    });
+}
+
+/// The route's segment size, in network order, over the option's.
+fn clamp(w: &mut Writer) {
+    element(w, "rt", |w| {
+        number(w, maxseg::RT_DREG, REG);
+        number(w, maxseg::RT_KEY, maxseg::RT_TCPMSS);
+    });
+    element(w, "byteorder", |w| {
+        number(w, maxseg::BYTEORDER_SREG, REG);
+        number(w, maxseg::BYTEORDER_DREG, REG);
+        number(w, maxseg::BYTEORDER_OP, maxseg::HTON);
+        number(w, maxseg::BYTEORDER_LEN, 2);
+        number(w, maxseg::BYTEORDER_SIZE, 2);
+    });
+    element(w, "exthdr", |w| {
+        number(w, maxseg::EXTHDR_SREG, REG);
+        w.attr(maxseg::EXTHDR_TYPE, &[maxseg::TCPOPT_MAXSEG]);
+        number(w, maxseg::EXTHDR_OFFSET, 2);
+        number(w, maxseg::EXTHDR_LEN, 2);
+        number(w, maxseg::EXTHDR_OP, maxseg::OP_TCPOPT);
+    });
+}
+
+/// NFT_PAYLOAD_*_HEADER.
+const fn payload_base(base: PayloadBase) -> u32 {
+    match base {
+        PayloadBase::Link => 0,
+        PayloadBase::Network => 1,
+        PayloadBase::Transport => 2,
+    }
+}
+
+fn element(w: &mut Writer, name: &str, fill: impl FnOnce(&mut Writer)) {
+    w.nest(rule::ELEMENT, |w| {
+        w.text(rule::EXPR_NAME, name);
+        w.nest(rule::EXPR_DATA, fill);
+    });
+}
+
+/// Numbers travel in network order.
+pub(super) fn number(w: &mut Writer, kind: u16, value: u32) {
+    w.attr(kind, &value.to_be_bytes());
+}

@@ -1,0 +1,305 @@
+//! nftables over netlink (NETLINK_NETFILTER): tables are read, replaced whole in one transaction, and watched.
+//!
+//! - `uapi`: the kernel's numbers; `encode`, `decode`: model ⇄ messages; [`codec`]: both without a socket
+//!
+//! A change is a batch between two bracket messages, which the kernel takes as a whole or not at all
+//! (net/netfilter/nfnetlink.c `nfnetlink_rcv_batch`): a table is never half there, and never missing between old and new.
+
+pub mod codec;
+mod decode;
+mod encode;
+mod uapi;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use rustix::net::netlink;
+use twill_core::firewall::{
+    Base, Chain, ChainName, Expr, Family, Head, Rule, Table, TableName, Verdict, beside, policy,
+};
+use twill_core::host::Object;
+use twill_core::reconcile::{Op, StepError};
+
+use self::uapi::{BATCH_BEGIN, BATCH_END, GROUP, SUBSYSTEM, chain, msg, rule, table};
+use crate::netlink::socket::{Refusal, Socket};
+use crate::netlink::wire::{Writer, flag};
+
+/// nftables of the namespace of the thread that opened it.
+#[derive(Debug)]
+pub(crate) struct Nft {
+    requests: Socket,
+    monitor: Socket,
+}
+
+/// A table before its rules are read: what it is known by, and where its chains are entered.
+struct Frame {
+    comment: Option<Box<str>>,
+    bases: BTreeMap<Box<str>, Option<Base>>,
+}
+
+impl Nft {
+    /// Opens both sockets. Refused: a kernel without nfnetlink.
+    pub(crate) fn open() -> io::Result<Self> {
+        let socket = |groups| Socket::open(Some(netlink::NETFILTER), groups);
+        Ok(Self { requests: socket(0)?, monitor: socket(GROUP)? })
+    }
+
+    /// True when something was changed, by us or by others, since it was last asked.
+    pub(crate) fn changed(&mut self) -> io::Result<bool> {
+        let (told, lost) = self.monitor.collect()?;
+        Ok(lost || !told.is_empty())
+    }
+
+    /// Our table, and of the others' what may drop packets that we forward, and what flannel left.
+    pub(crate) fn tables(&mut self) -> io::Result<Vec<Table>> {
+        loop {
+            if let Some(tables) = self.collect()? {
+                return Ok(tables);
+            }
+        }
+    }
+
+    /// One attempt; `None`: somebody changed something in between.
+    fn collect(&mut self) -> io::Result<Option<Vec<Table>>> {
+        let mut found: BTreeMap<TableName, Frame> = BTreeMap::new();
+        let mut whole = self.requests.dump(
+            msg::GET_TABLE,
+            |w| w.put(&header(0)),
+            |m| {
+                if let Some((name, comment)) = decode::table(m.payload) {
+                    found.insert(name, Frame { comment, bases: BTreeMap::new() });
+                }
+            },
+        )?;
+        whole &= self.requests.dump(
+            msg::GET_CHAIN,
+            |w| w.put(&header(0)),
+            |m| {
+                let Some((of, name, base)) = decode::chain(m.payload) else { return };
+                if let Some(frame) = found.get_mut(&of) {
+                    frame.bases.insert(name, base);
+                }
+            },
+        )?;
+        let mut tables = Vec::new();
+        for (name, Frame { comment, bases }) in found {
+            let mut todo = beside::roots(&name, &bases);
+            if todo.is_empty() && name != TableName::twill() && !beside::is_flannels(&name) {
+                continue;
+            }
+            let mut chains = BTreeMap::new();
+            while let Some(chain) = todo.pop() {
+                if chains.contains_key(&chain) {
+                    continue;
+                }
+                let rules = self.rules(&name, &chain, &mut whole)?;
+                let exprs = rules.iter().flat_map(|(_, rule)| &rule.exprs);
+                todo.extend(exprs.filter_map(|expr| match expr {
+                    Expr::Verdict(Verdict::Jump(to) | Verdict::Goto(to)) => Some(to.clone()),
+                    _ => None,
+                }));
+                let rules = rules.into_iter().map(|(_, rule)| rule).collect();
+                chains.insert(chain.clone(), Chain { base: bases.get(&chain).copied().flatten(), rules });
+            }
+            tables.push(Table { name, comment, chains });
+        }
+        Ok(whole.then_some(tables))
+    }
+
+    /// The rules of a chain in order, each with its handle.
+    fn rules(&mut self, table: &TableName, chain: &str, whole: &mut bool) -> io::Result<Vec<(u64, Rule)>> {
+        let fill = |w: &mut Writer| {
+            w.put(&header(encode::family(table.family)));
+            w.text(rule::TABLE, &table.name);
+            w.text(rule::CHAIN, chain);
+        };
+        let mut rules = Vec::new();
+        *whole &= self.requests.dump(msg::GET_RULE, fill, |m| rules.extend(decode::rule(m.payload)))?;
+        Ok(rules)
+    }
+
+    /// Handles of the rules of a table that `which` names, in the chains that `chains` names.
+    fn handles(
+        &mut self,
+        table: &TableName,
+        chain: Option<&str>,
+        which: impl Fn(&Rule) -> bool,
+    ) -> io::Result<Vec<(Box<str>, u64)>> {
+        let mut names = Vec::new();
+        self.requests.dump(
+            msg::GET_CHAIN,
+            |w| w.put(&header(encode::family(table.family))),
+            |m| {
+                names.extend(decode::chain(m.payload).filter(|(of, _, _)| of == table).map(|(_, name, _)| name));
+            },
+        )?;
+        names.retain(|name| chain.is_none_or(|chain| **name == *chain));
+        let mut handles = Vec::new();
+        for name in names {
+            let rules = self.rules(table, &name, &mut true)?;
+            handles.extend(rules.into_iter().filter(|(_, rule)| which(rule)).map(|(handle, _)| (name.clone(), handle)));
+        }
+        Ok(handles)
+    }
+
+    /// Carries out one step as one transaction.
+    pub(crate) fn apply(&mut self, op: &Op) -> Result<(), StepError> {
+        let refused = match self.transact(op) {
+            Ok(None) => return Ok(()),
+            Ok(Some(refusal)) => (refusal.errno, refusal.text),
+            Err(error) => (error.raw_os_error().unwrap_or(libc::EIO), error.to_string()),
+        };
+        Err(StepError::Refused { errno: refused.0, text: refused.1 })
+    }
+
+    fn transact(&mut self, op: &Op) -> io::Result<Option<Refusal>> {
+        let gone = match op.object() {
+            Object::Head(head) => {
+                let tagged = |rule: &Rule| rule.comment.as_deref() == Some(policy::TAG);
+                self.handles(&head.at.table, Some(&head.at.chain), tagged)?
+            }
+            Object::Leftover(at) => {
+                let leads_there = |rule: &Rule| rule.exprs.contains(&Expr::Verdict(Verdict::Jump(at.chain.clone())));
+                self.handles(&at.table, None, leads_there)?
+            }
+            _ => Vec::new(),
+        };
+        let mut batch = Batch::new(&mut self.requests);
+        match op {
+            Op::Create(Object::Table(new)) => batch.create(new),
+            Op::Delete(Object::Table(old)) => batch.delete(&old.name),
+            Op::Delete(Object::Head(old)) => batch.delete_rules(&old.at.table, &gone),
+            Op::Delete(Object::Leftover(at)) => {
+                batch.delete_rules(&at.table, &gone);
+                batch.delete_chain(at);
+            }
+            Op::Create(object) | Op::Update { to: object, .. } | Op::Recreate { to: object, .. } => match object {
+                Object::Table(new) => batch.replace(new),
+                Object::Head(new) => {
+                    batch.delete_rules(&new.at.table, &gone);
+                    batch.insert_rules(new);
+                }
+                _ => {}
+            },
+            Op::Delete(_) => {}
+        }
+        batch.commit()
+    }
+}
+
+impl AsFd for Nft {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.monitor.as_fd()
+    }
+}
+
+/// struct nfgenmsg: family, version, resource.
+fn header(family: u8) -> [u8; 4] {
+    [family, 0, 0, 0]
+}
+
+/// A transaction in the making.
+struct Batch<'a> {
+    socket: &'a mut Socket,
+    writer: Writer,
+}
+
+impl<'a> Batch<'a> {
+    fn new(socket: &'a mut Socket) -> Self {
+        let mut batch = Self { socket, writer: Writer::default() };
+        batch.bracket(BATCH_BEGIN);
+        batch
+    }
+
+    fn bracket(&mut self, kind: u16) {
+        let seq = self.socket.next_seq();
+        self.writer.begin(kind, flag::REQUEST, seq);
+        let [high, low] = SUBSYSTEM.to_be_bytes();
+        self.writer.put(&[0, 0, high, low]);
+        self.writer.end();
+    }
+
+    fn message(&mut self, kind: u16, flags: u16, family: Family, fill: impl FnOnce(&mut Writer)) {
+        let seq = self.socket.next_seq();
+        self.writer.begin(kind, flag::REQUEST | flags, seq);
+        self.writer.put(&header(encode::family(family)));
+        fill(&mut self.writer);
+        self.writer.end();
+    }
+
+    fn create(&mut self, new: &Table) {
+        let TableName { family, name } = &new.name;
+        self.message(msg::NEW_TABLE, flag::CREATE | flag::EXCL, *family, |w| {
+            w.text(table::NAME, name);
+            if let Some(text) = &new.comment {
+                encode::comment(w, table::USERDATA, text);
+            }
+        });
+        // Chains first: rules may jump to any of them.
+        for (chain, what) in &new.chains {
+            self.message(msg::NEW_CHAIN, flag::CREATE, *family, |w| encode::chain(w, name, chain, what));
+        }
+        for (chain, what) in
+            new.chains.iter().flat_map(|(name, chain)| chain.rules.iter().map(move |rule| (name, rule)))
+        {
+            self.message(msg::NEW_RULE, flag::CREATE | flag::APPEND, *family, |w| {
+                w.text(rule::TABLE, name);
+                w.text(rule::CHAIN, chain);
+                encode::rule(w, what);
+            });
+        }
+    }
+
+    /// Whatever is there now makes room within the same transaction.
+    fn replace(&mut self, new: &Table) {
+        self.message(msg::NEW_TABLE, flag::CREATE, new.name.family, |w| w.text(table::NAME, &new.name.name));
+        self.delete(&new.name);
+        self.create(new);
+    }
+
+    fn delete(&mut self, old: &TableName) {
+        self.message(msg::DEL_TABLE, 0, old.family, |w| w.text(table::NAME, &old.name));
+    }
+
+    fn delete_rules(&mut self, table: &TableName, rules: &[(Box<str>, u64)]) {
+        for (chain, handle) in rules {
+            self.message(msg::DEL_RULE, 0, table.family, |w| {
+                w.text(rule::TABLE, &table.name);
+                w.text(rule::CHAIN, chain);
+                w.attr(rule::HANDLE, &handle.to_be_bytes());
+            });
+        }
+    }
+
+    /// Each goes to the head, so that the last goes first.
+    fn insert_rules(&mut self, head: &Head) {
+        let ChainName { table, chain } = &head.at;
+        for what in head.rules.iter().rev() {
+            self.message(msg::NEW_RULE, flag::CREATE, table.family, |w| {
+                w.text(rule::TABLE, &table.name);
+                w.text(rule::CHAIN, chain);
+                encode::rule(w, what);
+            });
+        }
+    }
+
+    /// A chain with all its rules.
+    fn delete_chain(&mut self, at: &ChainName) {
+        self.message(msg::DEL_RULE, 0, at.table.family, |w| {
+            w.text(rule::TABLE, &at.table.name);
+            w.text(rule::CHAIN, &at.chain);
+        });
+        self.message(msg::DEL_CHAIN, 0, at.table.family, |w| {
+            w.text(chain::TABLE, &at.table.name);
+            w.text(chain::NAME, &at.chain);
+        });
+    }
+
+    /// Sends it; gives the first message that the kernel did not take: then nothing was changed.
+    fn commit(mut self) -> io::Result<Option<Refusal>> {
+        let last = self.writer.ask_ack();
+        self.bracket(BATCH_END);
+        self.socket.transact(&self.writer, last)
+    }
+}

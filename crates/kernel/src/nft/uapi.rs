@@ -1,0 +1,127 @@
+//! Numbers of include/uapi/linux/netfilter/nf_tables.h and nfnetlink.h.
+
+/// NFNL_SUBSYS_NFTABLES: the high byte of every message type.
+pub(super) const SUBSYSTEM: u16 = 10;
+/// NFNLGRP_NFTABLES as a bit of the group mask.
+pub(super) const GROUP: u32 = 1 << 6;
+/// NFNL_MSG_BATCH_BEGIN and NFNL_MSG_BATCH_END.
+pub(super) const BATCH_BEGIN: u16 = 0x10;
+pub(super) const BATCH_END: u16 = 0x11;
+
+/// Message types with their subsystem.
+pub(super) mod msg {
+    const fn of(kind: u16) -> u16 {
+        (super::SUBSYSTEM << 8) | kind
+    }
+    pub(in super::super) const NEW_TABLE: u16 = of(0);
+    pub(in super::super) const GET_TABLE: u16 = of(1);
+    pub(in super::super) const DEL_TABLE: u16 = of(2);
+    pub(in super::super) const NEW_CHAIN: u16 = of(3);
+    pub(in super::super) const GET_CHAIN: u16 = of(4);
+    pub(in super::super) const DEL_CHAIN: u16 = of(5);
+    pub(in super::super) const NEW_RULE: u16 = of(6);
+    pub(in super::super) const GET_RULE: u16 = of(7);
+    pub(in super::super) const DEL_RULE: u16 = of(8);
+}
+
+/// NFTA_TABLE_*.
+pub(super) mod table {
+    pub(in super::super) const NAME: u16 = 1;
+    pub(in super::super) const USERDATA: u16 = 6;
+}
+
+/// NFTA_CHAIN_*, NFTA_HOOK_*.
+pub(super) mod chain {
+    pub(in super::super) const TABLE: u16 = 1;
+    pub(in super::super) const NAME: u16 = 3;
+    pub(in super::super) const HOOK: u16 = 4;
+    pub(in super::super) const POLICY: u16 = 5;
+    pub(in super::super) const TYPE: u16 = 7;
+    pub(in super::super) const HOOKNUM: u16 = 1;
+    pub(in super::super) const PRIORITY: u16 = 2;
+}
+
+/// NFTA_RULE_*, NFTA_LIST_ELEM, NFTA_EXPR_*.
+pub(super) mod rule {
+    pub(in super::super) const TABLE: u16 = 1;
+    pub(in super::super) const CHAIN: u16 = 2;
+    pub(in super::super) const HANDLE: u16 = 3;
+    pub(in super::super) const EXPRESSIONS: u16 = 4;
+    pub(in super::super) const USERDATA: u16 = 7;
+    pub(in super::super) const ELEMENT: u16 = 1;
+    pub(in super::super) const EXPR_NAME: u16 = 1;
+    pub(in super::super) const EXPR_DATA: u16 = 2;
+}
+
+/// NFTNL_UDATA_TABLE_COMMENT and NFTNL_UDATA_RULE_COMMENT: how `nft` keeps a comment in the user data.
+pub(super) const UDATA_COMMENT: u8 = 0;
+
+/// NFT_REG_1: 16 bytes, enough for every value here; verdicts have a register of their own.
+pub(super) const REG: u32 = 1;
+pub(super) const REG_VERDICT: u32 = 0;
+
+/// NFTA_META_*, NFT_META_*; NFTA_CT_* has the same numbers for register and key.
+pub(super) mod meta {
+    pub(in super::super) const DREG: u16 = 1;
+    pub(in super::super) const KEY: u16 = 2;
+    pub(in super::super) const KEY_MARK: u32 = 3;
+    pub(in super::super) const KEY_IIFNAME: u32 = 6;
+    pub(in super::super) const KEY_OIFNAME: u32 = 7;
+    pub(in super::super) const KEY_NFPROTO: u32 = 15;
+    pub(in super::super) const KEY_L4PROTO: u32 = 16;
+    pub(in super::super) const CT_STATE: u32 = 0;
+}
+
+/// NFTA_PAYLOAD_*.
+pub(super) mod payload {
+    pub(in super::super) const DREG: u16 = 1;
+    pub(in super::super) const BASE: u16 = 2;
+    pub(in super::super) const OFFSET: u16 = 3;
+    pub(in super::super) const LEN: u16 = 4;
+}
+
+/// NFTA_BITWISE_*, NFTA_CMP_*, NFTA_IMMEDIATE_*, NFTA_DATA_*, NFTA_VERDICT_*.
+pub(super) mod data {
+    pub(in super::super) const BITWISE_SREG: u16 = 1;
+    pub(in super::super) const BITWISE_DREG: u16 = 2;
+    pub(in super::super) const BITWISE_LEN: u16 = 3;
+    pub(in super::super) const BITWISE_MASK: u16 = 4;
+    pub(in super::super) const BITWISE_XOR: u16 = 5;
+    pub(in super::super) const BITWISE_OP: u16 = 6;
+    pub(in super::super) const CMP_SREG: u16 = 1;
+    pub(in super::super) const CMP_OP: u16 = 2;
+    pub(in super::super) const CMP_DATA: u16 = 3;
+    pub(in super::super) const IMMEDIATE_DREG: u16 = 1;
+    pub(in super::super) const IMMEDIATE_DATA: u16 = 2;
+    pub(in super::super) const VALUE: u16 = 1;
+    pub(in super::super) const VERDICT: u16 = 2;
+    pub(in super::super) const VERDICT_CODE: u16 = 1;
+    pub(in super::super) const VERDICT_CHAIN: u16 = 2;
+}
+
+/// NFTA_MASQ_FLAGS and NF_NAT_RANGE_PROTO_RANDOM_FULLY.
+pub(super) mod masq {
+    pub(in super::super) const FLAGS: u16 = 1;
+    pub(in super::super) const FULLY_RANDOM: u32 = 1 << 4;
+}
+
+/// NFTA_RT_*, NFTA_BYTEORDER_*, NFTA_EXTHDR_*: what `tcp option maxseg size set rt mtu` is made of.
+pub(super) mod maxseg {
+    pub(in super::super) const RT_DREG: u16 = 1;
+    pub(in super::super) const RT_KEY: u16 = 2;
+    pub(in super::super) const RT_TCPMSS: u32 = 3;
+    pub(in super::super) const BYTEORDER_SREG: u16 = 1;
+    pub(in super::super) const BYTEORDER_DREG: u16 = 2;
+    pub(in super::super) const BYTEORDER_OP: u16 = 3;
+    pub(in super::super) const BYTEORDER_LEN: u16 = 4;
+    pub(in super::super) const BYTEORDER_SIZE: u16 = 5;
+    pub(in super::super) const HTON: u32 = 1;
+    pub(in super::super) const EXTHDR_TYPE: u16 = 2;
+    pub(in super::super) const EXTHDR_OFFSET: u16 = 3;
+    pub(in super::super) const EXTHDR_LEN: u16 = 4;
+    pub(in super::super) const EXTHDR_OP: u16 = 6;
+    pub(in super::super) const EXTHDR_SREG: u16 = 7;
+    /// NFT_EXTHDR_OP_TCPOPT; TCPOPT_MAXSEG and where its size stands (RFC 9293).
+    pub(in super::super) const OP_TCPOPT: u32 = 1;
+    pub(in super::super) const TCPOPT_MAXSEG: u8 = 2;
+}

@@ -1,0 +1,366 @@
+//! nftables on the real kernel, in a network namespace of the test's own: what is written is read back, and does what it says.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, clippy::disallowed_methods, reason = "a test")]
+
+use std::collections::BTreeMap;
+use std::io::{ErrorKind, IoSlice};
+use std::net::IpAddr;
+use std::process::Command;
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use twill_core::firewall::*;
+use twill_core::host::{HostState, Key, Object};
+use twill_core::net::{LinkName, Prefix};
+use twill_core::reconcile::{Op, Plan, Step, Why};
+use twill_kernel::nft::codec;
+use twill_kernel::tun::{HEADER, Offloads, Tun, TunDevice};
+use twill_kernel::{Interest, Kernel, LinuxKernel};
+
+/// Runs `body` in a fresh network namespace: this test binary once more, inside `unshare`. Says `SKIP` where the system grants none.
+fn in_namespace(test: &str, body: impl FnOnce()) {
+    if std::env::var_os("TWILL_TEST_NAMESPACE").is_some() {
+        return body();
+    }
+    let user: &[&str] = if rustix::process::geteuid().is_root() { &[] } else { &["--user", "--map-root-user"] };
+    let proof = Command::new("unshare").args(user).args(["--net", "ip", "link", "set", "lo", "up"]).output().unwrap();
+    if !proof.status.success() {
+        return println!("SKIP: no network namespace: {}", String::from_utf8_lossy(&proof.stderr));
+    }
+    let mut again = Command::new("unshare");
+    again.args(user).arg("--net").arg(std::env::current_exe().unwrap()).args(["--exact", test, "--nocapture"]);
+    let done = again.env("TWILL_TEST_NAMESPACE", "1").output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(done.status.success(), "{}\n{}", text(&done.stdout), text(&done.stderr));
+}
+
+fn run(line: &str) {
+    let mut words = line.split_whitespace();
+    let out = Command::new(words.next().unwrap()).args(words).output().unwrap();
+    assert!(out.status.success(), "{line}: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+fn kernel() -> LinuxKernel {
+    LinuxKernel::open(Interest { firewall: true, ..Interest::default() }).unwrap()
+}
+
+/// Brings our table to what is wanted, whatever is there.
+fn apply(kernel: &mut LinuxKernel, table: &Table) {
+    let to = Object::Table(Box::new(table.clone()));
+    let op = match kernel.mirror().get(&to.key()) {
+        Some(from) => Op::Update { from: from.clone(), to },
+        None => Op::Create(to),
+    };
+    let outcome = kernel.apply(&Plan { steps: vec![Step { op, needs: Vec::new(), why: Why::Missing }] });
+    assert!(outcome.steps.iter().all(Result::is_ok), "{:?}\n{table:#?}", outcome.steps);
+}
+
+fn table_of(host: &HostState) -> Option<&Table> {
+    match host.get(&Key::Table(TableName::twill())) {
+        Some(Object::Table(table)) => Some(table),
+        _ => None,
+    }
+}
+
+/// A field of any kind, with the bits that count and a value of its own.
+fn comparison() -> impl Strategy<Value = Expr> {
+    let meta = [Field::Iif, Field::Oif, Field::NfProto, Field::L4Proto, Field::Mark, Field::CtState];
+    let base = prop_oneof![Just(PayloadBase::Link), Just(PayloadBase::Network), Just(PayloadBase::Transport)];
+    let payload = (base, 0..60u8, 1..17u8).prop_map(|(base, offset, len)| Field::from_payload(base, offset, len));
+    let named =
+        [Field::SrcV4, Field::DstV4, Field::SrcV6, Field::DstV6, Field::SrcPort, Field::DstPort, Field::TcpFlags];
+    let field = prop_oneof![proptest::sample::select(meta.to_vec()), proptest::sample::select(named.to_vec()), payload];
+    let op = proptest::sample::select(vec![Cmp::Eq, Cmp::Ne, Cmp::Lt, Cmp::Le, Cmp::Gt, Cmp::Ge]);
+    (field, op, any::<[u8; 16]>(), any::<[u8; 16]>(), any::<bool>(), "[a-z]{1,15}").prop_map(
+        |(field, op, value, mask, masked, name)| {
+            let datum = |bytes: [u8; 16]| match field.kind() {
+                Type::Name => Datum::Name(name.parse().unwrap()),
+                kind => kind.read(&bytes[..kind.len()]).unwrap(),
+            };
+            let mask = (masked && field.kind() != Type::Name).then(|| datum(mask));
+            Expr::Match { load: Load { field, mask }, op, value: datum(value) }
+        },
+    )
+}
+
+/// A rule for a chain that may masquerade, clamp, and jump to `to`; or not.
+fn rule(nat: bool, to: Option<&'static str>) -> impl Strategy<Value = Rule> {
+    let verdicts = [Verdict::Accept, Verdict::Drop, Verdict::Continue, Verdict::Return];
+    let jumps = to.map(|to| [Verdict::Jump(to.into()), Verdict::Goto(to.into())]);
+    let verdicts: Vec<_> = verdicts.into_iter().chain(jumps.into_iter().flatten()).collect();
+    let last = proptest::sample::select(verdicts).prop_map(Expr::Verdict);
+    let special = if nat {
+        any::<bool>().prop_map(|fully_random| Expr::Masquerade { fully_random }).boxed()
+    } else {
+        Just(Expr::ClampMaxSeg).boxed()
+    };
+    let end = prop_oneof![3 => last, 1 => special];
+    let comment = proptest::option::of("[ -!#-~]{1,100}");
+    (proptest::collection::vec(comparison(), 0..4), any::<bool>(), end, comment).prop_map(
+        |(mut exprs, counted, end, comment)| {
+            exprs.extend(counted.then_some(Expr::Counter));
+            exprs.push(end);
+            Rule { exprs, comment: comment.map(Into::into) }
+        },
+    )
+}
+
+fn table() -> impl Strategy<Value = Table> {
+    let rules = |nat, to| proptest::collection::vec(rule(nat, to), 0..6);
+    (rules(false, Some("inner")), rules(true, None), rules(false, None), -400..400i32, any::<bool>()).prop_map(
+        |(forward, leaving, inner, priority, drops)| {
+            let base = |kind, hook, priority| Some(Base { kind, hook, priority, drops });
+            let chains = [
+                ("forward", base(ChainKind::Filter, Hook::Forward, priority), forward),
+                ("leaving", base(ChainKind::Nat, Hook::Postrouting, priority.max(-199)), leaving),
+                ("inner", None, inner),
+            ];
+            let chains = chains.map(|(name, base, rules)| (name.into(), Chain { base, rules }));
+            Table { name: TableName::twill(), comment: Some(policy::TAG.into()), chains: chains.into() }
+        },
+    )
+}
+
+#[test]
+fn a_table_is_read_back_as_it_was_written() {
+    in_namespace("a_table_is_read_back_as_it_was_written", || {
+        let mut writer = kernel();
+        let mut runner = TestRunner::new(Config { cases: 200, failure_persistence: None, ..Config::default() });
+        let law = |table: Table| {
+            apply(&mut writer, &table);
+            let fresh = kernel();
+            prop_assert_eq!(table_of(fresh.mirror()), Some(&table));
+            Ok(())
+        };
+        let law = std::cell::RefCell::new(law);
+        runner.run(&table(), |table| (law.borrow_mut())(table)).unwrap();
+    });
+}
+
+proptest! {
+    #[test]
+    fn a_rule_is_the_same_after_its_bytes(rule in prop_oneof![rule(true, None), rule(false, Some("inner"))]) {
+        prop_assert_eq!(codec::read(&codec::write(&rule)), rule);
+    }
+}
+
+#[test]
+fn a_refused_transaction_changes_nothing() {
+    in_namespace("a_refused_transaction_changes_nothing", || {
+        let mut writer = kernel();
+        let policy = Policy { networks: vec!["10.1.0.0/16".parse().unwrap()], masquerade: true, ..Policy::default() };
+        let good = policy.table();
+        apply(&mut writer, &good);
+        let mut bad = good.clone();
+        let nowhere = Rule { exprs: vec![Expr::Verdict(Verdict::Jump("nowhere".into()))], comment: None };
+        bad.chains.get_mut("forward").unwrap().rules.push(nowhere);
+        let (from, to) = (Object::Table(Box::new(good.clone())), Object::Table(Box::new(bad)));
+        let step = Step { op: Op::Update { from, to }, needs: Vec::new(), why: Why::Differs };
+        let outcome = writer.apply(&Plan { steps: vec![step] });
+        assert!(outcome.steps[0].is_err());
+        assert_eq!(table_of(kernel().mirror()), Some(&good));
+        assert_eq!(table_of(writer.mirror()), Some(&good));
+    });
+}
+
+/// Where a packet comes from, goes to, and what is known of it: all that the model looks at.
+#[derive(Debug, Clone, Copy)]
+struct Packet {
+    from: Device,
+    src: IpAddr,
+    dst: IpAddr,
+    marked: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Device {
+    Bridge,
+    Tunnel,
+    Outside,
+}
+
+const DEVICES: [(Device, &str); 3] =
+    [(Device::Bridge, "cni0"), (Device::Tunnel, "flannel.1"), (Device::Outside, "eth0")];
+
+/// A family's networks, and the node's own address on each device.
+struct Site {
+    network: Prefix,
+    subnet: Prefix,
+    excluded: Prefix,
+    own: [IpAddr; 3],
+}
+
+fn sites() -> [Site; 2] {
+    let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+    let net = |text: &str| text.parse::<Prefix>().unwrap();
+    [
+        Site {
+            network: net("10.1.0.0/16"),
+            subnet: net("10.1.15.0/24"),
+            excluded: net("192.0.2.0/24"),
+            own: [ip("10.1.15.1"), ip("10.1.15.0"), ip("198.51.100.1")],
+        },
+        Site {
+            network: net("fd00:1::/48"),
+            subnet: net("fd00:1:0:f::/64"),
+            excluded: net("2001:db8:2::/48"),
+            own: [ip("fd00:1:0:f::1"), ip("fd00:1:0:f::"), ip("2001:db8:51::1")],
+        },
+    ]
+}
+
+/// The model, by hand: the device that the packet leaves by and the source that it then has; `None`: it goes nowhere.
+fn expected(policy: &Policy, site: &Site, packet: &Packet) -> Option<(Device, IpAddr)> {
+    let (of_node, of_network) = (|ip| site.subnet.contains(ip), |ip| site.network.contains(ip));
+    let guarded = !policy.tunnels.is_empty();
+    let to = match packet.dst {
+        dst if of_node(dst) => Device::Bridge,
+        dst if of_network(dst) => Device::Tunnel,
+        _ => Device::Outside,
+    };
+    let comes_back = packet.from == Device::Tunnel && of_node(packet.src);
+    let stolen =
+        packet.from != Device::Tunnel && to == Device::Tunnel && of_network(packet.src) && !of_node(packet.src);
+    if guarded && (comes_back || stolen) {
+        return None;
+    }
+    let leaves =
+        of_network(packet.src) && to == Device::Outside && !policy.excluded.iter().any(|net| net.contains(packet.dst));
+    let enters = !of_network(packet.src) && to == Device::Tunnel;
+    let passes_through = of_network(packet.src) && !of_node(packet.src) && to == Device::Tunnel;
+    let changed = policy.masquerade && !packet.marked && (leaves || enters || passes_through);
+    Some((to, if changed { site.own[to as usize] } else { packet.src }))
+}
+
+/// UDP with no checksum and a number in its ports, over the family of its addresses.
+fn bytes(packet: &Packet, number: u16) -> Vec<u8> {
+    let source = (number << 1) | u16::from(packet.marked);
+    let mut udp = [source.to_be_bytes(), number.to_be_bytes(), [0, 12], [0, 0]].concat();
+    udp.extend_from_slice(b"twil");
+    match (packet.src, packet.dst) {
+        (IpAddr::V4(src), IpAddr::V4(dst)) => {
+            let mut header = vec![0x45, 0, 0, 32, 0, 0, 0, 0, 64, 17, 0, 0];
+            header.extend(src.octets().into_iter().chain(dst.octets()));
+            let sum: u32 = header.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+            let sum = !(((sum >> 16) + (sum & 0xffff)) as u16);
+            header[10..12].copy_from_slice(&sum.to_be_bytes());
+            [header, udp].concat()
+        }
+        (IpAddr::V6(src), IpAddr::V6(dst)) => {
+            let mut header = vec![0x60, 0, 0, 0, 0, 12, 17, 64];
+            header.extend(src.octets().into_iter().chain(dst.octets()));
+            [header, udp].concat()
+        }
+        _ => panic!("one family"),
+    }
+}
+
+/// The source of a packet that carries this number to this destination.
+fn source(bytes: &[u8], number: u16, v4: bool) -> Option<IpAddr> {
+    let (at, len, udp) = if v4 { (12, 4, 20) } else { (8, 16, 40) };
+    let same = bytes[0] >> 4 == if v4 { 4 } else { 6 } && bytes.get(udp + 2..udp + 4)? == number.to_be_bytes();
+    let address = &bytes[at..at + len];
+    same.then(|| match v4 {
+        true => IpAddr::from(<[u8; 4]>::try_from(address).unwrap()),
+        false => IpAddr::from(<[u8; 16]>::try_from(address).unwrap()),
+    })
+}
+
+/// Three devices that the test holds the other ends of, with the routes of a node.
+fn node() -> BTreeMap<Device, TunDevice> {
+    let mut held = BTreeMap::new();
+    for (device, name) in DEVICES {
+        held.insert(device, TunDevice::open(name, Offloads::NONE).unwrap());
+        for site in sites() {
+            let own = Prefix::host(site.own[device as usize]);
+            run(&format!("ip addr add {own} dev {name} nodad"));
+        }
+        run(&format!("ip link set {name} up"));
+    }
+    for site in sites() {
+        let family = if site.network.is_v4() { "-4" } else { "-6" };
+        run(&format!("ip {family} route add {} dev cni0", site.subnet));
+        run(&format!("ip {family} route add {} dev flannel.1", site.network));
+        run(&format!("ip {family} route add default dev eth0"));
+    }
+    run("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 net.ipv4.conf.all.rp_filter=0");
+    for (_, name) in DEVICES {
+        run(&format!("sysctl -qw net/ipv4/conf/{name}/rp_filter=0"));
+    }
+    // Who has an odd source port is marked, with a bit of somebody else's beside flannel's.
+    run("nft add table inet marks");
+    run("nft add chain inet marks odd { type filter hook prerouting priority -200 ; }");
+    run("nft add rule inet marks odd udp sport & 1 == 1 meta mark set 0x4001");
+    held
+}
+
+/// What comes out, and where, when a packet goes in. The kernel is done with it when the write returns (drivers/net/tun.c
+/// `tun_rx_batched`).
+fn forwarded(devices: &BTreeMap<Device, TunDevice>, packet: &Packet, number: u16) -> Option<(Device, IpAddr)> {
+    let (header, bytes) = ([0; HEADER], bytes(packet, number));
+    devices[&packet.from].write(&[IoSlice::new(&header), IoSlice::new(&bytes)]).unwrap();
+    let mut out = None;
+    for (device, tun) in devices {
+        loop {
+            let (mut header, mut room) = ([0; HEADER], [0; 2048]);
+            match tun.read(&mut header, &mut room) {
+                Ok(len) => {
+                    let seen = source(&room[..len], number, packet.src.is_ipv4()).map(|src| (*device, src));
+                    out = out.or(seen);
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+    out
+}
+
+fn packet(site: &Site) -> impl Strategy<Value = Packet> + use<> {
+    let v4 = site.network.is_v4();
+    let places: Vec<Prefix> = if v4 {
+        ["10.1.15.0/24", "10.1.77.0/24", "192.0.2.0/24", "203.0.113.0/24"]
+    } else {
+        ["fd00:1:0:f::/64", "fd00:1:0:4d::/64", "2001:db8:2:9::/64", "2001:db8:7::/64"]
+    }
+    .map(|text| text.parse().unwrap())
+    .to_vec();
+    let address = (proptest::sample::select(places), 2..250u128).prop_map(|(net, host)| net.nth(host).unwrap());
+    let device = proptest::sample::select(DEVICES.map(|(device, _)| device).to_vec());
+    (device, address.clone(), address, any::<bool>())
+        .prop_filter("a packet to its own sender", |(_, src, dst, _)| src != dst)
+        .prop_map(|(from, src, dst, marked)| Packet { from, src, dst, marked })
+}
+
+#[test]
+fn the_kernel_does_what_the_model_says() {
+    in_namespace("the_kernel_does_what_the_model_says", || {
+        let (devices, sites) = (node(), sites());
+        let mut writer = kernel();
+        let mut number = 0;
+        let packets = sites.each_ref().map(|site| proptest::collection::vec(packet(site), 40));
+        let (masquerade, guarded, excluded) = (any::<bool>(), any::<bool>(), any::<bool>());
+        let mut law = |(packets, masquerade, guarded, excluded): ([Vec<Packet>; 2], bool, bool, bool)| {
+            let tunnel: LinkName = "flannel.1".parse().unwrap();
+            let policy = Policy {
+                networks: sites.iter().map(|site| site.network).collect(),
+                subnets: sites.iter().map(|site| site.subnet).collect(),
+                excluded: sites.iter().filter(|_| excluded).map(|site| site.excluded).collect(),
+                tunnels: guarded.then_some(tunnel).into_iter().collect(),
+                masquerade,
+                clamp: false,
+            };
+            apply(&mut writer, &policy.table());
+            for (site, packets) in sites.iter().zip(packets) {
+                for packet in packets {
+                    number += 1;
+                    let seen = forwarded(&devices, &packet, number);
+                    prop_assert_eq!(seen, expected(&policy, site, &packet), "{:?} under {:?}", packet, policy);
+                }
+            }
+            Ok(())
+        };
+        let mut runner = TestRunner::new(Config { cases: 30, failure_persistence: None, ..Config::default() });
+        let law = std::cell::RefCell::new(&mut law);
+        runner.run(&(packets, masquerade, guarded, excluded), |case| (law.borrow_mut())(case)).unwrap();
+    });
+}
