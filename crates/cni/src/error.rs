@@ -88,3 +88,21 @@ impl<T> Act<T> for std::io::Result<T> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_failure_is_told_under_the_first_ones_code() {
+        let first = CniError::new(Code::Kernel, "make eth0", "look at the kernel");
+        let all = first.and(CniError::new(Code::Io, "free 10.1.15.2", "run it as root"));
+        let all = all.and(CniError::new(Code::Io, "forget a:eth0", "run it as root"));
+        assert_eq!(
+            all.to_json("1.0.0"),
+            json!({"cniVersion": "1.0.0", "code": 100,
+            "msg": "make eth0; free 10.1.15.2; forget a:eth0", "details": "look at the kernel; run it as root"})
+            .to_string()
+        );
+    }
+}

@@ -42,7 +42,7 @@ enum Command {
     )]
     Install(Install),
     /// Print the line that makes podman's own network (netavark) on this node's subnet
-    #[command(after_help = "Example:\n  $(twill cni podman)")]
+    #[command(after_help = "Examples:\n  twill cni podman\n  $(twill cni podman)    make it at once")]
     Podman(PodmanLine),
     /// Take them away again, and give the names back that were taken over
     #[command(after_help = "Example:\n  twill cni uninstall")]
