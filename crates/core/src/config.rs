@@ -113,8 +113,8 @@ impl NetworkConfig {
         self.ranges().map(|range| range.network).collect()
     }
 
-    /// The config that a fresh store gets: one network of each family over vxlan.
-    pub fn default_json(networks: &[Prefix]) -> String {
+    /// The config that a fresh store gets: one network of each family over this backend.
+    pub fn default_json(networks: &[Prefix], backend: &str) -> String {
         let mut config = serde_json::Map::new();
         for network in networks {
             let key = if network.is_v4() { "Network" } else { "IPv6Network" };
@@ -126,7 +126,7 @@ impl NetworkConfig {
         if !config.contains_key("Network") {
             config.insert("EnableIPv4".into(), false.into());
         }
-        config.insert("Backend".into(), serde_json::json!({"Type": "vxlan"}));
+        config.insert("Backend".into(), serde_json::json!({"Type": backend}));
         serde_json::Value::Object(config).to_string()
     }
 }

@@ -1,12 +1,14 @@
-//! What a node keeps on disk: who it is, and what it had.
+//! What a node keeps on disk: who it is, what it had, and whom its tunnel reached.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::backend::{TunnelPeer, TunnelSpec};
 use crate::net::{LinkName, MacAddr, NodeId, Prefix};
 
 const FORMAT: &str = "twill-state";
+const TUNNEL_FORMAT: &str = "twill-tunnel";
 const VERSION: u32 = 1;
 
 /// The state file's content.
@@ -49,24 +51,85 @@ impl State {
 
     /// Reads the file.
     pub fn parse(bytes: &[u8]) -> Result<State, BadState> {
-        #[derive(Deserialize)]
-        struct Head {
-            format: String,
-            version: u32,
-        }
-        let broken = |e: serde_json::Error| BadState::Broken(e.to_string());
-        let head: Head = serde_json::from_slice(bytes).map_err(broken)?;
-        if head.format != FORMAT {
-            return Err(BadState::Broken(format!("its format is {:?}", head.format)));
-        }
-        if head.version > VERSION {
-            return Err(BadState::Newer(head.version));
-        }
-        serde_json::from_slice(bytes).map_err(broken)
+        parse(bytes, FORMAT)
     }
 
     /// The file's bytes.
     pub fn to_json(&self) -> Result<Vec<u8>, serde_json::Error> {
         serde_json::to_vec_pretty(self)
+    }
+}
+
+/// The tunnel as it ran last: it runs again before the store has answered, and without one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunnelMemory {
+    format: String,
+    version: u32,
+    /// Device, address and port.
+    pub spec: TunnelSpec,
+    /// Whom it reached.
+    pub peers: Vec<TunnelPeer>,
+}
+
+impl TunnelMemory {
+    /// This tunnel.
+    pub fn new(spec: TunnelSpec, peers: Vec<TunnelPeer>) -> Self {
+        Self { format: TUNNEL_FORMAT.into(), version: VERSION, spec, peers }
+    }
+
+    /// Reads the file.
+    pub fn parse(bytes: &[u8]) -> Result<Self, BadState> {
+        parse(bytes, TUNNEL_FORMAT)
+    }
+
+    /// The file's bytes.
+    pub fn to_json(&self) -> Result<Vec<u8>, serde_json::Error> {
+        serde_json::to_vec(self)
+    }
+}
+
+/// Reads a file of ours: first what it is, then all of it.
+fn parse<T: serde::de::DeserializeOwned>(bytes: &[u8], format: &str) -> Result<T, BadState> {
+    #[derive(Deserialize)]
+    struct Head {
+        format: String,
+        version: u32,
+    }
+    let broken = |e: serde_json::Error| BadState::Broken(e.to_string());
+    let head: Head = serde_json::from_slice(bytes).map_err(broken)?;
+    if head.format != format {
+        return Err(BadState::Broken(format!("its format is {:?}", head.format)));
+    }
+    if head.version > VERSION {
+        return Err(BadState::Newer(head.version));
+    }
+    serde_json::from_slice(bytes).map_err(broken)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::Mtu;
+
+    #[test]
+    fn a_tunnel_is_remembered_and_nothing_else_is_taken_for_one() {
+        let spec = TunnelSpec {
+            device: "flannel0".parse().unwrap(),
+            mtu: Mtu::try_from(1472).unwrap(),
+            local: "10.168.0.2:8285".parse().unwrap(),
+        };
+        let peer = TunnelPeer {
+            name: "100.96.2.0-24".into(),
+            host: "10.168.0.3".parse().unwrap(),
+            subnets: vec!["100.96.2.0/24".parse().unwrap()],
+        };
+        let memory = TunnelMemory::new(spec, vec![peer]);
+        let bytes = memory.to_json().unwrap();
+        assert_eq!(TunnelMemory::parse(&bytes).unwrap(), memory);
+        let newer = String::from_utf8(bytes).unwrap().replace("\"version\":1", "\"version\":2");
+        assert_eq!(TunnelMemory::parse(newer.as_bytes()), Err(BadState::Newer(2)));
+        let state = State::new(NodeId([0; 16]), String::new()).to_json().unwrap();
+        assert!(matches!(TunnelMemory::parse(&state), Err(BadState::Broken(_))));
+        assert!(matches!(TunnelMemory::parse(b"{"), Err(BadState::Broken(_))));
     }
 }

@@ -14,6 +14,16 @@ use crate::{bin, eventually};
 pub struct Daemon(Child);
 
 impl Daemon {
+    /// This child.
+    pub(crate) fn of(child: Child) -> Daemon {
+        Daemon(child)
+    }
+
+    /// Waits until it ends by itself; gives the exit code, if it was one.
+    pub fn wait(mut self) -> Option<i32> {
+        self.0.wait().unwrap().code()
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
         let _ = kill_process(Pid::from_child(&self.0), signal);

@@ -161,6 +161,17 @@ impl Site {
         self.agent = Some(spawn(command, &self.file("agent.log")));
     }
 
+    /// Starts the agent by a command of the test's own.
+    pub fn start_command(&mut self, command: &mut std::process::Command) {
+        let log = std::fs::File::options().create(true).append(true).open(self.file("agent.log")).unwrap();
+        self.agent = Some(Daemon::of(command.stderr(log).spawn().unwrap()));
+    }
+
+    /// The process that the test started.
+    pub fn agent_pid(&self) -> Option<u32> {
+        self.agent.as_ref().map(Daemon::pid)
+    }
+
     /// The agent, as [`Site::start`] starts it.
     pub fn agent_command(&self, flags: &str) -> std::process::Command {
         let mut command = self.host.command(bin("twill"));

@@ -1,5 +1,7 @@
 //! The lab through the built binary: as root, and as a user without any right. Every test has a folder and a name of its own.
 
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::rc::Rc;
@@ -96,6 +98,17 @@ impl Lab {
 
     fn json(&self, line: &str) -> Value {
         serde_json::from_str(&self.run(&format!("{line} -o json"))).unwrap()
+    }
+
+    /// The first packet that passes a device once `line` runs.
+    fn capture_during(&self, place: &str, device: &str, line: &str) -> Value {
+        let mut command = self.wrapped(&self.program);
+        command.args(["lab", "capture", &format!("--name={}", self.name), place, device, "--count=1", "-o", "json"]);
+        let mut capture = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut said = BufReader::new(capture.stderr.take().unwrap()).lines();
+        assert!(said.any(|line| line.unwrap().contains("listening on")));
+        self.run(line);
+        serde_json::from_slice(&capture.wait_with_output().unwrap().stdout).unwrap()
     }
 
     fn folder(&self) -> PathBuf {
@@ -211,6 +224,78 @@ fn the_scenario_vxlan_has_the_tables_of_the_source() {
     let up = lab.json("status");
     assert_eq!(up["nodes"][1]["containers"][0]["address"], "10.1.16.3");
     assert_eq!(up["nodes"][0]["containers"][0]["address"], "10.1.15.2");
+}
+
+#[test]
+fn the_scenario_udp_has_the_tables_of_the_source() {
+    // A distribution lets everybody open it; a machine that does not lets nobody but root have a TUN device.
+    let mode = std::fs::metadata("/dev/net/tun").map_or(0, |about| about.permissions().mode());
+    let everybody = mode & 0o006 == 0o006;
+    if !everybody {
+        println!("SKIP: no TUN device may be made without root: the mode of /dev/net/tun is {:o}", mode & 0o777);
+    }
+    let root = rustix::process::geteuid().is_root();
+    let labs = [(root || everybody).then(Lab::new), everybody.then(Lab::without_root)];
+    for lab in labs.into_iter().flatten().flatten() {
+        let shown = lab.run("up --scenario udp");
+        let routes = lab.run("exec node1 -- ip route");
+        let mut routes: Vec<&str> = routes.lines().map(str::trim).collect();
+        routes.sort_unstable();
+        let source = [
+            "10.168.0.0/24 dev eth0 proto kernel scope link src 10.168.0.2",
+            "100.96.0.0/16 dev flannel0 proto kernel scope link src 100.96.1.0",
+            "100.96.1.0/24 dev docker0 proto kernel scope link src 100.96.1.1",
+            "default via 10.168.0.1 dev eth0",
+        ];
+        assert_eq!(routes, source);
+        for route in source {
+            assert!(shown.contains(route), "{route}: {shown}");
+        }
+        for number in 1..=3 {
+            assert!(shown.contains(&format!("/coreos.com/network/subnets/100.96.{number}.0-24")), "{shown}");
+            let words = format!("100.96.{number}.0-24 10.168.0.{}", number + 1);
+            let line = |l: &str| l.split_whitespace().take(2).collect::<Vec<_>>().join(" ");
+            assert!(shown.lines().any(|l| line(l) == words), "{words}: {shown}");
+        }
+        // The packet on the wire: the inner IP packet right behind the UDP header.
+        let layers = [
+            "outer Ethernet",
+            "outer IPv4  10.168.0.2 > 10.168.0.3",
+            "outer UDP",
+            "inner IPv4  100.96.1.2 > 100.96.2.3",
+        ];
+        for layer in layers {
+            assert!(shown.contains(layer), "{layer}: {shown}");
+        }
+        for word in ["application → kernel", "kernel → daemon", "daemon → kernel", "EACH MEGABYTE", "OVER VXLAN"]
+        {
+            assert!(shown.contains(word), "{word}: {shown}");
+        }
+        let status = lab.json("status");
+        assert_eq!(status["nodes"][1]["containers"][0]["address"], "100.96.2.3");
+        assert_eq!(lab.json("ping")["reachable"], 6);
+        // A capture takes the datagram apart, and a device without frames as well.
+        for (device, layers) in
+            [("eth0", vec!["Ethernet", "IPv4", "UDP", "IPv4", "ICMP"]), ("flannel0", vec!["IPv4", "ICMP"])]
+        {
+            let seen = lab.capture_during("node1", device, "exec container-1 -- ping -c 3 -W 5 100.96.2.3");
+            let names: Vec<&str> = seen["layers"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|l| l["layer"].as_str().unwrap())
+                .take(layers.len())
+                .collect();
+            assert_eq!(names, layers, "{seen}");
+        }
+        // A restart in the lab: the pumps go on with what the agent remembers.
+        lab.run("agent restart node1");
+        assert_eq!(lab.json("ping")["reachable"], 6);
+        assert!(lab.run("node add").contains("node4"));
+        assert_eq!(lab.json("ping")["reachable"], 12);
+        lab.run("down");
+        lab.assert_gone();
+    }
 }
 
 #[test]
@@ -557,7 +642,8 @@ fn namespaces_without_rights_are_one_clear_error_with_the_setting() {
 fn what_is_asked_for_wrongly_is_refused_in_words() {
     let Some(lab) = Lab::new() else { return };
     for (line, exit, word) in [
-        ("up --backend udp", 2, "backend-not-built"),
+        ("up --backend host-gw", 2, "backend-not-built"),
+        ("up --scenario vxlan --backend udp", 2, "bad-lab"),
         ("up --scenario bridge --nodes 1 --containers 2 --store none", 2, ""),
         ("up --scenario bridge --nodes 2", 2, "bad-lab"),
         ("status", 1, "no-such-lab"),

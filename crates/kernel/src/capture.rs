@@ -11,11 +11,15 @@ use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, RecvFlags, SocketType, recv};
 use twill_core::net::LinkName;
 
+/// Hardware type of a device that has no link layer (include/uapi/linux/if_arp.h).
+const ARPHRD_NONE: u16 = 0xfffe;
+
 /// Frames of one device, both directions.
 #[derive(Debug)]
 pub struct Capture {
     fd: OwnedFd,
     buf: Vec<u8>,
+    frames: bool,
 }
 
 impl Capture {
@@ -45,7 +49,17 @@ impl Capture {
         if unsafe { libc::bind(fd.as_raw_fd(), std::ptr::from_ref(&address).cast(), len) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok(Self { fd, buf: vec![0; 65_536] })
+        let mut len = len;
+        // SAFETY: the pointer and length describe the live `address`, which the kernel fills.
+        let answer =
+            unsafe { libc::getsockname(fd.as_raw_fd(), std::ptr::from_mut(&mut address).cast(), &raw mut len) };
+        let frames = answer != 0 || address.sll_hatype != ARPHRD_NONE;
+        Ok(Self { fd, buf: vec![0; 65_536], frames })
+    }
+
+    /// False for a device without frames, such as TUN: bare IP packets pass it.
+    pub const fn has_frames(&self) -> bool {
+        self.frames
     }
 
     /// The next frame; `None` when `timeout` has passed without one.

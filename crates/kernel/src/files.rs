@@ -114,10 +114,7 @@ pub struct Lock(File);
 impl Lock {
     /// Takes the lock of a file, made when it is missing; `None`: somebody else holds it.
     pub fn try_exclusive(path: &Path) -> io::Result<Option<Lock>> {
-        if let Some(dir) = path.parent() {
-            fs::create_dir_all(dir)?;
-        }
-        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
+        let file = Self::open(path)?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Some(Lock(file))),
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
@@ -127,7 +124,7 @@ impl Lock {
 
     /// Takes the lock of a file, made when it is missing, and waits for whoever holds it.
     pub fn exclusive(path: &Path) -> io::Result<Lock> {
-        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
+        let file = Self::open(path)?;
         loop {
             match flock(&file, FlockOperation::LockExclusive) {
                 Ok(()) => return Ok(Lock(file)),
@@ -135,6 +132,13 @@ impl Lock {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    fn open(path: &Path) -> io::Result<File> {
+        if let Some(dir) = path.parent() {
+            fs::create_dir_all(dir)?;
+        }
+        OpenOptions::new().create(true).append(true).mode(0o600).open(path)
     }
 
     /// The locked file.

@@ -1,9 +1,11 @@
 //! This process and others: memory, capabilities, who else runs here.
 
-#![allow(unsafe_code, reason = "mallopt, malloc_trim and prctl have no safe wrapper")]
+#![allow(unsafe_code, reason = "mallopt, malloc_trim, prctl and inherited descriptors have no safe wrapper")]
 
 use std::fs;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// From now on all threads share one heap: what a short-lived thread freed is not kept for it.
 pub fn one_heap() {
@@ -51,4 +53,24 @@ pub fn neighbours_named(name: &str) -> Vec<u32> {
         comm.trim() == name && fs::read_link(proc.join("ns/net")).is_ok_and(|theirs| theirs == ours)
     };
     pids.filter(same).collect()
+}
+
+/// Descriptors that the service manager has kept for us, with their names (sd_listen_fds_with_names(3)). The first call has them all.
+pub fn kept_descriptors() -> Vec<(String, OwnedFd)> {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    let number = |name: &str| std::env::var(name).ok()?.parse::<i32>().ok();
+    if number("LISTEN_PID") != i32::try_from(std::process::id()).ok() || TAKEN.swap(true, Ordering::Relaxed) {
+        return Vec::new();
+    }
+    let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
+    let names = names.split(':').map(str::to_owned).chain(std::iter::repeat(String::new()));
+    let fds = 3..number("LISTEN_FDS").unwrap_or(0).clamp(0, 64) + 3;
+    let open = fds.zip(names).filter(|(fd, _)| fs::exists(format!("/proc/self/fd/{fd}")).unwrap_or(false));
+    open.map(|(fd, name)| {
+        // SAFETY: the manager opened it for this process, as LISTEN_PID says; it is open, and TAKEN makes sure that nobody else owns it.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let _ = rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC);
+        (name, fd)
+    })
+    .collect()
 }

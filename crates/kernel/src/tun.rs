@@ -155,6 +155,12 @@ impl Tun for TunDevice {
     }
 }
 
+impl From<TunDevice> for OwnedFd {
+    fn from(device: TunDevice) -> OwnedFd {
+        device.fd
+    }
+}
+
 impl AsFd for TunDevice {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()

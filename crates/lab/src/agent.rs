@@ -71,6 +71,11 @@ impl AgentProcess {
         value.map(|value| value.parse().act(|| format!("read {}", path.display()))).transpose()
     }
 
+    /// Gives the process time to do what nothing announces; false when it has ended.
+    pub(crate) fn lives_on(&self, time: Duration, children: &Children) -> bool {
+        !children.wait(self.pid, time)
+    }
+
     pub(crate) fn is_alive(&self, children: &Children) -> bool {
         children.is_alive(self.pid)
     }
@@ -122,19 +127,32 @@ impl AgentProcess {
     }
 }
 
-/// One request to an agent's control API (HTTP/1.1 over its unix socket).
 fn post(folder: &Path, path: &str) -> Result<(), LabError> {
+    ask(folder, "POST", path).map(drop)
+}
+
+/// The subnets whose hosts an agent's tunnel reaches, each with its host's address.
+pub(crate) fn tunnel_peers(folder: &Path) -> Result<Vec<(String, String)>, LabError> {
+    let text = ask(folder, "GET", "/v1/tunnel")?;
+    let answer: serde_json::Value = serde_json::from_str(&text).act(|| "read an agent's answer".into())?;
+    let word = |peer: &serde_json::Value, key: &str| peer[key].as_str().unwrap_or_default().to_owned();
+    let peers = answer["peers"].as_array().into_iter().flatten();
+    Ok(peers.map(|peer| (word(peer, "lease").replace('-', "/"), word(peer, "host"))).collect())
+}
+
+/// One request to an agent's control API (HTTP/1.1 over its unix socket); gives the answer's body.
+fn ask(folder: &Path, method: &str, path: &str) -> Result<String, LabError> {
     let socket = folder.join("run/twill.sock");
     let act = || format!("ask the agent at {} for {path}", socket.display());
     let mut stream = UnixStream::connect(&socket).act(act)?;
     stream.set_read_timeout(Some(PATIENCE)).act(act)?;
-    let request = format!("POST {path} HTTP/1.1\r\nHost: twill\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    let request = format!("{method} {path} HTTP/1.1\r\nHost: twill\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).act(act)?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).act(act)?;
     let status = answer.split_whitespace().nth(1).unwrap_or_default();
     if status.starts_with('2') {
-        Ok(())
+        Ok(answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default())
     } else {
         Err(LabError::new("agent-failed", format!("{}: {}", act(), answer.lines().next().unwrap_or("no answer"))))
     }

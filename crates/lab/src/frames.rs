@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use twill_core::net::LinkName;
 use twill_kernel::capture::Capture;
 use twill_kernel::netns::Netns;
-use twill_packet::{Header, decode, icmp, vxlan};
+use twill_packet::{Header, Layer, decode, decode_packet, icmp, vxlan};
 
 use crate::error::{Act, LabError};
 
@@ -22,19 +22,25 @@ pub struct Seen {
     pub device: LinkName,
     /// When.
     pub at: Instant,
-    /// Its bytes, from the Ethernet header on.
+    /// Its bytes, from the Ethernet header on; of a device without frames, from the IP header on.
     pub bytes: Vec<u8>,
+    framed: bool,
 }
 
 impl Seen {
+    /// What it is, layer by layer.
+    pub fn layers(&self) -> Vec<Layer<'_>> {
+        if self.framed { decode(&self.bytes) } else { decode_packet(&self.bytes) }
+    }
+
     /// True for an echo reply, also inside a tunnel.
     pub fn is_echo_reply(&self) -> bool {
-        decode(&self.bytes).iter().any(|layer| matches!(layer.header, Header::Icmp(icmp::Repr::EchoReply { .. })))
+        self.layers().iter().any(|layer| matches!(layer.header, Header::Icmp(icmp::Repr::EchoReply { .. })))
     }
 
     /// What it says at last, in one line: the innermost header that is not mere data.
     pub fn says(&self) -> String {
-        let layers = decode(&self.bytes);
+        let layers = self.layers();
         let last = layers.iter().rfind(|layer| !matches!(layer.header, Header::Data(_)));
         last.map_or_else(String::new, |layer| format!("{} {}", layer.name(), layer.header.meaning()))
     }
@@ -93,11 +99,11 @@ pub fn send_again(from: &Netns, frame: &[u8], vni: u32, to: IpAddr) -> Result<()
 }
 
 fn keep(device: LinkName, mut capture: Capture, over: &AtomicBool) -> Vec<Seen> {
-    let mut kept = Vec::new();
+    let (mut kept, framed) = (Vec::new(), capture.has_frames());
     loop {
         match capture.next(QUIET) {
             Ok(Some(frame)) => {
-                let seen = Seen { device, at: Instant::now(), bytes: frame.to_vec() };
+                let seen = Seen { device, at: Instant::now(), bytes: frame.to_vec(), framed };
                 let last = seen.is_echo_reply();
                 kept.push(seen);
                 if last {

@@ -11,7 +11,7 @@ use crate::agent::{self, AgentProcess};
 use crate::children::Children;
 use crate::error::{Act, LabError};
 use crate::home::LabDir;
-use crate::layout::{MOST_NODES, NodePlan, Spec, UNDERLAY};
+use crate::layout::{Backend, MOST_NODES, NodePlan, Spec, UNDERLAY};
 use crate::proto::{AgentAct, AgentState, ContainerInfo, HostInfo, LabState, Progress};
 use crate::store;
 use crate::watch;
@@ -135,9 +135,21 @@ impl Lab {
         }
         let waited = each(self.running(), |host| {
             let others = self.hosts.iter().filter(|other| other.plan.name != host.plan.name);
-            watch::knows(&host.place, &others.map(|other| &other.plan).collect::<Vec<_>>(), &self.children, &|_| ())
+            self.knows(host, &others.map(|other| &other.plan).collect::<Vec<_>>(), &|_| ())
         });
         waited.into_iter().collect()
+    }
+
+    /// Waits until a host has what it takes to reach others: in the kernel, or in its agent's tunnel.
+    fn knows(&self, host: &Host, others: &[&NodePlan], progress: Progress<'_>) -> Result<(), LabError> {
+        match self.spec.backend {
+            Backend::Vxlan => watch::knows(&host.place, others, &self.children, progress),
+            Backend::Udp => {
+                let folder = self.dir.node(&host.plan.name);
+                let lives_on = |time| host.agent.as_ref().is_some_and(|agent| agent.lives_on(time, &self.children));
+                watch::tunnel_knows(&host.place.name, &folder, others, (&self.children, &lives_on), progress)
+            }
+        }
     }
 
     /// The hosts whose agents do their work.
@@ -162,8 +174,7 @@ impl Lab {
         let plan = host.plan.clone();
         progress(format!("{} joins the underlay as {}", plan.name, plan.address.addr));
         let (up, watched) = thread::scope(|scope| {
-            let watchers = scope
-                .spawn(|| each(self.running(), |other| watch::knows(&other.place, &[&plan], &self.children, progress)));
+            let watchers = scope.spawn(|| each(self.running(), |other| self.knows(other, &[&plan], progress)));
             let up = self.bring_up(&mut host);
             (up, watchers.join())
         });

@@ -75,6 +75,29 @@ pub enum Scenario {
     Bridge,
     /// Hosts joined by flannel's VXLAN backend.
     Vxlan,
+    /// Hosts joined by flannel's UDP backend.
+    Udp,
+}
+
+/// How packets are carried between hosts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Backend {
+    /// By the kernel.
+    #[default]
+    Vxlan,
+    /// By the agent.
+    Udp,
+}
+
+impl Backend {
+    /// As the network config names it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Backend::Vxlan => "vxlan",
+            Backend::Udp => "udp",
+        }
+    }
 }
 
 /// Which store the agents use.
@@ -112,6 +135,8 @@ pub struct Spec {
     pub nodes: u8,
     /// On each node; 1 to [`MOST_CONTAINERS`].
     pub containers: u8,
+    /// How hosts are joined.
+    pub backend: Backend,
     /// Where leases are kept.
     pub store: StoreKind,
     /// Which addresses it has.
@@ -195,7 +220,9 @@ impl Spec {
     /// The whole networks that agents share, IPv4 first.
     pub fn networks(&self) -> Result<Vec<Prefix>, BadValue> {
         let mut all = Vec::new();
-        if self.families != Families::V6 {
+        if self.scenario == Some(Scenario::Udp) {
+            all.push(Prefix::strict(v4(100, 96, 0, 0), 16)?);
+        } else if self.families != Families::V6 {
             all.push(Prefix::strict(v4(10, 1, 0, 0), 16)?);
         }
         if self.families != Families::V4 {
@@ -211,6 +238,7 @@ impl Spec {
         }
         let (subnet, first) = match self.scenario {
             Some(Scenario::Bridge) => (Prefix::strict(v4(172, 17, 0, 0), 16)?, 3),
+            Some(Scenario::Udp) => (Prefix::strict(v4(100, 96, number, 0), 24)?, 2),
             Some(Scenario::Vxlan) | None => (Prefix::strict(v4(10, 1, 14 + number, 0), 24)?, 2),
         };
         let of_v4 = Second {
@@ -272,7 +300,8 @@ mod tests {
 
     fn spec(scenario: Option<Scenario>, containers: u8) -> Spec {
         let name = "lab".parse().unwrap();
-        Spec { name, scenario, nodes: 2, containers, store: StoreKind::Embedded, families: Families::V4 }
+        let (backend, store, families) = (Backend::Vxlan, StoreKind::Embedded, Families::V4);
+        Spec { name, scenario, nodes: 2, containers, backend, store, families }
     }
 
     #[test]
@@ -284,6 +313,18 @@ mod tests {
         assert_eq!(one.containers[0].address.to_string(), "10.1.15.2/24");
         assert_eq!(two.containers[0].address.to_string(), "10.1.16.3/24");
         assert_eq!(one.bridge.as_str(), "docker0");
+    }
+
+    #[test]
+    fn the_udp_scenario_has_the_addresses_of_the_source() {
+        let spec = spec(Some(Scenario::Udp), 1);
+        assert_eq!(spec.networks().unwrap()[0].to_string(), "100.96.0.0/16");
+        let nodes: Vec<_> = (1..=3).map(|n| spec.node(n).unwrap()).collect();
+        let gateways: Vec<_> = nodes.iter().map(|n| n.gateway.to_string()).collect();
+        assert_eq!(gateways, ["100.96.1.1/24", "100.96.2.1/24", "100.96.3.1/24"]);
+        let containers: Vec<_> = nodes.iter().map(|n| n.containers[0].address.addr.to_string()).collect();
+        assert_eq!(containers, ["100.96.1.2", "100.96.2.3", "100.96.3.4"]);
+        assert_eq!(nodes[2].address.to_string(), "10.168.0.4/24");
     }
 
     #[test]

@@ -27,11 +27,12 @@ pub mod ping;
 pub mod proto;
 pub mod start;
 mod store;
+pub mod stream;
 mod supervisor;
 mod watch;
 mod wiring;
 
 pub use error::LabError;
 pub use home::Home;
-pub use layout::{LabName, Scenario, Spec, StoreKind};
+pub use layout::{Backend, LabName, Scenario, Spec, StoreKind};
 pub use proto::{AgentAct, AgentState, LabState, Request, ask};

@@ -46,7 +46,7 @@ pub(crate) fn start(
             let mut command = own_program()?;
             command.args(["store", "serve", "--listen", &address, "--insecure"]);
             let networks: Vec<String> = networks.iter().map(ToString::to_string).collect();
-            command.args(["--network", &networks.join(",")]);
+            command.args(["--network", &networks.join(","), "--backend", spec.backend.name()]);
             command.arg("--data").arg(data);
             command
         }
@@ -60,7 +60,7 @@ pub(crate) fn start(
     };
     command.env("NOTIFY_SOCKET", notify.path());
     let pid = children.spawn(&underlay.netns, &mut command, &log).map_err(|error| missing(spec.store, &error))?;
-    Ok(StoreProcess { pid, notify, log, address, config: NetworkConfig::default_json(&networks) })
+    Ok(StoreProcess { pid, notify, log, address, config: NetworkConfig::default_json(&networks, spec.backend.name()) })
 }
 
 impl StoreProcess {

@@ -1,11 +1,13 @@
 //! Watching a host learn the way to another: route, neighbour, forwarding entry.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use twill_core::host::{HostState, Object, TABLE_MAIN};
 use twill_kernel::{Interest, Kernel, LinuxKernel};
 
+use crate::agent;
 use crate::children::Children;
 use crate::error::{Act, LabError};
 use crate::layout::NodePlan;
@@ -51,6 +53,47 @@ pub(crate) fn knows(
         }
     });
     watched.act(|| format!("enter {name}"))?
+}
+
+/// As [`knows`], for a tunnel in the agent. It announces nothing, so it is asked.
+/// `lives_on` lets so much time pass, and is false when the agent has ended.
+pub(crate) fn tunnel_knows(
+    name: &str,
+    folder: &Path,
+    others: &[&NodePlan],
+    (children, lives_on): (&Children, &dyn Fn(Duration) -> bool),
+    progress: Progress<'_>,
+) -> Result<(), LabError> {
+    let end = Instant::now() + PATIENCE;
+    let mut told = BTreeSet::new();
+    loop {
+        // Refused until the tunnel runs.
+        let peers = agent::tunnel_peers(folder).unwrap_or_default();
+        let found = |other: &&&NodePlan| {
+            let want = (other.subnet.to_string(), other.address.addr.to_string());
+            peers.contains(&want)
+        };
+        for other in others.iter().filter(found) {
+            if told.insert(other.subnet) {
+                progress(format!("{name}: tunnel {} to {}", other.subnet, other.address.addr));
+            }
+        }
+        if told.len() == others.len() {
+            return Ok(());
+        }
+        if !lives_on(LOOK / 10) || children.is_closed() || Instant::now() >= end {
+            let missing: Vec<&str> = others.iter().filter(|o| !found(o)).map(|o| o.name.as_str()).collect();
+            let error =
+                LabError::new("agent-failed", format!("the tunnel of {name} does not reach {}", missing.join(", ")));
+            let tun = std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun");
+            return Err(match tun {
+                Ok(_) => error,
+                Err(closed) => {
+                    error.hint(format!("a tunnel needs /dev/net/tun ({closed}); as root: chmod 666 /dev/net/tun"))
+                }
+            });
+        }
+    }
 }
 
 /// How often it is looked whether the lab is ending.

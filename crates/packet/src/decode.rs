@@ -17,13 +17,15 @@ use crate::{Error, arp, ethernet, icmp, icmpv6, ipv4, ipv6, tcp, udp, vlan, vxla
 
 /// UDP destination ports that carry VXLAN unless the caller knows better.
 pub const VXLAN_PORTS: [u16; 2] = [vxlan::PORT_LINUX, vxlan::PORT_IANA];
+/// UDP destination port of flannel's udp backend: the payload is a bare IP packet (pkg/backend/udp/udp_amd64.go).
+pub const BARE_PORT: u16 = 8285;
 
 /// One layer of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Layer<'a> {
     /// Where it starts, in bytes from the start of the frame.
     pub offset: usize,
-    /// Tunnels that it lies in: 0 outside, 1 inside a VXLAN.
+    /// Tunnels that it lies in: 0 outside, 1 inside a VXLAN or a datagram of the udp backend.
     pub depth: usize,
     /// What it says.
     pub header: Header<'a>,
@@ -77,10 +79,19 @@ pub fn decode(frame: &[u8]) -> Vec<Layer<'_>> {
     decode_with(frame, &VXLAN_PORTS)
 }
 
+/// The layers of a bare IP packet, as a TUN device has them; offsets count from its first byte.
+pub fn decode_packet(packet: &[u8]) -> Vec<Layer<'_>> {
+    walk(packet, &VXLAN_PORTS, Next::Bare(packet))
+}
+
 /// As [`decode`]; `ports` are the UDP destination ports that carry VXLAN.
 pub fn decode_with<'a>(frame: &'a [u8], ports: &[u16]) -> Vec<Layer<'a>> {
+    walk(frame, ports, Next::Ethernet(frame))
+}
+
+fn walk<'a>(frame: &'a [u8], ports: &[u16], first: Next<'a>) -> Vec<Layer<'a>> {
     let mut walk = Walk { frame, ports, layers: Vec::with_capacity(8), depth: 0 };
-    let mut next = Next::Ethernet(frame);
+    let mut next = first;
     while let Some(step) = walk.step(next) {
         next = step;
     }
@@ -94,6 +105,8 @@ enum Next<'a> {
     Typed(EtherType, &'a [u8]),
     Protocol(Protocol, &'a [u8]),
     Vxlan(&'a [u8]),
+    /// An IP packet without a frame around it.
+    Bare(&'a [u8]),
     Data(&'a [u8]),
 }
 
@@ -118,6 +131,7 @@ impl<'a> Next<'a> {
             Next::Protocol(Protocol::UDP, b) => ("UDP", b),
             Next::Protocol(Protocol::TCP, b) => ("TCP", b),
             Next::Vxlan(b) => ("VXLAN", b),
+            Next::Bare(b) => ("IP", b),
             Next::Typed(_, b) | Next::Protocol(_, b) | Next::Data(b) => ("data", b),
         }
     }
@@ -136,9 +150,8 @@ impl<'a> Walk<'a, '_> {
             return None;
         }
         self.layers.push(Layer { offset, depth: self.depth, header });
-        if let Header::Vxlan(_) = header {
-            self.depth += 1;
-        }
+        let inside = matches!((header, follows), (Header::Vxlan(_), _) | (Header::Udp(_), Some(Next::Bare(_))));
+        self.depth += usize::from(inside);
         follows
     }
 
@@ -156,6 +169,11 @@ impl<'a> Walk<'a, '_> {
                 let packet = vxlan::Packet::new(b)?;
                 Ok((Header::Vxlan(vxlan::Repr::parse(packet)?), Some(Next::Ethernet(packet.payload()))))
             }
+            Next::Bare(b) => match b.first().map(|first| first >> 4) {
+                Some(4) => self.read_typed(EtherType::IPV4, b),
+                Some(6) => self.read_typed(EtherType::IPV6, b),
+                _ => Ok((Header::Data(b), None)),
+            },
             Next::Data(b) => Ok((Header::Data(b), None)),
         }
     }
@@ -200,9 +218,13 @@ impl<'a> Walk<'a, '_> {
             Protocol::UDP => {
                 let packet = udp::Packet::new(b)?;
                 let repr = udp::Repr::parse(packet);
-                let tunnel = self.ports.contains(&repr.dst_port);
                 let payload = packet.payload();
-                (Header::Udp(repr), Some(if tunnel { Next::Vxlan(payload) } else { Next::Data(payload) }))
+                let next = match repr.dst_port {
+                    port if self.ports.contains(&port) => Next::Vxlan(payload),
+                    BARE_PORT => Next::Bare(payload),
+                    _ => Next::Data(payload),
+                };
+                (Header::Udp(repr), Some(next))
             }
             Protocol::TCP => {
                 let packet = tcp::Packet::new(b)?;
@@ -215,7 +237,7 @@ impl<'a> Walk<'a, '_> {
 
 /// One line for each layer: byte offset, name (`outer`, `inner` where there is a tunnel), meaning; each layer a step further in.
 pub fn render(layers: &[Layer<'_>]) -> String {
-    let tunnel = layers.iter().any(|l| matches!(l.header, Header::Vxlan(_)));
+    let tunnel = layers.iter().any(|l| l.depth > 0 || matches!(l.header, Header::Vxlan(_)));
     let mut text = String::new();
     for (step, layer) in layers.iter().enumerate() {
         let side = match layer.header {

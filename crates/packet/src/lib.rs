@@ -35,7 +35,7 @@ pub mod vxlan;
 
 use std::fmt;
 
-pub use decode::{Header, Layer, decode, render};
+pub use decode::{Header, Layer, decode, decode_packet, render};
 
 /// Why bytes are not what they were taken for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -245,6 +245,13 @@ pub struct CallsSnapshot {
     pub udp_receives: u64,
 }
 
+impl CallsSnapshot {
+    /// All of them.
+    pub const fn total(&self) -> u64 {
+        self.waits + self.tun_reads + self.tun_writes + self.udp_sends + self.udp_receives
+    }
+}
+
 /// Packets dropped for one cause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dropped {

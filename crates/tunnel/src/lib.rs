@@ -190,6 +190,11 @@ impl Tunnel {
         !self.shared.lost.load(Ordering::Acquire)
     }
 
+    /// The device's and the socket's descriptor, for somebody who keeps them.
+    pub fn descriptors(&self) -> Option<(BorrowedFd<'_>, BorrowedFd<'_>)> {
+        self.ends.as_ref().map(|ends| (ends.tun.as_fd(), ends.udp.as_fd()))
+    }
+
     /// Ends the pumps, waits for them, and gives the descriptors back: nobody reads them any more.
     pub fn stop(mut self) -> Option<(TunDevice, UdpSocket)> {
         self.join();

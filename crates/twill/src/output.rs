@@ -111,6 +111,11 @@ pub(crate) fn columns<R: IntoIterator<Item = String>>(header: &[&str], rows: imp
     text.collect::<Vec<_>>().join("\n")
 }
 
+/// True when a person looks at stdout.
+pub(crate) fn to_terminal() -> bool {
+    std::io::IsTerminal::is_terminal(&std::io::stdout())
+}
+
 /// Writes `text` and a newline to stdout; a reader that has gone away ends the output quietly.
 pub(crate) fn print_text(text: &str) {
     use std::io::Write;

@@ -54,6 +54,7 @@ pub(crate) async fn serve(control: Control, listener: UnixListener, stop: impl F
     let router = Router::new()
         .route("/v1/status", get(status))
         .route("/v1/peers", get(peers))
+        .route("/v1/tunnel", get(tunnel))
         .route("/v1/plan", get(plan))
         .route("/v1/hold", post(|control| hold(control, true)))
         .route("/v1/release", post(|control| hold(control, false)))
@@ -96,6 +97,15 @@ async fn status(State(control): State<Control>) -> Answer {
     let host = control.host.borrow().clone();
     view.findings.extend(guests::findings(&control.state_dir, &host, &view));
     answer(view)
+}
+
+async fn tunnel(State(control): State<Control>) -> Answer {
+    let gauge = control.gauge.lock().map_err(|_| ended())?.clone();
+    let gauge = gauge.ok_or_else(|| {
+        let failure = Failure::new("no-tunnel", "no tunnel of the udp backend runs on this node");
+        Refused(failure.hint("the counters of other backends are the kernel's: ip -s link; see also: twill status"))
+    })?;
+    answer(gauge.counters())
 }
 
 async fn peers(State(control): State<Control>) -> Answer {

@@ -4,12 +4,13 @@
 //! - [`session`]: the node's life in the store (async)
 //! - [`reconciler`]: the thread that owns the kernel
 //! - [`compose`]: from leases and facts to what is wanted
-//! - [`tunnel`]: the udp backend's tunnel
+//! - [`tunnel`], [`handover`]: the udp backend's tunnel, and how the next agent gets it
 //! - [`control`], [`view`], [`guests`]: the control API and what it shows
 
 pub(crate) mod compose;
 pub(crate) mod control;
 mod guests;
+mod handover;
 pub(crate) mod reconciler;
 pub(crate) mod session;
 pub(crate) mod settings;
@@ -30,10 +31,10 @@ use twill_core::state_file::State;
 use twill_kernel::{files, process};
 
 use self::control::Control;
-use self::reconciler::Reconciler;
+use self::reconciler::{Order, Reconciler};
 use self::session::Session;
 use self::settings::Settings;
-use self::tunnel::SharedGauge;
+use self::tunnel::{SharedGauge, TunnelHost};
 use self::view::{StoreView, View};
 use crate::output::Failure;
 use crate::stores;
@@ -46,20 +47,16 @@ const SWEEP: Duration = Duration::from_secs(60);
 /// Runs the agent until it is told to end. Everything stays in the kernel.
 pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
     process::one_heap();
-    let _lock = lock(&settings)?;
-    refuse_beside_flannel()?;
-    let state = load_state(&settings.state_dir)?;
-    let store = settings.store.connect()?;
-    let view = Arc::new(Mutex::new(View {
-        node: state.node.to_string(),
-        state: "starting".into(),
-        store: StoreView { endpoints: store.endpoints(), state: "away".into(), revision: 0, open: store.is_open() },
-        ..View::default()
-    }));
+    let view = Arc::new(Mutex::new(View { state: "starting".into(), ..View::default() }));
     let (host_sender, host) = watch::channel(Arc::new(HostState::new()));
     let gauge = SharedGauge::default();
-    let reconciler =
-        Reconciler::new(host_sender, Arc::clone(&view), Arc::clone(&gauge)).context("look at this host's network")?;
+    let tunnel = |waker| TunnelHost::new(waker, Arc::clone(&gauge), &settings.state_dir, !settings.tunnel_offloads);
+    let mut reconciler =
+        Reconciler::new(host_sender, Arc::clone(&view), tunnel).context("look at this host's network")?;
+    let _lock = take_the_place(&settings, &mut reconciler)?;
+    let state = load_state(&settings.state_dir)?;
+    let store = settings.store.connect()?;
+    show(&view, &state, &store);
     let (waker, (orders, receiver)) = (reconciler.waker(), std::sync::mpsc::channel());
     let thread = std::thread::Builder::new().name("reconciler".into());
     let thread = thread.spawn(move || reconciler.run(&receiver)).context("start the reconciler")?;
@@ -85,12 +82,15 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
         };
         let session =
             Session::new(settings.clone(), store, orders.clone(), waker.clone(), host, view, command_receiver, state);
+        let (gone, handed_over) = oneshot::channel();
+        handover::offer(&settings.run_dir, orders.clone(), waker.clone(), gone);
         let (stop, stopped) = oneshot::channel::<()>();
         let served = tokio::spawn(control::serve(control, listener, async { drop(stopped.await) }));
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         tokio::select! {
             () = session.run() => tracing::info!("the node has left"),
             () = crate::terminated() => tracing::info!("ending; devices, routes and lease stay"),
+            Ok(()) = handed_over => tracing::info!("the next agent has the tunnel: ending"),
             () = watchdog() => {}
             () = sweep(settings.state_dir.join("attachments")) => {}
         }
@@ -99,12 +99,22 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
         let _ = tokio::time::timeout(LAST_WORDS, served).await;
         anyhow::Ok(())
     });
-    // The orders' end is the reconciler's.
-    drop(orders);
+    let _ = orders.send(Order::End);
     waker.wake();
     let _ = thread.join();
-    let _ = std::fs::remove_file(settings.run_dir.join("twill.sock"));
+    for socket in ["twill.sock", "handover.sock"] {
+        let _ = std::fs::remove_file(settings.run_dir.join(socket));
+    }
     result
+}
+
+/// Who we are, before the store has answered.
+fn show(view: &Mutex<View>, state: &State, store: &twill_store::EtcdStore) {
+    if let Ok(mut view) = view.lock() {
+        view.node = state.node.to_string();
+        view.store =
+            StoreView { endpoints: store.endpoints(), state: "away".into(), revision: 0, open: store.is_open() };
+    }
 }
 
 /// Frees what containers have left that are gone, now and then; never ends.
@@ -123,6 +133,25 @@ async fn sweep(attachments: PathBuf) {
     }
 }
 
+/// One agent for each state folder: the only one, or the next one, which has the tunnel running before the one before it has ended.
+fn take_the_place(settings: &Settings, reconciler: &mut Reconciler) -> anyhow::Result<files::Lock> {
+    let before = if settings.takeover { handover::take(&settings.run_dir)? } else { None };
+    let lock = match before {
+        Some(handed) => {
+            reconciler.restore(handed);
+            let path = settings.state_dir.join("agent.lock");
+            files::Lock::exclusive(&path).with_context(|| format!("lock {}", path.display()))?
+        }
+        None => {
+            let lock = lock(settings)?;
+            refuse_beside_flannel()?;
+            reconciler.restore(None);
+            lock
+        }
+    };
+    Ok(lock)
+}
+
 /// One agent for each state folder.
 fn lock(settings: &Settings) -> anyhow::Result<files::Lock> {
     let path = settings.state_dir.join("agent.lock");
@@ -132,7 +161,7 @@ fn lock(settings: &Settings) -> anyhow::Result<files::Lock> {
     })?;
     lock.ok_or_else(|| {
         Failure::new("agent-running", "another agent runs on this state")
-            .hint("stop it first: systemctl stop twill")
+            .hint("stop it first: systemctl stop twill; or take its place without loss: twill agent --takeover")
             .into()
     })
 }
@@ -180,7 +209,7 @@ async fn serve_store(settings: &Settings, address: std::net::SocketAddr, host: &
             let message = format!("the network {} overlaps what this host has: {clash}", settings.network);
             return Err(Failure::new("network-overlap", message).hint("choose another with --network PREFIX").into());
         }
-        let text = NetworkConfig::default_json(&[settings.network]);
+        let text = NetworkConfig::default_json(&[settings.network], "vxlan");
         store.create_config(text.as_bytes()).await.map_err(Failure::from)?;
         tracing::info!(config = text, "wrote the network config");
     }

@@ -16,9 +16,10 @@ use twill_core::backend::{Reach, TunnelSpec};
 use twill_core::firewall::{TableName, beside};
 use twill_core::host::{HostState, Key, Object, PROTO_TWILL};
 use twill_core::reconcile::{Caps, Claim, Healer, Journal, Plan, Scope, Wanted, plan, shadowed, taken_tables};
-use twill_kernel::{Interest, Kernel, KernelError, LinuxKernel};
+use twill_kernel::{Interest, Kernel, KernelError, LinuxKernel, Waker};
 
-use super::tunnel::{SharedGauge, TunnelHost};
+use super::handover::Handed;
+use super::tunnel::TunnelHost;
 use super::view::{PlanView, Repairs, View};
 
 /// Sysctls announce nothing: they are read again this often.
@@ -45,6 +46,12 @@ pub(crate) enum Order {
     Hold(bool),
     /// What would be changed now.
     Plan(oneshot::Sender<PlanView>),
+    /// Stop the tunnel's pumps and give its descriptors away; `None`: no tunnel runs.
+    HandOver(oneshot::Sender<Option<Handed>>),
+    /// Whoever was to have them went away.
+    TakeBack,
+    /// The agent ends.
+    End,
     /// Remove everything that is ours. Answered when applied.
     Clear(oneshot::Sender<bool>),
 }
@@ -78,11 +85,11 @@ impl Reconciler {
     pub(crate) fn new(
         host: watch::Sender<Arc<HostState>>,
         view: Arc<Mutex<View>>,
-        gauge: SharedGauge,
+        tunnel: impl FnOnce(Waker) -> TunnelHost,
     ) -> Result<Self, KernelError> {
         let kernel = LinuxKernel::open(Interest { devices: Some(BTreeSet::new()), ..Interest::default() })?;
         let mut reconciler = Self {
-            tunnel: TunnelHost::new(kernel.waker(), gauge),
+            tunnel: tunnel(kernel.waker()),
             kernel,
             wanted: Wanted::default(),
             healer: Healer::default(),
@@ -106,8 +113,13 @@ impl Reconciler {
         Ok(reconciler)
     }
 
-    pub(crate) fn waker(&self) -> twill_kernel::Waker {
+    pub(crate) fn waker(&self) -> Waker {
         self.kernel.waker()
+    }
+
+    /// The tunnel of an earlier run goes on before anything else.
+    pub(crate) fn restore(&mut self, handed: Option<Handed>) {
+        self.tunnel.restore(handed);
     }
 
     /// Works until the orders end. What was applied stays in the kernel.
@@ -131,6 +143,7 @@ impl Reconciler {
             let mut answers = Vec::new();
             loop {
                 match orders.try_recv() {
+                    Ok(Order::End) => return,
                     Ok(order) => self.on_order(order, &mut answers),
                     Err(TryRecvError::Empty) => break,
                     Err(TryRecvError::Disconnected) => return,
@@ -179,12 +192,26 @@ impl Reconciler {
         if self.findings.is_some_and(|at| now >= at) {
             self.findings = None;
             self.publish_status();
+            self.tunnel.save();
             if std::mem::take(&mut self.trim) {
                 self.kernel.pack();
                 self.wanted.pack();
                 twill_kernel::process::trim_heap();
             }
         }
+    }
+
+    fn on_peers(&mut self, peers: Vec<(String, Reach)>) {
+        let before = self.tunnel.peer_count();
+        let dirty = peers.into_iter().flat_map(|(name, reach)| {
+            self.tunnel.set_peer(&name, reach.tunnel);
+            self.wanted.set_peer(&name, reach.objects)
+        });
+        let dirty: BTreeSet<Key> = dirty.collect();
+        self.ordered.extend(dirty);
+        // A tunnel's peer has no object in the kernel whose coming would be told.
+        let soon = if self.tunnel.peer_count() == before { QUIET } else { Duration::ZERO };
+        self.findings = Some(self.now() + soon);
     }
 
     fn on_order(&mut self, order: Order, answers: &mut Vec<oneshot::Sender<bool>>) {
@@ -208,20 +235,16 @@ impl Reconciler {
                 self.settled = false;
                 answers.push(done);
             }
-            Order::Peers(peers) => {
-                let before = self.tunnel.peer_count();
-                let dirty = peers.into_iter().flat_map(|(name, reach)| {
-                    self.tunnel.set_peer(&name, reach.tunnel);
-                    self.wanted.set_peer(&name, reach.objects)
-                });
-                let dirty: BTreeSet<Key> = dirty.collect();
-                self.ordered.extend(dirty);
-                // A tunnel's peer has no object in the kernel whose coming would be told.
-                if self.tunnel.peer_count() != before {
-                    self.findings = Some(self.now());
+            Order::Peers(peers) => self.on_peers(peers),
+            Order::HandOver(reply) => {
+                if let Err(Some(handed)) = reply.send(self.tunnel.hand_over()) {
+                    drop(handed);
+                    self.tunnel.take_back();
                 }
             }
+            Order::TakeBack | Order::End => self.tunnel.take_back(),
             Order::Prune => {
+                self.tunnel.forget_remembered();
                 self.prune = true;
                 self.all = true;
                 self.settled = false;
@@ -236,8 +259,7 @@ impl Reconciler {
                 let names: Vec<String> = self.wanted.peer_names().map(str::to_owned).collect();
                 names.iter().for_each(|name| drop(self.wanted.set_peer(name, Vec::new())));
                 self.wanted.set_base(HostState::new());
-                self.tunnel.set_spec(None);
-                self.tunnel.clear_peers();
+                self.tunnel.clear();
                 (self.all, self.prune, self.settled) = (true, true, false);
                 answers.push(done);
             }

@@ -49,6 +49,12 @@ pub(crate) struct AgentArgs {
     /// File for container runtimes [default: /run/flannel/subnet.env]
     #[arg(long, value_name = "FILE", env = "TWILL_SUBNET_FILE")]
     subnet_file: Option<PathBuf>,
+    /// Carry packets of the udp backend one by one, although this kernel knows better
+    #[arg(long)]
+    no_tunnel_offloads: bool,
+    /// Take the place of the agent that runs here, without losing a packet of the udp backend
+    #[arg(long)]
+    takeover: bool,
     /// Folder that survives a reboot [default: /var/lib/twill]
     #[arg(long, value_name = "DIR", env = "TWILL_STATE_DIR")]
     pub(crate) state_dir: Option<PathBuf>,
@@ -84,6 +90,7 @@ struct File {
     ip_masq: Option<bool>,
     clamp_mss: Option<bool>,
     subnet_file: Option<PathBuf>,
+    tunnel_offloads: Option<bool>,
     state_dir: Option<PathBuf>,
     run_dir: Option<PathBuf>,
 }
@@ -99,6 +106,8 @@ pub(crate) struct Settings {
     pub(crate) subnet: Vec<Prefix>,
     pub(crate) way_out: WayOut,
     pub(crate) subnet_file: PathBuf,
+    pub(crate) tunnel_offloads: bool,
+    pub(crate) takeover: bool,
     pub(crate) state_dir: PathBuf,
     pub(crate) run_dir: PathBuf,
 }
@@ -156,6 +165,8 @@ impl AgentArgs {
                 clamp: self.clamp_mss.or(file.clamp_mss).unwrap_or(false),
             },
             subnet_file: self.subnet_file.or(file.subnet_file).unwrap_or_else(|| runtime_file().join("subnet.env")),
+            tunnel_offloads: !self.no_tunnel_offloads && file.tunnel_offloads.unwrap_or(true),
+            takeover: self.takeover,
             state_dir: self.state_dir.or(file.state_dir).unwrap_or_else(stores::state_dir),
             run_dir: self.run_dir.or(file.run_dir).unwrap_or_else(stores::run_dir),
         })

@@ -14,6 +14,7 @@ use crate::output::{self, Output};
   twill agent --serve-store                               one host alone, store on loopback
   twill agent --serve-store 192.0.2.11:2379 --insecure    the first host; prints the line for the next one
   twill agent --store http://192.0.2.11:2379              every next host
+  twill agent --takeover                                  a new version takes the running one's place
   twill agent --store https://etcd1:2379,https://etcd2:2379 --ca ca.pem --cert node.pem --key node-key.pem")]
 pub(crate) struct Agent {
     #[command(flatten)]

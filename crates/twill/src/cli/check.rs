@@ -120,7 +120,7 @@ fn capabilities(check: &mut Check) {
 /// The config of the store; of a store that we are to serve ourselves, the one that we would write.
 fn network_config(settings: &Settings) -> Result<Option<twill_store::RawConfig>, Failure> {
     if settings.serve_store.is_some() {
-        let value = config::NetworkConfig::default_json(&[settings.network]).into_bytes();
+        let value = config::NetworkConfig::default_json(&[settings.network], "vxlan").into_bytes();
         return Ok(Some(twill_store::RawConfig { value, mod_rev: 0 }));
     }
     let store = settings.store.connect()?;

@@ -12,6 +12,7 @@ mod lab;
 mod offline;
 mod show;
 mod store;
+mod top;
 
 use std::process::ExitCode;
 
@@ -39,6 +40,8 @@ enum Command {
     Status(ask::Status),
     /// Show the peers; with --probe ask each of them
     Peers(ask::PeersArgs),
+    /// Watch what the udp backend's tunnel carries, peer by peer
+    Top(top::Top),
     /// List the leases in the store
     Leases(Box<offline::Leases>),
     /// Show what the agent would change right now
@@ -80,6 +83,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Agent(args) => args.run(),
         Command::Status(args) => args.run(),
         Command::Peers(args) => args.run(),
+        Command::Top(args) => args.run(),
         Command::Leases(args) => args.run(),
         Command::Plan(args) => args.run(),
         Command::Resync(args) => args.run(),

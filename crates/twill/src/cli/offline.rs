@@ -251,6 +251,8 @@ impl Clean {
             failed =
                 todo.steps.iter().zip(outcome.steps).filter_map(|(s, r)| Some(format!("{s}: {}", r.err()?))).collect();
             state.devices.clear();
+            // The tunnel that used them is not to come back.
+            let _ = std::fs::remove_file(crate::agent::tunnel::path(&state_dir));
             let bytes = state.to_json().context("write the state")?;
             twill_kernel::files::write_atomic(&state_dir.join("state.json"), &bytes, 0o600)
                 .context("write the state")?;

@@ -44,9 +44,12 @@ struct Serve {
     /// Serve other hosts although nothing authenticates them
     #[arg(long)]
     insecure: bool,
-    /// Write a network config (this network over vxlan; one of each family, joined by a comma) where there is none
+    /// Write a network config where there is none: this network, or one of each family, joined by a comma
     #[arg(long, value_name = "PREFIX", value_delimiter = ',')]
     network: Vec<Prefix>,
+    /// With --network: how packets are carried between hosts
+    #[arg(long, value_parser = ["vxlan", "udp"], default_value = "vxlan", requires = "network")]
+    backend: String,
 }
 
 /// List keys, one on a line.
@@ -86,7 +89,7 @@ impl Serve {
                     prefix: stores::PREFIX.into(),
                     ..Default::default()
                 })?;
-                let config = twill_core::config::NetworkConfig::default_json(&self.network);
+                let config = twill_core::config::NetworkConfig::default_json(&self.network, &self.backend);
                 let served = tokio::spawn(server.serve(listener, crate::terminated()));
                 store.create_config(config.as_bytes()).await?;
                 return served.await.context("the store's task ended")?.context("serve the store");

@@ -219,7 +219,7 @@ impl Session {
         let known: Vec<String> = if self.seen.is_some() {
             self.leases.names().map(str::to_owned).collect()
         } else {
-            self.left_in_kernel(network)
+            self.left_behind(network)
         };
         let lacking: Vec<String> = known.iter().filter(|name| !listed.contains(name.as_str())).cloned().collect();
         let backwards = self.seen.is_some_and(|(cluster, rev)| cluster != listing.cluster_id || rev > listing.revision);
@@ -248,8 +248,8 @@ impl Session {
         self.leases.reset(listing.entries)
     }
 
-    /// Lease names of the peers that an earlier run left in the kernel.
-    fn left_in_kernel(&self, network: &Network) -> Vec<String> {
+    /// Lease names of the peers that an earlier run left in the kernel and in its tunnel.
+    fn left_behind(&self, network: &Network) -> Vec<String> {
         let devices = network.cx.networks.iter().flat_map(|n| network.backend.devices(&[*n])).collect::<Vec<_>>();
         let Ok(kernel) = twill_kernel::LinuxKernel::open(twill_kernel::Interest {
             devices: Some(BTreeSet::new()),
@@ -264,7 +264,9 @@ impl Session {
             twill_core::host::Object::Route(r) if on_ours(r) => Some(r.key.dst),
             _ => None,
         });
-        routes.map(|dst| format!("{}-{}", dst.addr(), dst.len())).collect()
+        let tunnel = super::tunnel::remembered(&super::tunnel::path(&self.settings.state_dir));
+        let tunnel = tunnel.into_iter().flat_map(|memory| memory.peers).map(|peer| peer.name);
+        routes.map(|dst| format!("{}-{}", dst.addr(), dst.len())).chain(tunnel).collect()
     }
 
     /// Tells the reconciler what these leases want.
@@ -298,9 +300,7 @@ impl Session {
                 self.order(Order::Peers(std::mem::take(&mut peers)));
             }
         }
-        if !peers.is_empty() {
-            self.order(Order::Peers(peers));
-        }
+        self.order(Order::Peers(peers));
         self.show_faults();
     }
 

@@ -10,7 +10,7 @@ use twill_kernel::capture;
 use twill_lab::ping::{Matrix, matrix};
 use twill_lab::{LabState, enter};
 use twill_packet::decode::Value;
-use twill_packet::{decode, render};
+use twill_packet::{decode, decode_packet, render};
 
 use super::{Named, state};
 use crate::output::{FINDINGS, Failure, Format, Output, columns, print_text};
@@ -115,10 +115,11 @@ impl Capture {
         })?;
         crate::output::progress(format_args!("listening on {} in {}", self.device, self.place));
         let mut number = 0;
+        let layers_of = if capture.has_frames() { decode } else { decode_packet };
         while self.count.is_none_or(|count| number < count) {
             let Some(frame) = capture.next(AN_HOUR)? else { continue };
             number += 1;
-            let layers = decode(frame);
+            let layers = layers_of(frame);
             if output.format == Format::Table {
                 print_text(&format!("packet {number}, {} bytes\n{}", frame.len(), render(&layers)));
             } else {

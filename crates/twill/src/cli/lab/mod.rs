@@ -10,7 +10,9 @@ use std::process::ExitCode;
 
 use clap::{Args, Subcommand, ValueEnum};
 use twill_lab::layout::{Families, MOST_CONTAINERS, MOST_NODES};
-use twill_lab::{AgentAct, Home, LabError, LabName, LabState, Request, Scenario, Spec, StoreKind, ask, enter, start};
+use twill_lab::{
+    AgentAct, Backend, Home, LabError, LabName, LabState, Request, Scenario, Spec, StoreKind, ask, enter, start,
+};
 
 use crate::output::{Failure, Output, USAGE, progress};
 
@@ -108,7 +110,7 @@ struct Up {
     /// A classic textbook network, with its very addresses
     #[arg(long, value_enum)]
     scenario: Option<Network>,
-    /// How many hosts, 1 to 16 [default: 2; bridge: 1]
+    /// How many hosts, 1 to 16 [default: 2; bridge: 1; udp: 3]
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=i64::from(MOST_NODES)))]
     nodes: Option<u8>,
     /// How many containers on each host, 1 to 4 [default: 1; bridge: 2]
@@ -116,9 +118,9 @@ struct Up {
     containers: Option<u8>,
     #[command(flatten)]
     families: Addresses,
-    /// How packets are carried between hosts
-    #[arg(long, default_value = "vxlan")]
-    backend: String,
+    /// How packets are carried between hosts [default: vxlan, or the scenario's]
+    #[arg(long)]
+    backend: Option<String>,
     /// Where the agents keep their leases
     #[arg(long, value_enum, default_value = "embedded")]
     store: Store,
@@ -130,6 +132,8 @@ enum Network {
     Bridge,
     /// Hosts joined by VXLAN: flannel.1, docker0
     Vxlan,
+    /// Hosts joined by packets in UDP, which the agent carries: flannel0, docker0
+    Udp,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -266,15 +270,12 @@ impl Up {
     }
 
     fn spec(&self) -> Result<Spec, Failure> {
-        if self.backend != "vxlan" {
-            return Err(Failure::new("backend-not-built", format!("backend {:?} is not built yet", self.backend))
-                .hint("take --backend vxlan")
-                .exit(USAGE));
-        }
         let scenario = self.scenario.map(|network| match network {
             Network::Bridge => Scenario::Bridge,
             Network::Vxlan => Scenario::Vxlan,
+            Network::Udp => Scenario::Udp,
         });
+        let backend = self.backend(scenario)?;
         let bridge = scenario == Some(Scenario::Bridge);
         if bridge && self.nodes.is_some_and(|nodes| nodes != 1) {
             return Err(Failure::new("bad-lab", "the scenario bridge has one host")
@@ -287,7 +288,16 @@ impl Up {
                 .hint("leave --scenario away, or --ipv6 and --ipv6-only")
                 .exit(USAGE));
         }
-        let (nodes, containers) = if bridge { (1, 2) } else { (2, 1) };
+        if backend == Backend::Udp && families != Families::V4 {
+            return Err(Failure::new("bad-lab", "the udp backend carries IPv4 networks only")
+                .hint("leave --backend away, or --ipv6 and --ipv6-only")
+                .exit(USAGE));
+        }
+        let (nodes, containers) = match scenario {
+            Some(Scenario::Bridge) => (1, 2),
+            Some(Scenario::Udp) => (3, 1),
+            Some(Scenario::Vxlan) | None => (2, 1),
+        };
         let store = match self.store {
             Store::Embedded => StoreKind::Embedded,
             Store::Etcd => StoreKind::Etcd,
@@ -297,9 +307,31 @@ impl Up {
             scenario,
             nodes: self.nodes.unwrap_or(nodes),
             containers: self.containers.unwrap_or(containers),
+            backend,
             store,
             families,
         })
+    }
+
+    fn backend(&self, scenario: Option<Scenario>) -> Result<Backend, Failure> {
+        let own = match scenario {
+            Some(Scenario::Udp) => Backend::Udp,
+            Some(Scenario::Bridge | Scenario::Vxlan) | None => Backend::Vxlan,
+        };
+        let asked = match self.backend.as_deref() {
+            None => own,
+            Some("vxlan") => Backend::Vxlan,
+            Some("udp") => Backend::Udp,
+            Some(other) => {
+                let failure = Failure::new("backend-not-built", format!("backend {other:?} is not built yet"));
+                return Err(failure.hint("take --backend vxlan or --backend udp").exit(USAGE));
+            }
+        };
+        if scenario.is_some() && asked != own {
+            let message = format!("the scenario has the backend {}", own.name());
+            return Err(Failure::new("bad-lab", message).hint("leave --backend away").exit(USAGE));
+        }
+        Ok(asked)
     }
 }
 

@@ -6,8 +6,11 @@ use twill_kernel::netns::Netns;
 use twill_lab::frames::{self, Seen};
 use twill_lab::layout::{STORE_PORT, UNDERLAY};
 use twill_lab::proto::ContainerInfo;
-use twill_lab::{LabError, LabState, Scenario, enter, ping};
+use twill_lab::{Home, LabError, LabState, Scenario, enter, ping, stream};
 use twill_packet::{Header, decode, ethernet, render};
+use twill_tunnel::counters::{FlowSnapshot, Snapshot};
+
+use crate::output::columns;
 
 /// One thing that a scenario shows.
 #[derive(Debug, Clone, Serialize)]
@@ -23,6 +26,7 @@ pub(super) fn show(scenario: Scenario, state: &LabState) -> Result<Vec<Section>,
     match scenario {
         Scenario::Bridge => bridge(state),
         Scenario::Vxlan => vxlan(state),
+        Scenario::Udp => udp(state),
     }
 }
 
@@ -82,6 +86,88 @@ fn vxlan(state: &LabState) -> Result<Vec<Section>, LabError> {
     let lines = inside.iter().map(|seen| seen.says()).chain([counted, answered(last, &answer)]).collect();
     sections.push(Section { title: "what crossed flannel.1 of node1 meanwhile".into(), lines });
     Ok(sections)
+}
+
+/// Hosts joined by packets in UDP: one route, the daemon's table, a packet taken apart, and what crossing into the daemon costs.
+fn udp(state: &LabState) -> Result<Vec<Section>, LabError> {
+    let node = enter::open(state, "node1")?;
+    let mut sections = vec![routes(&node)?];
+    let (store, underlay) = (state.store_url()?, enter::open(state, UNDERLAY)?);
+    let keys = ["store", "ls", "/coreos.com/network/subnets", "--store", &store];
+    sections.push(table(&format!("the store's keys (port {STORE_PORT} of the underlay)"), &underlay, &keys)?);
+    let values = ["leases", "--store", &store];
+    sections.push(table("what their values say: the host that holds the subnet", &underlay, &values)?);
+    let run_dir = Home::open()?.lab(&state.spec.name).node("node1").join("run");
+    let run_dir = run_dir.to_string_lossy();
+    let peers = ["peers", "--run-dir", &run_dir];
+    sections.push(table("where the daemon of node1 sends each subnet's packets", &node, &peers)?);
+    let containers: Vec<&ContainerInfo> = state.containers().collect();
+    let (first, second) = match containers[..] {
+        [first, second, ..] => (first, second),
+        _ => ends(&containers)?,
+    };
+    let (from, to) = (enter::open(state, &first.name)?, enter::open(state, &second.name)?);
+    let (docker, flannel, eth0) = (name("docker0")?, name("flannel0")?, name("eth0")?);
+    let (seen, answer) = frames::during(&node, &[docker, flannel, eth0], || ping::one(&from, second.address))?;
+    let wrapped = |seen: &&Seen| seen.device == eth0 && seen.layers().iter().any(|layer| layer.depth > 0);
+    if let Some(packet) = seen.iter().find(wrapped) {
+        let lines = render(&packet.layers()).lines().map(str::to_owned).collect();
+        let title = format!("{} pings {}: the packet on eth0 of node1, layer by layer", first.name, second.name);
+        sections.push(Section { title, lines });
+    }
+    let echo = |seen: &&Seen| seen.layers().iter().any(|layer| matches!(layer.header, Header::Icmp(_)));
+    let passed = seen.iter().filter(echo).map(|seen| format!("{:<9} {}", seen.device.as_str(), seen.says()));
+    let lines = passed.chain([answered(second, &answer)]).collect();
+    sections.push(Section { title: "the same, device by device on node1".into(), lines });
+    sections.push(crossings(&node, &run_dir, || stream::carry(&from, &to, second.address, BULK))?);
+    Ok(sections)
+}
+
+/// The routes of node1 that the source shows, in its words.
+fn routes(node: &Netns) -> Result<Section, LabError> {
+    let text = enter::output(node, &["show", "routes", "-o", "json"])?;
+    let value: serde_json::Value =
+        serde_json::from_str(&text).map_err(|error| LabError::new("lab-failed", error.to_string()))?;
+    let lines = value["routes"].as_array().into_iter().flatten().filter_map(|route| route["line"].as_str());
+    let lines = lines.filter(|line| !line.starts_with("fe80:")).map(str::to_owned).collect();
+    Ok(Section { title: "routes of node1, as `ip route` prints them".into(), lines })
+}
+
+/// Bytes that are carried to see what they cost.
+const BULK: usize = 32 << 20;
+
+/// The source's crossings between user and kernel space, as the daemon of node1 counted them while `act` went on.
+fn crossings(node: &Netns, run_dir: &str, act: impl FnOnce() -> Result<(), LabError>) -> Result<Section, LabError> {
+    let count = || {
+        let text = enter::output(node, &["top", "--count", "1", "-o", "json", "--run-dir", run_dir])?;
+        serde_json::from_str::<Snapshot>(&text).map_err(|error| LabError::new("lab-failed", error.to_string()))
+    };
+    let before = count()?;
+    act()?;
+    let after = count()?;
+    let total = |now: &Snapshot| now.peers.iter().flat_map(|p| [p.sent, p.received]).sum::<FlowSnapshot>();
+    let (old, new) = (total(&before), total(&after));
+    let (packets, bytes) = ((new.packets - old.packets) as f64, (new.bytes - old.bytes) as f64);
+    let (b, a) = (before.calls, after.calls);
+    let rows = [
+        ("kernel → daemon", (a.tun_reads - b.tun_reads) + (a.udp_receives - b.udp_receives)),
+        ("daemon → kernel", (a.udp_sends - b.udp_sends) + (a.tun_writes - b.tun_writes)),
+        ("the daemon's waits", a.waits - b.waits),
+    ];
+    let cells = rows.iter().map(|(what, calls)| {
+        let calls = *calls as f64;
+        let source = if what.contains("wait") { "-" } else { "1" };
+        let each = format!("{:.3}", calls / packets.max(1.0));
+        [(*what).to_owned(), source.into(), each, format!("{:.1}", calls / (bytes / 1e6).max(1e-6)), "0".into()]
+    });
+    let application =
+        ["application → kernel".to_owned(), "1".into(), "the application's own".into(), "-".into(), "1".into()];
+    let head = ["CROSSING", "THE SOURCE: EACH PACKET", "MEASURED: EACH PACKET", "EACH MEGABYTE", "OVER VXLAN"];
+    let text = columns(&head, std::iter::once(application).chain(cells));
+    let note =
+        format!("{packets:.0} packets and {:.1} MB, both ways; over VXLAN no daemon stands in the path", bytes / 1e6);
+    let lines = text.lines().map(str::to_owned).chain([note]).collect();
+    Ok(Section { title: "crossings between user and kernel space on node1, while a stream passes".into(), lines })
 }
 
 /// The same datagram once more from node1, with a foreign VNI and with its own: what comes out of the other host's flannel.1.

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use serde_json::json;
 use twill_lab::layout::Families;
-use twill_lab::{Spec, StoreKind, enter, start};
+use twill_lab::{Backend, Spec, StoreKind, enter, start};
 
 use super::{home, look};
 use crate::output::{Failure, Output, progress};
@@ -15,7 +15,8 @@ pub(super) fn run(families: Families, output: Output) -> anyhow::Result<ExitCode
     let name = format!("once-{}", std::process::id())
         .parse()
         .map_err(|e: twill_core::net::BadValue| Failure::new("bad-lab-name", e.to_string()))?;
-    let spec = Spec { name, scenario: None, nodes: 2, containers: 1, store: StoreKind::Embedded, families };
+    let (backend, store) = (Backend::Vxlan, StoreKind::Embedded);
+    let spec = Spec { name, scenario: None, nodes: 2, containers: 1, backend, store, families };
     let home = home()?;
     let started = start::up(&home, &spec, |text| progress(text)).map_err(Failure::from)?;
     let state = started.state.clone();
