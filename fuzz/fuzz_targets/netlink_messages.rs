@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use twill_core::host::{LinkKind, Object};
+use twill_core::host::{Few, LinkKind, Object};
 use twill_kernel::netlink::codec::Codec;
 use twill_kernel::netlink::wire::messages;
 
@@ -16,6 +16,12 @@ fn bare(object: Object) -> Object {
         Object::Fdb(mut fdb) => {
             (fdb.state, fdb.special) = (0, false);
             Object::Fdb(fdb)
+        }
+        Object::Route(mut route) => {
+            if let Few::One(entry) = &mut route.entries {
+                entry.special = false;
+            }
+            Object::Route(route)
         }
         Object::Link(mut link) => {
             link.carrier = false;

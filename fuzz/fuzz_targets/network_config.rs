@@ -19,6 +19,7 @@ fn print(config: &NetworkConfig) -> Vec<u8> {
         }
     }
     let backend = match &config.backend {
+        BackendConfig::Udp(u) => json!({"Type": "udp", "Port": u.port.get()}),
         BackendConfig::NotBuilt(kind) => json!({"Type": kind}),
         BackendConfig::Vxlan(v) => json!({
             "Type": "vxlan", "VNI": v.vni.get(), "Port": v.port.get(), "MTU": v.mtu.map_or(0, |mtu| mtu.get()),
@@ -26,6 +27,7 @@ fn print(config: &NetworkConfig) -> Vec<u8> {
         }),
     };
     object.insert("Backend".into(), backend);
+    object.insert("NoMasqCIDRs".into(), config.no_masq.iter().map(ToString::to_string).collect());
     Value::Object(object).to_string().into_bytes()
 }
 
