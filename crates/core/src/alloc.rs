@@ -52,9 +52,15 @@ pub fn is_mine(lease: &Lease, me: &Me) -> bool {
 pub fn choose(config: &NetworkConfig, leases: &LeaseSet, me: &Me, seed: u64) -> Choice {
     if let Some(lease) = leases.leases_of(&me.node, &me.remembered).find(|lease| is_mine(lease, me)) {
         let lost = !matches!(leases.verdict(&lease.key.to_string()), Some(Ok(_)));
-        let fits =
-            fits(config, &lease.key) && !lost && me.wished.iter().all(|wish| lease.key.subnets().any(|s| s == *wish));
-        return if fits { Choice::Keep(Box::new(lease)) } else { Choice::GiveBack(Box::new(lease)) };
+        if lost || !fits(config, &lease.key) {
+            return Choice::GiveBack(Box::new(lease));
+        }
+        if me.wished.iter().all(|wish| lease.key.subnets().any(|s| s == *wish)) {
+            return Choice::Keep(Box::new(lease));
+        }
+        // A good lease is not given away for a subnet that cannot be had.
+        let refused = config.ranges().find_map(|range| wished(&range, leases, me, Some(&lease.key))?.err());
+        return refused.map_or(Choice::GiveBack(Box::new(lease)), Choice::Refuse);
     }
     let mut key = LeaseKey { v4: None, v6: None };
     for range in config.ranges() {
@@ -76,25 +82,34 @@ fn fits(config: &NetworkConfig, key: &LeaseKey) -> bool {
     family(config.v4, key.v4) && family(config.v6, key.v6)
 }
 
+/// The subnet that was asked for, or why it cannot be had; `None`: none was. What our own lease holds is free for us.
+fn wished(range: &Range, leases: &LeaseSet, me: &Me, own: Option<&LeaseKey>) -> Option<Result<Prefix, String>> {
+    let wish = *me.wished.iter().find(|w| w.is_v4() == range.network.is_v4())?;
+    if !range.allows(&wish) {
+        let (len, min, max) = (range.subnet_len, range.min, range.max);
+        return Some(Err(format!("--subnet {wish} is not a /{len} between {min} and {max}")));
+    }
+    let ours = |held: &Prefix| own.is_some_and(|key| key.subnets().any(|subnet| subnet == *held));
+    let held = leases.subnets().find(|held| held.overlaps(&wish) && !ours(held));
+    Some(held.map_or(Ok(wish), |held| Err(format!("--subnet {wish} is held by the lease of {held}"))))
+}
+
 /// The wished subnet, the remembered one when it is free, or a free one.
 fn pick(range: &Range, leases: &LeaseSet, me: &Me, seed: u64) -> Result<Prefix, String> {
-    let taken = |subnet: &Prefix| leases.subnets().find(|held| held.overlaps(subnet));
-    if let Some(wish) = me.wished.iter().find(|w| w.is_v4() == range.network.is_v4()) {
-        if !range.allows(wish) {
-            return Err(format!(
-                "--subnet {wish} is not a /{} between {} and {}",
-                range.subnet_len, range.min, range.max
-            ));
-        }
-        return taken(wish).map_or(Ok(*wish), |held| Err(format!("--subnet {wish} is held by the lease of {held}")));
+    if let Some(answer) = wished(range, leases, me, None) {
+        return answer;
     }
+    let taken = |subnet: &Prefix| leases.subnets().find(|held| held.overlaps(subnet));
     if let Some(old) = me.remembered.iter().find(|p| range.allows(p)).filter(|p| taken(p).is_none()) {
         return Ok(*old);
     }
     let gaps = gaps(range, leases);
     let free: u128 = gaps.iter().map(|(_, len)| len).sum();
     if free == 0 {
-        return Err(format!("no free subnet: all {} from {} to {} are leased", range.count(), range.min, range.max));
+        let all = format!("no free subnet: all {} from {} to {} are leased", range.count(), range.min, range.max);
+        // One key can hold the place of many.
+        let wide = leases.subnets().find(|held| held.len() < range.subnet_len && held.overlaps(&range.network));
+        return Err(wide.map_or(all.clone(), |held| format!("{all}; one lease alone holds {held}")));
     }
     let mut nth = u128::from(seed) % free;
     for (first, len) in gaps {

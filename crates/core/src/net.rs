@@ -61,6 +61,11 @@ pub const fn family_bits(ip: &IpAddr) -> u8 {
     }
 }
 
+/// True for an address that one host can have and others can send to.
+pub fn is_host(ip: IpAddr) -> bool {
+    !(ip.is_unspecified() || ip.is_multicast() || ip.is_loopback() || ip == IpAddr::from([255; 4]))
+}
+
 /// The address as a number; IPv4 in the low 32 bits.
 pub fn ip_to_bits(ip: IpAddr) -> u128 {
     match ip {

@@ -185,6 +185,12 @@ fn the_first_host_serves_the_store_and_tells_the_next_one_what_to_type() {
     let env = std::fs::read_to_string(dirs[0].path().join("subnet.env")).unwrap();
     assert!(env.contains("FLANNEL_NETWORK=10.244.0.0/16"), "the default network: {env}");
     end(alone);
+    // All is lost but the device: it is ours, and no stranger's.
+    std::fs::remove_dir_all(dirs[0].path().join("state")).unwrap();
+    std::fs::remove_file(dirs[0].path().join("subnet.env")).unwrap();
+    let again = serve(&a, dirs[0].path(), "--serve-store");
+    eventually("the agent has its subnet again", || std::fs::read_to_string(dirs[0].path().join("subnet.env")));
+    end(again);
     // For others: both hosts say that nothing authenticates, and the line that is printed works as it is.
     let first = serve(&a, dirs[0].path(), "--serve-store 10.168.0.2:2379 --insecure");
     says(

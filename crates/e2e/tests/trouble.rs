@@ -105,6 +105,95 @@ fn a_subnet_that_is_asked_for_and_held_is_refused_in_words() {
 }
 
 #[test]
+fn a_good_lease_is_not_given_away_for_a_subnet_that_cannot_be_had() {
+    let Some((node, _dir)) = node() else { return };
+    node.put_peer(40);
+    node.agent("--subnet 10.1.15.0/24").end(Signal::TERM);
+    let held = |subnet: &str| node.leases().iter().any(|(name, _)| name == subnet);
+    for (wish, words) in
+        [("10.1.40.0/24", "held by the lease of 10.1.40.0/24"), ("10.77.1.0/24", "is not a /24 between")]
+    {
+        let agent = node.agent_at_once(&format!("--subnet {wish}"));
+        told(&node, "no-free-subnet", &[wish, words]);
+        assert!(node.finding("no-free-subnet")["fix"].as_str().unwrap().contains("--subnet"));
+        assert!(held("10.1.15.0-24"), "{:?}", node.leases());
+        agent.end(Signal::TERM);
+    }
+    let _agent = node.agent_at_once("--subnet 10.1.16.0/24");
+    runs(&node, "10.1.16.0/24");
+    assert!(held("10.1.16.0-24") && !held("10.1.15.0-24"), "{:?}", node.leases());
+}
+
+#[test]
+fn an_address_that_no_host_can_have_is_not_told_to_others() {
+    let Some((node, _dir)) = node() else { return };
+    for ip in ["127.0.0.1", "0.0.0.0", "224.1.1.1", "255.255.255.255", "::1"] {
+        let (code, said) = node.twill(&format!("agent --iface eth0 --public-ip {ip}"));
+        assert_eq!(code, Some(2), "{said:?}");
+        assert!(said.unwrap_err().contains(&format!("public-ip {ip} is not the address of a host")));
+    }
+    assert!(node.leases().is_empty());
+}
+
+#[test]
+fn a_wide_lease_disturbs_no_peer_and_is_named_where_it_leaves_no_subnet() {
+    let Some((node, _dir)) = node() else { return };
+    let agent = node.agent("--subnet 10.1.15.0/24");
+    let value =
+        r#"{"PublicIP":"10.168.0.9","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:09"}}"#;
+    node.put("subnets/10.1.0.0-16", value);
+    node.put_peer(40);
+    // The wide one loses to ours, and what has lost beats nobody.
+    node.await_peer(40, true);
+    let finding = node.finding("lease-collision");
+    assert!(finding["object"].as_str().unwrap().contains("10.1.0.0-16"), "{finding}");
+    agent.end(Signal::TERM);
+    node.delete("subnets/10.1.15.0-24");
+    std::fs::remove_dir_all(node.file("state")).unwrap();
+    std::fs::remove_file(node.file("subnet.env")).unwrap();
+    let _agent = node.agent_at_once("");
+    told(&node, "no-free-subnet", &["no free subnet", "one lease alone holds 10.1.0.0/16"]);
+    node.delete("subnets/10.1.0.0-16");
+    eventually("the agent has a subnet", || std::fs::read_to_string(node.file("subnet.env")));
+}
+
+#[test]
+fn names_and_values_of_others_do_not_steer_the_terminal() {
+    let Some((node, _dir)) = node() else { return };
+    let value = r#"{"PublicIP":"10.168.0.9","BackendType":"vx\u001b[31mlan","BackendData":{"VNI":1}}"#;
+    node.put("subnets/10.1.9.0-24", value);
+    node.put("subnets/\u{1b}[2Jx", "{}");
+    let _agent = node.agent("--subnet 10.1.15.0/24");
+    node.finding("bad-lease-key");
+    for words in ["leases", "peers", "status", "store ls"] {
+        let text = node.twill(words).1.unwrap();
+        assert!(!text.contains('\u{1b}') && text.contains("u{1b}"), "{words}: {text:?}");
+    }
+}
+
+#[test]
+fn a_flush_is_repaired_and_no_fight_and_what_failed_once_is_not_told_for_ever() {
+    let Some((node, _dir)) = node() else { return };
+    node.put_peer(40);
+    let _agent = node.agent("--subnet 10.1.15.0/24");
+    node.await_peer(40, true);
+    node.host.ip("route flush 10.1.40.0/24");
+    node.host.ip("neigh flush dev flannel.1 nud permanent");
+    node.await_peer(40, true);
+    runs(&node, "10.1.15.0/24");
+    // The new device has another name, and what the old one had fails until the peers are told.
+    node.put("config", r#"{"Network":"10.1.0.0/16","Backend":{"Type":"vxlan","VNI":7}}"#);
+    eventually("the device follows", || {
+        node.host.try_run("ip link show flannel.7").status.success().then_some(()).ok_or("")
+    });
+    eventually("nothing is left to say but the peer's VNI", || {
+        let findings = node.status()["findings"].clone();
+        let only = findings.as_array().unwrap().iter().all(|f| f["code"] == "vni-differs");
+        if only { Ok(()) } else { Err(findings.to_string()) }
+    });
+}
+
+#[test]
 fn an_own_lease_that_is_deleted_or_overwritten_is_taken_again_or_given_up() {
     let Some((node, _dir)) = node() else { return };
     node.put_peer(40);

@@ -76,7 +76,7 @@ impl Output {
     /// Prints `value` (an object; `"schema": 1` is put first), or what `table` draws of it.
     pub(crate) fn print<T: Serialize>(&self, value: &T, table: impl FnOnce() -> String) -> anyhow::Result<()> {
         match self.format {
-            Format::Table => print_text(&table()),
+            Format::Table => print_text(&visible(&table())),
             Format::Json => print_text(&serde_json::to_string_pretty(&with_schema(value)?)?),
             Format::Yaml => print_text(&serde_saphyr::to_string(&with_schema(value)?)?),
         }
@@ -109,6 +109,19 @@ pub(crate) fn columns<R: IntoIterator<Item = String>>(header: &[&str], rows: imp
         cells.join("  ").trim_end().to_owned()
     });
     text.collect::<Vec<_>>().join("\n")
+}
+
+/// The text with control characters written out: names and values that others chose do not steer a terminal.
+fn visible(text: &str) -> String {
+    let unseen = |c: char| c.is_control() && c != '\n' && c != '\t';
+    text.chars().fold(String::with_capacity(text.len()), |mut out, c| {
+        if unseen(c) {
+            out.extend(c.escape_default())
+        } else {
+            out.push(c)
+        }
+        out
+    })
 }
 
 /// True when a person looks at stdout.

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use crate::config::BackendConfig;
 use crate::host::{HostState, Object};
 use crate::lease::{Lease, LeaseAttrs, Peer, PeerFault};
-use crate::net::{Inet, LinkName, MacAddr, Mtu, NodeId, Prefix};
+use crate::net::{Inet, LinkName, MacAddr, Mtu, NodeId, Prefix, is_host};
 
 pub use udp::{TunnelPeer, TunnelSpec};
 
@@ -121,7 +121,7 @@ fn host_of(cx: &Cx, lease: &Lease, v4: bool) -> Result<IpAddr, PeerFault> {
     let host = if v4 { lease.attrs.public_ip.map(IpAddr::V4) } else { lease.attrs.public_ipv6.map(IpAddr::V6) };
     let key = if v4 { "PublicIP" } else { "PublicIPv6" };
     let host = host.ok_or_else(|| lease.fault("bad-lease-value", format!("{key} is missing")))?;
-    if host.is_unspecified() || host.is_multicast() || host.is_loopback() || host == IpAddr::from([255; 4]) {
+    if !is_host(host) {
         return Err(lease.fault("bad-lease-value", format!("{key} {host} is not the address of a host")));
     }
     let own = if v4 { cx.underlay.v4 } else { cx.underlay.v6 };

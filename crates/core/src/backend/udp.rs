@@ -90,7 +90,9 @@ impl Backend for UdpConfig {
         if let Ok(inet) = Inet::new(subnet.addr(), network.len()) {
             host.insert(Object::Addr(Addr { link: name, inet, scope: 0 }));
         }
-        host.insert(Object::Sysctl { path: "net/ipv4/ip_forward".into(), value: "1".into() });
+        for path in ["net/ipv4/ip_forward".into(), format!("net/ipv4/conf/{name}/forwarding").into()] {
+            host.insert(Object::Sysctl { path, value: "1".into() });
+        }
         Ok(host)
     }
 

@@ -191,8 +191,10 @@ fn sysctls(name: LinkName, v4: bool) -> Vec<(Box<str>, &'static str)> {
     let mut list = Vec::new();
     if v4 {
         list.push(("net/ipv4/ip_forward".into(), "1"));
+        list.push((format!("net/ipv4/conf/{name}/forwarding").into(), "1"));
     } else {
         list.push(("net/ipv6/conf/all/forwarding".into(), "1"));
+        list.push((format!("net/ipv6/conf/{name}/forwarding").into(), "1"));
         list.push((format!("net/ipv6/conf/{name}/accept_ra").into(), "0"));
     }
     list

@@ -1,6 +1,6 @@
 //! When to try again, and when to stop fighting. Pure: `now` is the time since the agent's start.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use crate::host::Key;
@@ -11,6 +11,8 @@ use super::{Finding, Plan, Step, StepError};
 const FIGHT_REVERTS: usize = 5;
 /// … in so long a time are a fight with somebody else.
 const FIGHT_WINDOW: Duration = Duration::from_secs(10);
+/// What is reverted again within so short a time counts once: `ip route flush` goes on until it sees nothing.
+const BURST: Duration = Duration::from_millis(250);
 /// How long we leave a fought-over object alone, and the longest backoff of a failing step.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// The first backoff of a failing step.
@@ -69,7 +71,9 @@ impl Healer {
                 trouble.error = None;
                 trouble.object = step.op.object().to_string();
                 trouble.reverts.retain(|&at| now.saturating_sub(at) < FIGHT_WINDOW);
-                trouble.reverts.push_back(now);
+                if trouble.reverts.back().is_none_or(|&at| now.saturating_sub(at) >= BURST) {
+                    trouble.reverts.push_back(now);
+                }
                 trouble.fought = trouble.reverts.len() >= FIGHT_REVERTS;
                 trouble.not_before = trouble.fought.then(|| now + LONGEST_WAIT);
             }
@@ -82,6 +86,14 @@ impl Healer {
                 let wait = FIRST_WAIT * 2u32.saturating_pow(trouble.failures.min(10) - 1);
                 trouble.not_before = Some(now + wait.min(LONGEST_WAIT));
             }
+        }
+    }
+
+    /// Forgets the failures of keys that a plan of everything no longer touches.
+    pub fn cured(&mut self, whole: &Plan) {
+        if self.troubled.values().any(|t| t.error.is_some()) {
+            let touched: HashSet<Key> = whole.steps.iter().map(|step| step.op.object().key()).collect();
+            self.troubled.retain(|key, t| t.error.is_none() || touched.contains(key));
         }
     }
 
@@ -164,6 +176,31 @@ mod tests {
         assert_eq!((plan.steps.len(), wake), (0, Some(Duration::from_secs(34))));
         assert_eq!(healer.findings()[0].code, "fought-over");
         healer.settle(Duration::from_secs(60));
+        assert!(healer.findings().is_empty());
+    }
+
+    #[test]
+    fn a_burst_is_one_revert_and_bursts_that_go_on_are_a_fight() {
+        let mut healer = Healer::default();
+        let at = |healer: &mut Healer, ms| healer.record(&step(), &Ok(()), true, Duration::from_millis(ms));
+        (0..200).for_each(|ms| at(&mut healer, ms));
+        assert!(healer.findings().is_empty());
+        (200..1500).for_each(|ms| at(&mut healer, ms));
+        assert_eq!(healer.findings()[0].code, "fought-over");
+    }
+
+    #[test]
+    fn a_failure_is_over_when_a_plan_of_everything_leaves_its_key_alone() {
+        let mut healer = Healer::default();
+        healer.record(
+            &step(),
+            &Err(StepError::Refused { errno: 19, text: "no such device".into() }),
+            false,
+            Duration::ZERO,
+        );
+        healer.cured(&Plan { steps: vec![step()] });
+        assert_eq!(healer.findings()[0].code, "kernel-refused");
+        healer.cured(&Plan::default());
         assert!(healer.findings().is_empty());
     }
 

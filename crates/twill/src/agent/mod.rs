@@ -24,6 +24,7 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::sync::{mpsc, oneshot, watch};
 use twill_cni::records::Records;
+use twill_core::backend;
 use twill_core::config::{self, NetworkConfig};
 use twill_core::host::HostState;
 use twill_core::net::NodeId;
@@ -64,7 +65,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
         let listener =
             control::listen(&settings.run_dir).with_context(|| format!("listen in {}", settings.run_dir.display()))?;
         if let Some(address) = settings.serve_store {
-            serve_store(&settings, address, &host.borrow().clone()).await?;
+            serve_store(&settings, address, &host.borrow().clone(), &state).await?;
         } else if store.is_open()
             && !settings.store.store.iter().all(|url| url.contains("127.0.0.1") || url.contains("[::1]"))
         {
@@ -195,7 +196,12 @@ pub(crate) fn load_state(dir: &Path) -> anyhow::Result<State> {
 }
 
 /// The embedded store, with a network config where there is none, and the line to type on the next host.
-async fn serve_store(settings: &Settings, address: std::net::SocketAddr, host: &HostState) -> anyhow::Result<()> {
+async fn serve_store(
+    settings: &Settings,
+    address: std::net::SocketAddr,
+    host: &HostState,
+    state: &State,
+) -> anyhow::Result<()> {
     stores::check_listen(address, settings.insecure)?;
     let (server, listener) = stores::open(address, &settings.state_dir.join("store")).await?;
     tokio::spawn(async move {
@@ -205,16 +211,24 @@ async fn serve_store(settings: &Settings, address: std::net::SocketAddr, host: &
     });
     let store = settings.store.connect()?;
     if store.config().await.map_err(Failure::from)?.is_none() {
-        if let Some(clash) = config::overlaps(&[settings.network], host, &[], &[]).first() {
+        let text = NetworkConfig::default_json(&[settings.network], "vxlan");
+        let (written, _) = NetworkConfig::parse(text.as_bytes())?;
+        // What an earlier run left is no stranger's.
+        let devices = backend::build(&written.backend)
+            .map_err(|refusal| Failure::new(refusal.code, refusal.message).hint(refusal.hint))?
+            .devices(&[settings.network]);
+        if let Some(clash) = config::overlaps(&[settings.network], host, &devices, &state.subnets).first() {
             let message = format!("the network {} overlaps what this host has: {clash}", settings.network);
             return Err(Failure::new("network-overlap", message).hint("choose another with --network PREFIX").into());
         }
-        let text = NetworkConfig::default_json(&[settings.network], "vxlan");
         store.create_config(text.as_bytes()).await.map_err(Failure::from)?;
         tracing::info!(config = text, "wrote the network config");
     }
     if !address.ip().is_loopback() {
-        tracing::info!("on the next host type: twill agent --store http://{address}");
+        let port = address.port();
+        let at =
+            if address.ip().is_unspecified() { format!("ADDRESS-OF-THIS-HOST:{port}") } else { address.to_string() };
+        tracing::info!("on the next host type: twill agent --store http://{at}");
     }
     Ok(())
 }

@@ -296,7 +296,13 @@ impl Reconciler {
         let ordered = std::mem::take(&mut self.ordered);
         let mut dirty = std::mem::take(&mut self.drifted);
         dirty.extend(ordered.iter().cloned());
-        let todo = if std::mem::take(&mut self.all) { self.plan(Scope::All) } else { self.plan(Scope::Keys(&dirty)) };
+        let todo = if std::mem::take(&mut self.all) {
+            let whole = self.plan(Scope::All);
+            self.healer.cured(&whole);
+            whole
+        } else {
+            self.plan(Scope::Keys(&dirty))
+        };
         let (todo, wake) = self.healer.filter(todo, self.now());
         self.wake = [self.wake, wake].into_iter().flatten().min();
         self.findings = Some(self.now() + QUIET);

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Deserialize;
 use twill_core::iface::Wishes;
-use twill_core::net::{BadValue, Prefix};
+use twill_core::net::{BadValue, Prefix, is_host};
 
-use crate::output::Failure;
+use crate::output::{Failure, USAGE};
 use crate::stores::{self, StoreArgs};
 
 /// Where the file is looked for when `--config` names none.
@@ -145,6 +145,12 @@ impl AgentArgs {
             store.store = vec![format!("http://{address}")];
         }
         let list = |flag: Vec<String>, file| if flag.is_empty() { file } else { flag };
+        let public = if self.public_ip.is_empty() { file.public_ip } else { self.public_ip };
+        if let Some(ip) = public.iter().find(|ip| !is_host(**ip)) {
+            return Err(Failure::new("bad-settings", format!("public-ip {ip} is not the address of a host"))
+                .hint("name the address at which the other nodes reach this one")
+                .exit(USAGE));
+        }
         let runtime_file =
             || if rustix::process::geteuid().is_root() { "/run/flannel".into() } else { stores::run_dir() };
         Ok(Settings {
@@ -155,10 +161,7 @@ impl AgentArgs {
                 Some(network) => network,
                 None => "10.244.0.0/16".parse().map_err(|e| Failure::new("bad-settings", format!("{e}")))?,
             },
-            wishes: Wishes {
-                iface: list(self.iface, file.iface),
-                public: if self.public_ip.is_empty() { file.public_ip } else { self.public_ip },
-            },
+            wishes: Wishes { iface: list(self.iface, file.iface), public },
             subnet: if self.subnet.is_empty() { file.subnet } else { self.subnet },
             way_out: WayOut {
                 masquerade: self.ip_masq.or(file.ip_masq).unwrap_or(true),

@@ -238,7 +238,12 @@ impl Leave {
         let left = Left { left: !self.dry_run, subnets: view.subnets, removes: view.devices, attached };
         self.output.print(&left, || {
             let act = if left.left { "gave back" } else { "would give back" };
-            format!("{act} {}, with {}", left.subnets.join(", "), left.removes.join(", "))
+            let told = format!("{act} {}, with {}", left.subnets.join(", "), left.removes.join(", "));
+            match left.attached.as_slice() {
+                [] => told,
+                attached if left.left => format!("{told}; still attached: {}", attached.join(", ")),
+                attached => format!("{told}, but only with --force while attached: {}", attached.join(", ")),
+            }
         })?;
         Ok(ExitCode::SUCCESS)
     }

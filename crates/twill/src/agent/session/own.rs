@@ -57,8 +57,12 @@ impl Session {
                     }
                 }
                 Choice::Refuse(reason) => {
-                    self.wait_for("no-free-subnet", &reason, "free one with `etcdctl del`, or enlarge the Network")
-                        .await;
+                    let hint = if self.settings.subnet.is_empty() {
+                        "free one with `etcdctl del`, or enlarge the Network"
+                    } else {
+                        "ask for another --subnet, or for none"
+                    };
+                    self.wait_for("no-free-subnet", &reason, hint).await;
                     return Ok(None);
                 }
             }
