@@ -12,7 +12,7 @@ const FIGHT_REVERTS: usize = 5;
 /// … in so long a time are a fight with somebody else.
 const FIGHT_WINDOW: Duration = Duration::from_secs(10);
 /// What is reverted again within so short a time counts once: `ip route flush` goes on until it sees nothing.
-const BURST: Duration = Duration::from_millis(15);
+const BURST: Duration = Duration::from_millis(5);
 /// How long we leave a fought-over object alone, and the longest backoff of a failing step.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// The first backoff of a failing step.
@@ -183,9 +183,9 @@ mod tests {
     fn a_burst_is_one_revert_and_bursts_that_go_on_are_a_fight() {
         let mut healer = Healer::default();
         let at = |healer: &mut Healer, ms| healer.record(&step(), &Ok(()), true, Duration::from_millis(ms));
-        (0..15).for_each(|ms| at(&mut healer, ms));
+        (0..5).for_each(|ms| at(&mut healer, ms));
         assert!(healer.findings().is_empty());
-        (15..100).for_each(|ms| at(&mut healer, ms));
+        (5..100).for_each(|ms| at(&mut healer, ms));
         assert_eq!(healer.findings()[0].code, "fought-over");
     }
 
