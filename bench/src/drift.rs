@@ -10,8 +10,8 @@ use twill_e2e::net::Host;
 use crate::peers::Rig;
 use crate::report::Report;
 
-const PICTURE: &str = "(ip -o -d link show dev flannel.1; ip -o addr show dev flannel.1) | sed 's/^[0-9]*: //'; \
-    ip -N route show; ip neigh show dev flannel.1; bridge fdb show dev flannel.1; cat /proc/sys/net/ipv4/ip_forward";
+const PICTURE: &str = "((ip -o -d link show dev flannel.1; ip -o addr show dev flannel.1) | sed 's/^[0-9]*: //'; \
+    ip -N route show; ip neigh show dev flannel.1; bridge fdb show dev flannel.1; cat /proc/sys/net/ipv4/ip_forward) | grep -v inet6 | sort";
 
 /// What is altered, and how; `{n}` is another peer each time.
 const ON_PEERS: [(&str, &str); 7] = [
@@ -42,19 +42,20 @@ pub(crate) fn run(twill: &Path, report: &mut Report) {
     let rig = Rig::new(twill, 100);
     let agent = rig.agent(twill);
     rig.wait_for(100);
-    // The fight rule holds back the fifth repair of an object in ten seconds.
+    // Fewer than five repairs of the device in ten seconds.
     let calm = Duration::from_millis(2600);
     std::thread::sleep(calm);
     let right = picture(&rig.host);
     assert_eq!(right.matches("via 10.0.").count(), 100, "{right}");
     let mut all = Vec::new();
-    for (what, how) in ON_PEERS {
+    // Other peers each time: the fight rule would hold back the fifth repair of one object.
+    for (nth, (what, how)) in (0..).zip(ON_PEERS) {
         let once = |n: u32| {
             let how = how.replace("{n}", &n.to_string());
             repaired(&rig.host, &how.replace("{x}", &format!("{n:02x}")).replace("{h}", &(n + 1).to_string()), &right)
         };
-        let samples: Vec<f64> = (1..=20).map(once).collect();
-        report.max_at_most(&format!("100 peers, {what}, until repaired, longest of 20 (ms)"), &samples, 200.0);
+        let samples: Vec<f64> = (1 + nth * 14..=14 + nth * 14).map(once).collect();
+        report.max_at_most(&format!("100 peers, {what}, until repaired, longest of 14 (ms)"), &samples, 200.0);
         all.extend(samples);
     }
     for (what, how) in ON_THE_DEVICE {
