@@ -190,6 +190,8 @@ pub(crate) fn cold(twill: &Path, report: &mut Report) {
             report.at_most("10000 peers, device lost against cold (×)", &ratio, 1.5);
             let agent = rig.agent(twill);
             rig.wait_for(10_000);
+            // What is announced beyond the last route would overrun the monitor.
+            std::thread::sleep(Duration::from_secs(2));
             change(&rig, report);
             settled(&agent, report, 10_000, 0.6);
         }
