@@ -1,6 +1,6 @@
 //! The CNI plugin: ADD, DEL, CHECK, STATUS, GC and VERSION of the specification 1.1.0, in one program.
 //!
-//! - [`env`], [`conf`]: what the runtime and the configuration say, checked once
+//! - [`mod@env`], [`conf`]: what the runtime and the configuration say, checked once
 //! - [`ipam`]: which addresses are held; [`records`]: which attachments there are
 //! - [`verb`]: one file for each verb; devices are made by `kernel::attach`, as in the lab
 //! - [`mod@sweep`]: what containers have left that are gone
