@@ -109,7 +109,10 @@ fn pick(range: &Range, leases: &LeaseSet, me: &Me, seed: u64) -> Result<Prefix, 
         let all = format!("no free subnet: all {} from {} to {} are leased", range.count(), range.min, range.max);
         // One key can hold the place of many.
         let wide = leases.subnets().find(|held| held.len() < range.subnet_len && held.overlaps(&range.network));
-        return Err(wide.map_or(all.clone(), |held| format!("{all}; one lease alone holds {held}")));
+        return Err(match wide {
+            None => all,
+            Some(held) => format!("{all}; one lease alone holds {held}"),
+        });
     }
     let mut nth = u128::from(seed) % free;
     for (first, len) in gaps {

@@ -1,8 +1,9 @@
 //! All leases of the store, and which of them count.
 //!
 //! Of two leases that collide (a subnet, or the MAC of the tunnel device), the one with the lower create revision wins, then the
-//! smaller key. One that loses beats nobody. So a changed lease concerns just those that it collides with, and the younger ones that
-//! hang on them: among ten thousand leases a change costs microseconds. Values are kept as bytes and read when they are asked for; that is the compact form.
+//! smaller key. One that loses beats nobody. So a changed lease concerns just itself, the younger ones that it collides with, and those
+//! that hang on them in turn: among ten thousand leases a change costs microseconds. Values are kept as bytes and read when they are
+//! asked for; that is the compact form.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -53,7 +54,6 @@ impl LeaseSet {
         for mac in entry.macs.iter().flatten() {
             self.by_mac.insert((*mac, name.clone()));
         }
-        concerned.extend(self.colliding(&name, &entry));
         concerned.insert(name.to_string());
         self.entries.insert(name, entry);
         self.and_younger(concerned)
