@@ -1,6 +1,8 @@
 //! The real kernel, in a network namespace of the test's own; looked at from outside with `ip` and `bridge`.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, clippy::disallowed_methods, reason = "a test")]
 
+mod common;
+
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -9,38 +11,7 @@ use twill_core::net::*;
 use twill_core::reconcile::{Caps, Claim, Desired, Op, Plan, Scope, Step, Why, effect, plan};
 use twill_kernel::{Interest, Kernel, LinuxKernel, MemoryKernel};
 
-/// Runs `body` in a fresh network namespace: this test binary once more, inside `unshare`. Says `SKIP` where the system grants none.
-fn in_namespace(test: &str, body: impl FnOnce()) {
-    if std::env::var_os("TWILL_TEST_NAMESPACE").is_some() {
-        return body();
-    }
-    let user: &[&str] = if rustix::process::geteuid().is_root() { &[] } else { &["--user", "--map-root-user"] };
-    let proof = Command::new("unshare").args(user).args(["--net", "ip", "link", "set", "lo", "up"]).output().unwrap();
-    if !proof.status.success() {
-        return println!("SKIP: no network namespace: {}", String::from_utf8_lossy(&proof.stderr));
-    }
-    let done = Command::new("unshare")
-        .args(user)
-        .arg("--net")
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture"])
-        .env("TWILL_TEST_NAMESPACE", "1")
-        .output()
-        .unwrap();
-    assert!(
-        done.status.success(),
-        "{}\n{}",
-        String::from_utf8_lossy(&done.stdout),
-        String::from_utf8_lossy(&done.stderr)
-    );
-}
-
-fn run(line: &str) -> String {
-    let mut words = line.split_whitespace();
-    let out = Command::new(words.next().unwrap()).args(words).output().unwrap();
-    assert!(out.status.success(), "{line}: {}", String::from_utf8_lossy(&out.stderr));
-    String::from_utf8(out.stdout).unwrap()
-}
+use common::{in_namespace, run};
 
 fn eventually(what: &str, kernel: &mut LinuxKernel, check: impl Fn(&HostState) -> bool) {
     let end = Instant::now() + Duration::from_secs(20);

@@ -1,10 +1,11 @@
 //! nftables on the real kernel, in a network namespace of the test's own: what is written is read back, and does what it says.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, clippy::disallowed_methods, reason = "a test")]
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, IoSlice};
 use std::net::IpAddr;
-use std::process::Command;
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -16,28 +17,7 @@ use twill_kernel::nft::codec;
 use twill_kernel::tun::{HEADER, Offloads, Tun, TunDevice};
 use twill_kernel::{Interest, Kernel, LinuxKernel};
 
-/// Runs `body` in a fresh network namespace: this test binary once more, inside `unshare`. Says `SKIP` where the system grants none.
-fn in_namespace(test: &str, body: impl FnOnce()) {
-    if std::env::var_os("TWILL_TEST_NAMESPACE").is_some() {
-        return body();
-    }
-    let user: &[&str] = if rustix::process::geteuid().is_root() { &[] } else { &["--user", "--map-root-user"] };
-    let proof = Command::new("unshare").args(user).args(["--net", "ip", "link", "set", "lo", "up"]).output().unwrap();
-    if !proof.status.success() {
-        return println!("SKIP: no network namespace: {}", String::from_utf8_lossy(&proof.stderr));
-    }
-    let mut again = Command::new("unshare");
-    again.args(user).arg("--net").arg(std::env::current_exe().unwrap()).args(["--exact", test, "--nocapture"]);
-    let done = again.env("TWILL_TEST_NAMESPACE", "1").output().unwrap();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(done.status.success(), "{}\n{}", text(&done.stdout), text(&done.stderr));
-}
-
-fn run(line: &str) {
-    let mut words = line.split_whitespace();
-    let out = Command::new(words.next().unwrap()).args(words).output().unwrap();
-    assert!(out.status.success(), "{line}: {}", String::from_utf8_lossy(&out.stderr));
-}
+use common::{in_namespace, run};
 
 fn kernel() -> LinuxKernel {
     LinuxKernel::open(Interest { firewall: true, ..Interest::default() }).unwrap()

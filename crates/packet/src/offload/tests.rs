@@ -217,9 +217,9 @@ fn golden_two_datagrams() {
     assert_eq!(out, want, "{out:02x?}");
 }
 
-#[test]
-fn a_fragment_keeps_its_place() {
-    let mut m = Made {
+/// A plain IPv4 datagram.
+fn datagram(payload: Vec<u8>) -> Made {
+    Made {
         v6: false,
         tcp: false,
         flow: 0,
@@ -229,8 +229,13 @@ fn a_fragment_keeps_its_place() {
         tos: 0,
         dont_fragment: false,
         options: false,
-        payload: vec![1; 400],
-    };
+        payload,
+    }
+}
+
+#[test]
+fn a_fragment_keeps_its_place() {
+    let mut m = datagram(vec![1; 400]);
     let mut packets = cut(&m, 100);
     m.payload = vec![2; 100];
     let mut fragment = emit(&m);
@@ -283,18 +288,7 @@ fn refused_and_left_as_it_was() {
 
 #[test]
 fn what_may_not_cross() {
-    let m = Made {
-        v6: false,
-        tcp: false,
-        flow: 0,
-        seq: 0,
-        ident: 1,
-        flags: 0,
-        tos: 0,
-        dont_fragment: false,
-        options: false,
-        payload: vec![1; 40],
-    };
+    let m = datagram(vec![1; 40]);
     let good = emit(&m);
     let six = emit(&Made { v6: true, ..m });
     let with = |packet: &[u8], at: usize, byte: u8| {
