@@ -9,6 +9,7 @@
 //! | `together` | 200 agents at once for 200 free subnets | | 200 distinct |
 //! | `cni` | ADD, DEL, 110 pods at once, an address beside 60,000 | Debian's bridge + host-local, `ip link del` | 0.25 ×; + 5 ms; 0.3 ×; 1.25 × |
 //! | `tcp` | TCP between containers of a lab | the same network by hand | 0.95 × |
+//! | `udp` | the udp backend: TCP, 64-byte UDP, RTT (parts: `udp-tcp`, `udp-cut`, `udp-packets`, `udp-rtt`) | kernel VXLAN, host routes, underlay, a naive tunnel | 0.7 ×; 1 × in frames of the MTU; 1.4 × received; 6 × RTT |
 //!
 //! Needs root. The result is kept in `bench/runs/<date>-<n>/`: command, versions, raw numbers, verdicts.
 
@@ -18,6 +19,7 @@ mod peers;
 mod report;
 mod tcp;
 mod together;
+mod udp;
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -26,10 +28,13 @@ use std::time::Instant;
 use report::Report;
 
 fn main() {
-    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let mut wanted = words.clone();
+    let rounds = wanted.iter().position(|word| word == "--rounds").map(|at| wanted.drain(at..at + 2).nth(1).unwrap());
+    let rounds = rounds.map_or(10, |number| number.parse().unwrap());
     if wanted.iter().any(|w| w == "--help") {
         println!(
-            "cargo run --release -p twill-bench -- [cold] [small] [drift] [lab] [together] [cni] [tcp]\nwithout a name: all of them; needs root"
+            "cargo run --release -p twill-bench -- [cold] [small] [drift] [lab] [together] [cni] [tcp] [udp] [--rounds N]\nwithout a name: all of them; needs root"
         );
         return;
     }
@@ -54,10 +59,14 @@ fn main() {
     if wants("tcp") {
         tcp::run(&twill, &mut report);
     }
+    if wants("udp") || wanted.iter().any(|w| w.starts_with("udp-")) {
+        twill_e2e::use_binaries_in(twill.parent().unwrap().to_owned());
+        udp::run(rounds, |part| wants("udp") || wants(part), &mut report);
+    }
     if wants("cold") {
         peers::cold(&twill, &mut report);
     }
-    report.keep(&wanted);
+    report.keep(&words);
 }
 
 /// The product, built as it is shipped.

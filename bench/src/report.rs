@@ -89,7 +89,7 @@ impl Report {
 }
 
 /// Idle and all jiffies of the machine.
-fn cpu() -> (u64, u64) {
+pub(crate) fn cpu() -> (u64, u64) {
     let stat = std::fs::read_to_string("/proc/stat").unwrap();
     let numbers: Vec<u64> =
         stat.lines().next().unwrap().split_whitespace().skip(1).map(|n| n.parse().unwrap()).collect();

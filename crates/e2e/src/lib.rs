@@ -17,9 +17,16 @@ use std::time::{Duration, Instant};
 /// How long a fact may take to become true.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
+/// Where the built binaries lie.
+static BUILT: OnceLock<PathBuf> = OnceLock::new();
+
+/// Binaries that are there already, instead of what [`bin`] would build; before its first call.
+pub fn use_binaries_in(dir: PathBuf) {
+    let _ = BUILT.set(dir);
+}
+
 /// The built binary `name`, built once for each test process from this workspace.
 pub fn bin(name: &str) -> PathBuf {
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
     let dir = BUILT.get_or_init(|| {
         let workspace = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
         let done = Command::new(env!("CARGO"))

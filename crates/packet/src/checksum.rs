@@ -9,17 +9,26 @@ pub struct Sum(u64);
 impl Sum {
     /// Adds bytes; an odd last byte counts as the upper half of a word, so only the last call may have an odd length.
     #[must_use]
-    pub fn with(mut self, bytes: &[u8]) -> Self {
-        let (words, rest) = bytes.as_chunks::<4>();
+    pub fn with(self, bytes: &[u8]) -> Self {
+        // Words of any width and byte order give the same sum, but for its own byte order (RFC 1071 section 2): the widest is the
+        // fastest, and four sums side by side do not wait for each other.
+        let (blocks, rest) = bytes.as_chunks::<32>();
+        let mut sums = [0u128; 4];
+        for block in blocks {
+            for (sum, word) in sums.iter_mut().zip(block.as_chunks::<8>().0) {
+                *sum += u128::from(u64::from_ne_bytes(*word));
+            }
+        }
+        let wide = sums.iter().fold(0, |all, sum| all + (sum & u128::from(u64::MAX)) + (sum >> 64));
+        let mut sum = (wide & 0xffff_ffff) as u64 + (wide >> 32 & 0xffff_ffff) as u64 + (wide >> 64) as u64;
+        let (words, rest) = rest.as_chunks::<4>();
         for word in words {
-            self.0 += u64::from(u32::from_be_bytes(*word));
+            sum += u64::from(u32::from_ne_bytes(*word));
         }
         let mut last = [0; 4];
         last[..rest.len()].copy_from_slice(rest);
-        self.0 += u64::from(u32::from_be_bytes(last));
-        // 2^32 words of 32 bits fit before the carry is lost; fold so that sums can go on for ever.
-        self.0 = (self.0 & 0xffff_ffff) + (self.0 >> 32);
-        self
+        sum += u64::from(u32::from_ne_bytes(last));
+        Self(self.0 + u64::from(u16::from_be(fold(sum))))
     }
 
     /// Adds the pseudo header of `protocol` over `len` bytes from `src` to `dst` (RFC 768, RFC 8200 section 8.1).
@@ -37,12 +46,16 @@ impl Sum {
 
     /// The checksum: the complement of the sum.
     pub const fn finish(self) -> u16 {
-        let mut sum = self.0;
-        while sum >> 16 != 0 {
-            sum = (sum & 0xffff) + (sum >> 16);
-        }
-        !(sum as u16)
+        !fold(self.0)
     }
+}
+
+/// Adds the upper words to the lowest until only that is left.
+const fn fold(mut sum: u64) -> u16 {
+    while sum >> 16 != 0 {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
 }
 
 /// The checksum of `bytes` alone.

@@ -15,6 +15,8 @@ mod into;
 mod out;
 pub mod peers;
 #[cfg(test)]
+mod steady;
+#[cfg(test)]
 mod tests;
 
 use std::io;
