@@ -16,7 +16,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::firewall::{ChainName, Head, Table, TableName};
+use crate::firewall::{ChainName, Head, Leftover, Table, TableName};
 use crate::net::{Inet, LinkName, MacAddr, Mtu, Port, Prefix, Vni};
 
 /// Route protocol number of every route that Twill adds (`ip route` prints `proto 116`).
@@ -56,7 +56,7 @@ pub enum Key {
     /// Rules of ours in somebody else's chain.
     Head(Box<ChainName>),
     /// A chain that flannel left in somebody else's table.
-    Leftover(Box<ChainName>),
+    Leftover(Box<Leftover>),
 }
 
 /// What the kernel keeps apart as routes: table, destination, TOS, metric. The protocol is not part of it.
@@ -111,7 +111,7 @@ pub enum Object {
     /// Rules of ours at the head of somebody else's chain.
     Head(Box<Head>),
     /// A chain that flannel left in a table of `iptables`, with the rules that lead to it.
-    Leftover(Box<ChainName>),
+    Leftover(Box<Leftover>),
 }
 
 /// A device.

@@ -61,11 +61,13 @@ impl Site {
         self.node.other.run(&format!("bridge fdb add {mac} dev flannel.1 dst 10.168.0.2"));
     }
 
-    /// As [`Site::plug`], with IPv6 alone.
+    /// As [`Site::plug`], with IPv6 alone, or beside it.
     pub fn plug6(&self) {
         let host = &self.node.host;
-        host.ip("link add cni0 type bridge");
-        host.ip(&format!("link add veth0 type veth peer name eth0 netns {}", self.container.pid()));
+        if !host.try_run("ip link show cni0").status.success() {
+            host.ip("link add cni0 type bridge");
+            host.ip(&format!("link add veth0 type veth peer name eth0 netns {}", self.container.pid()));
+        }
         for line in ["addr add fd00:1:0:f::1/64 dev cni0 nodad", "link set cni0 up", "link set veth0 master cni0 up"] {
             host.ip(line);
         }

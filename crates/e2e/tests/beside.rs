@@ -1,4 +1,4 @@
-//! Beside the firewalls of others: what Debian's iptables, firewalld and flannel leave in nftables, before and after the agent starts.
+//! Beside the firewalls of others: what Debian's iptables and firewalld leave in nftables, before and after the agent starts.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -90,37 +90,6 @@ fn a_drop_before_the_forward_chain_is_named_with_the_command_that_ends_it() {
         if left { Err(status) } else { Ok(()) }
     });
     passes(&site);
-}
-
-#[test]
-fn what_flannel_left_is_taken_over() {
-    let Some((site, _dir)) = site(&["iptables-nft"]) else { return };
-    let host = &site.node.host;
-    for line in [
-        "iptables-nft -t nat -N FLANNEL-POSTRTG",
-        "iptables-nft -t nat -A POSTROUTING -m comment --comment flanneld-masq -j FLANNEL-POSTRTG",
-        "iptables-nft -t nat -A FLANNEL-POSTRTG -s 10.1.0.0/16 ! -d 224.0.0.0/4 -j MASQUERADE --random-fully",
-        "iptables-nft -t nat -A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE",
-        "iptables-nft -N FLANNEL-FWD",
-        "iptables-nft -A FORWARD -j FLANNEL-FWD",
-        "iptables-nft -A FLANNEL-FWD -s 10.1.0.0/16 -j ACCEPT",
-        "nft add table ip flannel-ipv4",
-        "nft add chain ip flannel-ipv4 postrtg { type nat hook postrouting priority 100 ; }",
-        "nft add rule ip flannel-ipv4 postrtg ip saddr 10.1.0.0/16 masquerade",
-        "nft add table ip6 flannel-ipv6",
-    ] {
-        host.run(line);
-    }
-    let _agent = site.node.agent("--subnet 10.1.15.0/24");
-    eventually("nothing of flannel's is left, and what is somebody else's stays", || {
-        let all = host.run("nft list ruleset");
-        let ours = ruleset(host).iter().any(|object| object["chain"]["name"] == "leaving");
-        let clean = !all.contains("FLANNEL") && !all.contains("flannel-ipv") && all.contains("172.17.0.0/16");
-        if ours && clean { Ok(()) } else { Err((all, site.node.log("agent.log"))) }
-    });
-    site.plug();
-    let out = site.arrives("eth0", "10.168.0.3");
-    assert!(out.contains("IP 10.168.0.2 > 10.168.0.3"), "{out}");
 }
 
 /// Debian's firewalld on a bus of its own, in the host's namespace.

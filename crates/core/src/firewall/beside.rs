@@ -12,7 +12,8 @@ use std::net::IpAddr;
 use super::build::{End, family, within};
 use super::policy::TAG;
 use super::{
-    Base, Chain, ChainKind, ChainName, Cmp, Datum, Expr, Family, Field, Head, Hook, Rule, Table, TableName, Verdict,
+    Base, Chain, ChainKind, ChainName, Cmp, Datum, Expr, Family, Field, Head, Hook, Leftover, Rule, Table, TableName,
+    Verdict,
 };
 use crate::host::{HostState, Object};
 use crate::net::{LinkName, Prefix, ip_to_bits};
@@ -28,6 +29,11 @@ pub fn is_flannels(table: &TableName) -> bool {
     matches!((table.family, &*table.name), (Family::Ip, "flannel-ipv4") | (Family::Ip6, "flannel-ipv6"))
 }
 
+/// True for a chain that flannel made in a table of `iptables`, nftables' or legacy.
+pub fn is_flannels_chain(chain: &str) -> bool {
+    FLANNEL_CHAINS.contains(&chain)
+}
+
 /// The chains of a table that are worth reading, with those that they lead to: all of ours, and what may drop what we forward.
 pub fn roots(table: &TableName, chains: &BTreeMap<Box<str>, Option<Base>>) -> Vec<Box<str>> {
     let ours = *table == TableName::twill();
@@ -35,7 +41,7 @@ pub fn roots(table: &TableName, chains: &BTreeMap<Box<str>, Option<Base>>) -> Ve
     let routed = matches!(table.family, Family::Inet | Family::Ip | Family::Ip6);
     let drops = |base: &Base| base.kind == ChainKind::Filter && matches!(base.hook, Hook::Forward | Hook::Prerouting);
     // The rooms for others, also when nothing leads there any more: rules of ours may be left in them.
-    let named = |name: &str| name == DOCKER_USER || FLANNEL_CHAINS.contains(&name);
+    let named = |name: &str| name == DOCKER_USER || is_flannels_chain(name);
     let wanted = chains
         .iter()
         .filter(|(name, base)| ours || routed && !of_twill && (base.as_ref().is_some_and(drops) || named(name)));
@@ -56,8 +62,8 @@ pub fn found_in(table: &Table) -> Vec<Object> {
             let first = chain.rules.iter().take(rules.len()).all(|rule| tagged(&rule));
             found.push(Object::Head(Box::new(Head { at: at.clone(), rules, first })));
         }
-        if FLANNEL_CHAINS.contains(&&**name) {
-            found.push(Object::Leftover(Box::new(at)));
+        if is_flannels_chain(name) {
+            found.push(Object::Leftover(Box::new(Leftover { at, legacy: false })));
         }
     }
     found

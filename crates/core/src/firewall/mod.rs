@@ -72,6 +72,16 @@ pub struct ChainName {
     pub chain: Box<str>,
 }
 
+/// A chain that flannel left in somebody else's table, with the rules that lead to it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Leftover {
+    /// The chain, in a table that `iptables` made.
+    #[serde(flatten)]
+    pub at: ChainName,
+    /// In a table of legacy iptables; else of nftables.
+    pub legacy: bool,
+}
+
 /// Rules of ours in somebody else's chain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Head {

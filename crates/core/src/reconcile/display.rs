@@ -24,7 +24,9 @@ impl fmt::Display for Object {
             }
             Object::Table(table) => table.fmt(f),
             Object::Head(head) => head.fmt(f),
-            Object::Leftover(at) => write!(f, "flannel's chain {at}"),
+            Object::Leftover(left) => {
+                write!(f, "flannel's chain {}{}", left.at, if left.legacy { " of legacy iptables" } else { "" })
+            }
         }
     }
 }

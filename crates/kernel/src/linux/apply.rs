@@ -8,6 +8,7 @@ use twill_core::reconcile::{Op, Outcome, Plan, StepError, effect};
 
 use super::dump::{Stale, add_twins, remove_entries};
 use super::{Firewall, LinuxKernel};
+use crate::legacy;
 use crate::netlink::encode::Encoder;
 use crate::netlink::socket::Refusal;
 use crate::netlink::wire::Writer;
@@ -137,7 +138,13 @@ impl<'a> Applier<'a> {
 
     fn table(&mut self, op: &Op) -> Result<(), StepError> {
         let result = match &mut self.kernel.firewall {
-            Firewall::Open(nft) => nft.apply(op),
+            Firewall::Open(nft) => match op.object() {
+                Object::Leftover(left) if left.legacy => legacy::remove(&left.at).map_err(|error| {
+                    let errno = error.raw_os_error().unwrap_or(libc::EIO);
+                    StepError::Refused { errno, text: format!("change a table of legacy iptables: {error}") }
+                }),
+                _ => nft.apply(op),
+            },
             Firewall::Ignored => {
                 Err(StepError::Refused { errno: libc::EOPNOTSUPP, text: "nftables is not looked at".into() })
             }

@@ -8,6 +8,7 @@ use twill_core::host::{Fdb, HostState, Key, LinkKind, Object, Route, TABLE_LOCAL
 use twill_core::net::LinkName;
 
 use super::{Firewall, Interest, LinuxKernel};
+use crate::legacy;
 use crate::netlink::decode::{self, AF_BRIDGE, AF_INET, AF_INET6};
 use crate::netlink::encode::rtm;
 use crate::netlink::wire::Writer;
@@ -200,6 +201,7 @@ impl LinuxKernel {
                     fresh.extend(beside::found_in(&table));
                     fresh.insert(Object::Table(Box::new(table)));
                 }
+                fresh.extend(legacy::left_by_flannel().into_iter().map(|left| Object::Leftover(Box::new(left))));
             }
             Err(error) => self.firewall = Firewall::Lacking(error),
         }

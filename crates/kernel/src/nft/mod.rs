@@ -159,7 +159,8 @@ impl Nft {
                 let tagged = |rule: &Rule| rule.comment.as_deref() == Some(policy::TAG);
                 self.handles(&head.at.table, Some(&head.at.chain), tagged)?
             }
-            Object::Leftover(at) => {
+            Object::Leftover(left) => {
+                let at = &left.at;
                 let leads_there = |rule: &Rule| rule.exprs.contains(&Expr::Verdict(Verdict::Jump(at.chain.clone())));
                 self.handles(&at.table, None, leads_there)?
             }
@@ -170,9 +171,9 @@ impl Nft {
             Op::Create(Object::Table(new)) => batch.create(new),
             Op::Delete(Object::Table(old)) => batch.delete(&old.name),
             Op::Delete(Object::Head(old)) => batch.delete_rules(&old.at.table, &gone),
-            Op::Delete(Object::Leftover(at)) => {
-                batch.delete_rules(&at.table, &gone);
-                batch.delete_chain(at);
+            Op::Delete(Object::Leftover(left)) => {
+                batch.delete_rules(&left.at.table, &gone);
+                batch.delete_chain(&left.at);
             }
             Op::Create(object) | Op::Update { to: object, .. } | Op::Recreate { to: object, .. } => match object {
                 Object::Table(new) => batch.replace(new),

@@ -1,0 +1,227 @@
+//! What flannel left in the firewall is taken over: nothing leaves without the node's address meanwhile, and of flannel's nothing stays.
+//!
+//! ```text
+//!   container 10.1.15.2, fd00:1:0:f::2 ─ cni0 ─ node ─ eth0 10.168.0.2, fd00:168::2 ───── eth0 10.168.0.3, fd00:168::3 ─ other
+//! ```
+//! The rules are those of flannel's two traffic managers, for both families.
+
+use std::io::Write;
+use std::process::{Child, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+use twill_e2e::net::{Bed, Host};
+use twill_e2e::site::{Site, ruleset};
+use twill_e2e::{eventually, installed};
+
+const DUAL: &str =
+    r#"{"Network":"10.1.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:1::/48","Backend":{"Type":"vxlan"}}"#;
+
+/// A family in the words of its programs: network, own subnet, groups, what answers outside, the container's own address.
+const FAMILIES: [[&str; 6]; 2] = [
+    ["", "10.1.0.0/16", "10.1.15.0/24", "224.0.0.0/4", "10.168.0.3", "10.1.15.2"],
+    ["6", "fd00:1::/48", "fd00:1:0:f::/64", "ff00::/8", "fd00:168::3", "fd00:1:0:f::2"],
+];
+
+/// Flannel's chains beside rules of somebody else, as `iptables-restore` takes them.
+const CHAINS: &str = r#"*nat
+:POSTROUTING ACCEPT [0:0]
+:FLANNEL-POSTRTG - [0:0]
+-A POSTROUTING -s STRANGER -j MASQUERADE
+-A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG
+-A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG -s OWN -d NETWORK -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG -s NETWORK -d OWN -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG ! -s NETWORK -d OWN -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG -s NETWORK ! -d GROUPS -m comment --comment "flanneld masq" -j MASQUERADE --random-fully
+-A FLANNEL-POSTRTG ! -s NETWORK -d NETWORK -m comment --comment "flanneld masq" -j MASQUERADE --random-fully
+COMMIT
+*filter
+:FORWARD DROP [0:0]
+:FLANNEL-FWD - [0:0]
+-A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD
+-A FORWARD -s STRANGER -j ACCEPT
+-A FLANNEL-FWD -s NETWORK -m comment --comment "flanneld forward" -j ACCEPT
+-A FLANNEL-FWD -d NETWORK -m comment --comment "flanneld forward" -j ACCEPT
+COMMIT
+"#;
+
+/// What flannel wrote for container runtimes: by this its subnets are known as this node's.
+const SUBNET_ENV: &str = "FLANNEL_NETWORK=10.1.0.0/16\nFLANNEL_SUBNET=10.1.15.1/24\nFLANNEL_IPV6_NETWORK=fd00:1::/48\n\
+    FLANNEL_IPV6_SUBNET=fd00:1:0:f::1/64\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n";
+
+/// Flannel's own tables of nftables.
+const TABLES: &str = "table IPV flannel-IPVNAME {
+  chain postrtg {
+    type nat hook postrouting priority srcnat; policy accept;
+    meta mark 0x4000 return
+    IPV saddr OWN IPV daddr NETWORK return
+    IPV saddr NETWORK IPV daddr OWN return
+    IPV saddr != OWN IPV daddr NETWORK return
+    IPV saddr NETWORK IPV daddr != GROUPS masquerade fully-random
+    IPV saddr != NETWORK IPV daddr NETWORK masquerade fully-random
+  }
+  chain forward {
+    type filter hook forward priority filter; policy accept;
+    IPV saddr NETWORK accept
+    IPV daddr NETWORK accept
+  }
+}
+";
+
+/// The text with the words of a family.
+fn of_family(text: &str, [six, network, own, groups, _, _]: [&str; 6]) -> String {
+    let (name, stranger) = if six.is_empty() { ("ipv4", "172.17.0.0/16") } else { ("ipv6", "fd00:17::/64") };
+    let ip = if six.is_empty() { "ip" } else { "ip6" };
+    let words = [("IPVNAME", name), ("IPV", ip), ("OWN", own), ("NETWORK", network), ("GROUPS", groups)];
+    words.iter().fold(text.replace("STRANGER", stranger), |text, (word, value)| text.replace(word, value))
+}
+
+fn feed(host: &Host, program: &str, words: &[&str], text: &str) {
+    let mut child = host.command(program).args(words).stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success(), "{program}: {text}");
+}
+
+/// A site with both families, whose container is there before the agent, as after a change from flannel.
+fn site(programs: &[&str]) -> Option<(Site, tempfile::TempDir)> {
+    let bed = Bed::new()?;
+    if !["etcdctl", "nft", "tcpdump", "conntrack"].iter().chain(programs).all(|program| installed(program)) {
+        return None;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let site = Site::new(bed, dir.path());
+    site.node.put("config", DUAL);
+    std::fs::write(site.node.file("subnet.env"), SUBNET_ENV).unwrap();
+    site.node.host.ip("addr add fd00:168::2/64 dev eth0 nodad");
+    site.node.other.ip("addr add fd00:168::3/64 dev eth0 nodad");
+    site.plug();
+    site.plug6();
+    site.node.host.run("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1");
+    Some((site, dir))
+}
+
+/// New connections from the container to the outside, one after the other, and what arrives there of them.
+struct Stream {
+    pings: Vec<Child>,
+    capture: Child,
+}
+
+impl Stream {
+    fn start(site: &Site) -> Stream {
+        let mut command = site.node.other.command("tcpdump");
+        command.args(["-i", "eth0", "-n", "-l", "-Z", "root", "--immediate-mode", "-Q", "in"]);
+        command.arg("icmp[0] == 8 or icmp6[0] == 128");
+        let capture = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let once = |[_, _, _, _, to, _]: [&str; 6]| {
+            let line = format!("while :; do ping -c 1 -W 1 {to} >/dev/null; done");
+            site.container.command("sh").args(["-c", &line]).stdin(Stdio::null()).spawn().unwrap()
+        };
+        Stream { pings: FAMILIES.map(once).into(), capture }
+    }
+
+    /// Ends it; gives what arrived.
+    fn end(mut self) -> String {
+        let _ = kill_process(Pid::from_child(&self.capture), Signal::TERM);
+        let mut text = String::new();
+        std::io::Read::read_to_string(&mut self.capture.stdout.take().unwrap(), &mut text).unwrap();
+        text
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        for child in self.pings.iter_mut().chain([&mut self.capture]) {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Waits until a new connection of each family gets through, and sees that its address was changed once: for the node's own.
+fn masqueraded_once(site: &Site) {
+    for [six, _, _, _, to, from] in FAMILIES {
+        site.arrives("eth0", to);
+        let list = ["-L", "-f", if six.is_empty() { "ipv4" } else { "ipv6" }, "-s", from, "-d", to];
+        let out = site.node.host.command("conntrack").args(list).output().unwrap();
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        let back = if six.is_empty() { "dst=10.168.0.2 " } else { "dst=fd00:168::2 " };
+        assert!(!text.is_empty() && text.lines().all(|line| line.contains(back)), "{text}");
+    }
+}
+
+/// The agent starts where `left` was left: what shows it to be gone is `shown`.
+fn taken_over(site: &Site, shown: impl Fn() -> String, stays: &str) {
+    masqueraded_once(site);
+    let before = shown();
+    assert!(before.to_lowercase().contains("flannel"), "{before}");
+    let stream = Stream::start(site);
+    let agent = site.node.agent_at_once("");
+    eventually("nothing of flannel's is left, and what is somebody else's stays", || {
+        let now = shown();
+        let ours = ruleset(&site.node.host).iter().any(|object| object["chain"]["name"] == "leaving");
+        let gone = !now.to_lowercase().contains("flannel") && now.contains(stays);
+        if ours && gone { Ok(()) } else { Err((now, site.node.log("agent.log"))) }
+    });
+    masqueraded_once(site);
+    let arrived = stream.end();
+    assert!(arrived.lines().count() > 4, "{arrived}");
+    let requests = arrived.lines().filter(|line| line.contains("echo request"));
+    let bare: Vec<&str> = requests.filter(|l| !l.contains("10.168.0.2 >") && !l.contains("fd00:168::2 >")).collect();
+    assert!(bare.is_empty(), "left with an address of the container's: {bare:#?}");
+    assert_eq!(site.node.twill_json("plan")["steps"], json!([]));
+    // A second start finds nothing to do.
+    let rules = ruleset(&site.node.host);
+    agent.end(Signal::TERM);
+    let _agent = site.node.agent("");
+    assert_eq!(ruleset(&site.node.host), rules);
+}
+
+#[test]
+fn flannels_chains_in_iptables_nft() {
+    let Some((site, _dir)) = site(&["iptables-nft", "ip6tables-nft"]) else { return };
+    let host = &site.node.host;
+    for family in FAMILIES {
+        feed(host, &format!("ip{}tables-nft-restore", family[0]), &["--noflush"], &of_family(CHAINS, family));
+    }
+    let shown = || ["iptables-nft-save", "ip6tables-nft-save"].map(|program| host.run(program)).concat();
+    taken_over(&site, shown, "-A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE");
+    // The chain's policy drops, and flannel's accepts are gone: ours stand there.
+    for (program, ends) in [("iptables-nft", "10.1.0.0/16"), ("ip6tables-nft", "fd00:1::/48")] {
+        let forward = host.run(&format!("{program} -S FORWARD"));
+        let ours = ["-s", "-d"].map(|end| format!("-A FORWARD {end} {ends} -m comment --comment twill -j ACCEPT"));
+        assert!(ours.iter().all(|rule| forward.contains(rule)), "{forward}");
+    }
+}
+
+#[test]
+fn flannels_chains_in_legacy_iptables() {
+    let Some((site, _dir)) = site(&["iptables-legacy", "ip6tables-legacy"]) else { return };
+    let host = &site.node.host;
+    let proof = host.try_run("iptables-legacy -t nat -S");
+    if !proof.status.success() {
+        let said = String::from_utf8_lossy(&proof.stderr).into_owned();
+        assert!(said.contains("does not exist") || said.contains("not supported"), "{said}");
+        return println!("SKIP: this kernel has no legacy iptables: {said}");
+    }
+    for family in FAMILIES {
+        // A policy that drops is for a person to change: nothing of legacy iptables but flannel's chains is touched.
+        let text = of_family(CHAINS, family).replace("FORWARD DROP", "FORWARD ACCEPT");
+        feed(host, &format!("ip{}tables-legacy-restore", family[0]), &["-w", "--noflush"], &text);
+    }
+    let shown = || ["iptables-legacy-save", "ip6tables-legacy-save"].map(|program| host.run(program)).concat();
+    taken_over(&site, shown, "-A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE");
+    let filter = host.run("iptables-legacy -S");
+    assert!(filter.contains("-A FORWARD -s 172.17.0.0/16 -j ACCEPT"), "{filter}");
+}
+
+#[test]
+fn flannels_tables_in_nftables() {
+    let Some((site, _dir)) = site(&[]) else { return };
+    let host = &site.node.host;
+    for family in FAMILIES {
+        feed(host, "nft", &["-f", "-"], &of_family(TABLES, family));
+    }
+    host.run("nft add table inet stranger");
+    taken_over(&site, || host.run("nft list tables"), "table inet stranger");
+}
