@@ -12,7 +12,8 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::host::{
-    Addr, Few, HostState, Key, Link, LinkKind, Object, PROTO_BOOT, PortFlags, Route, RouteEntry, RouteKey, TABLE_MAIN,
+    Addr, Few, HostState, Key, Link, LinkKind, Object, PROTO_BOOT, PortFlags, Remark, Route, RouteEntry, RouteKey,
+    TABLE_MAIN,
 };
 use crate::net::{Inet, LinkName, MacAddr, Mtu, Prefix};
 use crate::reconcile::{Claim, Desired};
@@ -107,6 +108,7 @@ impl Way {
             scope: if v4 && self.via.is_none() { SCOPE_LINK } else { 0 },
             src: None,
             special: false,
+            usurper: Remark::default(),
         };
         let metric = self.metric.unwrap_or(if v4 { 0 } else { IPV6_METRIC });
         let key = RouteKey { table: self.table.unwrap_or(TABLE_MAIN), dst: self.dst, tos: 0, metric };
@@ -372,7 +374,7 @@ impl Attachment {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::reconcile::{Caps, Scope, effect, plan};
+    use crate::reconcile::{Scope, effect, plan};
 
     fn request() -> Request {
         Request {
@@ -394,7 +396,7 @@ mod tests {
 
     /// What `have` becomes.
     fn settle(want: &Desired, have: &mut HostState) {
-        let steps = plan(want, have, &Caps::default(), Scope::All).steps;
+        let steps = plan(want, have, Scope::All).steps;
         steps.iter().for_each(|step| effect(have, &step.op));
     }
 

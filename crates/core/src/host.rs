@@ -135,6 +135,9 @@ pub struct Link {
     /// Takes frames for every address (IFF_PROMISC, as somebody asked for it). Wanted `None`: not looked at; read `None`: it does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub promisc: Option<bool>,
+    /// Keeps a neighbour table (no IFF_NOARP). Wanted `None`: not looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arp: Option<bool>,
     /// Read only: lower layer up (IFF_LOWER_UP, "carrier"). Never compared.
     #[serde(default)]
     pub carrier: bool,
@@ -188,6 +191,20 @@ pub struct Vxlan {
     pub learning: bool,
     /// Group Based Policy extension.
     pub gbp: bool,
+    /// What is written into the outer IP header.
+    #[serde(default)]
+    pub outer: OuterHeader,
+}
+
+/// Fixed values for a tunnel's outer IP header; 0 is the kernel's default for each (IFLA_VXLAN_TTL, _TOS, _DF).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OuterHeader {
+    /// Time to live; 0: as the namespace has it.
+    pub ttl: u8,
+    /// Type of service; 1: the inner packet's.
+    pub tos: u8,
+    /// Don't fragment: 0 off, 1 on, 2 the inner packet's.
+    pub df: u8,
 }
 
 /// An address on a device.
@@ -268,7 +285,22 @@ pub struct RouteEntry {
     /// It has metrics, an encapsulation, a realm or a next-hop object of its own.
     #[serde(default)]
     pub special: bool,
+    /// Read only: it was put in the place of an entry of a device that somebody reconciles (NLM_F_REPLACE).
+    #[serde(skip)]
+    pub usurper: Remark,
 }
+
+/// Something known about an object that is no part of what it is: all remarks are equal.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Remark(pub bool);
+
+impl PartialEq for Remark {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Remark {}
 
 /// A policy rule.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -276,8 +308,12 @@ pub struct Rule {
     /// Its identity.
     #[serde(flatten)]
     pub key: RuleKey,
+    /// What it does with a packet: FR_ACT_*, 1 looks into a table, 6 to 8 end the lookup (include/uapi/linux/fib_rules.h).
+    pub action: u8,
     /// Table it sends the lookup to; `None` for other actions.
     pub table: Option<u32>,
+    /// Destinations that it is for; `None`: all.
+    pub to: Option<Prefix>,
     /// rtm_protocol of who added it.
     pub protocol: u8,
 }
@@ -338,9 +374,25 @@ impl<T> From<Few<T>> for Vec<T> {
 }
 
 impl Link {
+    /// A routed tunnel: as somebody's port it would carry nothing.
+    pub fn stands_alone(&self) -> bool {
+        matches!(self.kind, LinkKind::Vxlan(_))
+    }
+
     /// A wanted device that is up, whatever else it has.
     pub const fn up(name: LinkName, kind: LinkKind) -> Self {
-        Self { name, kind, mac: None, mtu: None, up: true, master: None, port: None, promisc: None, carrier: true }
+        Self {
+            name,
+            kind,
+            mac: None,
+            mtu: None,
+            up: true,
+            master: None,
+            port: None,
+            promisc: None,
+            arp: None,
+            carrier: true,
+        }
     }
 }
 
@@ -379,9 +431,10 @@ impl Object {
                     && w.up == h.up
                     && wish(w.mac, h.mac)
                     && wish(w.mtu, h.mtu)
-                    && wish(w.master, h.master)
+                    && (wish(w.master, h.master) && !(w.stands_alone() && h.master.is_some()))
                     && wish(w.port, Some(h.port.unwrap_or_default()))
                     && wish(w.promisc, Some(h.promisc.unwrap_or_default()))
+                    && wish(w.arp, h.arp)
                     && w.kind.satisfied_by(&h.kind)
             }
             (Object::Neigh(w), Object::Neigh(h)) => {
@@ -402,7 +455,7 @@ impl LinkKind {
         match (self, have) {
             (LinkKind::Veth { .. }, LinkKind::Veth { .. }) => true,
             (LinkKind::Vxlan(w), LinkKind::Vxlan(h)) => {
-                (w.vni, w.port, w.learning, w.gbp) == (h.vni, h.port, h.learning, h.gbp)
+                (w.vni, w.port, w.learning, w.gbp, w.outer) == (h.vni, h.port, h.learning, h.gbp, h.outer)
                     && wish(w.local, h.local)
                     && wish(w.lower, h.lower)
             }

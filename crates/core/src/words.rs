@@ -169,7 +169,7 @@ pub fn fdb_line(fdb: &Fdb) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::Few;
+    use crate::host::{Few, Remark};
 
     fn entry(via: Option<&str>, dev: &str) -> RouteEntry {
         RouteEntry {
@@ -181,6 +181,7 @@ mod tests {
             scope: 0,
             src: None,
             special: false,
+            usurper: Remark::default(),
         }
     }
 

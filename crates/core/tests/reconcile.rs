@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use proptest::prelude::*;
 use twill_core::host::*;
 use twill_core::net::*;
-use twill_core::reconcile::{Caps, Claim, Desired, Op, Scope, effect, plan};
+use twill_core::reconcile::{Claim, Desired, Op, Scope, effect, plan};
 
 const V4: &str = "flannel.1";
 const V6: &str = "flannel-v6.1";
@@ -33,10 +33,12 @@ fn tunnel(device: &str) -> Vec<Object> {
             lower: Some(name("eth0")),
             learning: false,
             gbp: false,
+            outer: OuterHeader::default(),
         };
         let mut link = Link {
             mac: Some(MacAddr([2, 0, 0, 0, 0, 1])),
             mtu: Some(Mtu::try_from(1450).unwrap()),
+            arp: Some(true),
             ..Link::up(name(device), LinkKind::Bridge)
         };
         change(&mut link, &mut vxlan);
@@ -52,6 +54,9 @@ fn tunnel(device: &str) -> Vec<Object> {
         make(&|link, _| link.mac = Some(MacAddr([2, 0, 0, 0, 0, 2]))),
         make(&|_, vxlan| vxlan.learning = true),
         make(&|_, vxlan| vxlan.lower = Some(name("eth1"))),
+        make(&|_, vxlan| vxlan.outer.ttl = 1),
+        make(&|link, _| link.arp = Some(false)),
+        make(&|link, _| link.master = Some(name("br0"))),
         make(&|link, _| link.up = false),
         make(&|_, vxlan| vxlan.vni = Vni::try_from(9).unwrap()),
         make(&|_, vxlan| vxlan.gbp = true),
@@ -93,6 +98,7 @@ fn route(device: &str, dst: &str) -> Vec<Object> {
         scope: 0,
         src: None,
         special: false,
+        usurper: Remark(false),
     };
     let ours = entry(device, PROTO_TWILL, dst.addr());
     let other = entry(device, PROTO_TWILL, dst.last());
@@ -101,6 +107,7 @@ fn route(device: &str, dst: &str) -> Vec<Object> {
     let altered = entry(device, 4, dst.addr());
     let foreign = entry("eth0", 4, dst.last());
     let special = RouteEntry { special: true, ..ours.clone() };
+    let usurper = RouteEntry { usurper: Remark(true), ..foreign.clone() };
     [
         vec![ours.clone()],
         vec![other.clone()],
@@ -109,6 +116,7 @@ fn route(device: &str, dst: &str) -> Vec<Object> {
         vec![altered],
         vec![special],
         vec![foreign.clone()],
+        vec![usurper],
         vec![foreign.clone(), ours.clone()],
         vec![ours.clone(), foreign.clone()],
         vec![other.clone(), ours.clone(), foreign.clone()],
@@ -227,7 +235,7 @@ proptest! {
 
     #[test]
     fn a_plan_that_is_applied_gives_what_is_wanted((want, before) in cases()) {
-        let todo = plan(&want, &before, &Caps::default(), Scope::All);
+        let todo = plan(&want, &before, Scope::All);
         let mut have = before.clone();
         for step in &todo.steps {
             effect(&mut have, &step.op);
@@ -255,7 +263,7 @@ proptest! {
             prop_assert_eq!(have.get(&object.key()), Some(&object));
         }
         prop_assert_eq!(foreign(&have), foreign(&before), "what is not ours stays, in its order");
-        let again = plan(&want, &have, &Caps::default(), Scope::All);
+        let again = plan(&want, &have, Scope::All);
         prop_assert!(again.steps.is_empty(), "a second plan is empty: {:#?}", again.steps);
     }
 
@@ -268,13 +276,13 @@ proptest! {
         let all = want.host.iter().chain(have.iter()).map(|(key, _)| key.clone());
         // Every key that differs, and some that do not.
         let keys: BTreeSet<Key> = all.enumerate().filter(|(n, key)| differs(key) || *n == more).map(|(_, key)| key).collect();
-        let some = plan(&want, &have, &Caps::default(), Scope::Keys(&keys));
-        prop_assert_eq!(some, plan(&want, &have, &Caps::default(), Scope::All));
+        let some = plan(&want, &have, Scope::Keys(&keys));
+        prop_assert_eq!(some, plan(&want, &have, Scope::All));
     }
 
     #[test]
     fn steps_make_before_they_break_and_need_only_what_comes_before((want, have) in cases()) {
-        let todo = plan(&want, &have, &Caps::default(), Scope::All);
+        let todo = plan(&want, &have, Scope::All);
         let deletes = |op: &Op| matches!(op, Op::Delete(_));
         let first = todo.steps.iter().position(|step| deletes(&step.op)).unwrap_or(todo.steps.len());
         prop_assert!(todo.steps[first..].iter().all(|step| deletes(&step.op)), "{:#?}", todo.steps);

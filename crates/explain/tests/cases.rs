@@ -15,7 +15,9 @@
 use std::net::IpAddr;
 use std::path::Path;
 
-use twill_core::host::{Addr, Fdb, Few, Key, Link, LinkKind, Neigh, Object, Route, RouteEntry, RouteKey, Vxlan};
+use twill_core::host::{
+    Addr, Fdb, Few, Key, Link, LinkKind, Neigh, Object, OuterHeader, Remark, Route, RouteEntry, RouteKey, Vxlan,
+};
 use twill_core::net::{Inet, LinkName, MacAddr};
 use twill_explain::{Code, Explanation, Facts, Far, Memory, PlaceFacts, Verdict, ends, explain};
 
@@ -73,6 +75,7 @@ impl Build for PlaceFacts {
                 scope: if inet.addr.is_ipv4() { 253 } else { 0 },
                 src: inet.addr.is_ipv4().then_some(inet.addr),
                 special: false,
+                usurper: Remark::default(),
             };
             let key = RouteKey { table: 254, dst: inet.network(), tos: 0, metric: 0 };
             self.state.insert(Object::Route(Route { key, entries: Few::One(entry) }));
@@ -91,6 +94,7 @@ impl Build for PlaceFacts {
             scope: 0,
             src: None,
             special: false,
+            usurper: Remark::default(),
         };
         let key = RouteKey { table: 254, dst: dst.parse().unwrap(), tos: 0, metric: 0 };
         self.state.insert(Object::Route(Route { key, entries: Few::One(entry) }));
@@ -153,6 +157,7 @@ fn vxlan(local: &str) -> LinkKind {
         lower: Some(link_name("eth0")),
         learning: false,
         gbp: false,
+        outer: OuterHeader::default(),
     })
 }
 

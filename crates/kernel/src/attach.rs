@@ -12,7 +12,7 @@ use std::io;
 use twill_core::attach::{Clash, Request};
 use twill_core::host::{HostState, Key, Link, LinkKind, Object};
 use twill_core::net::LinkName;
-use twill_core::reconcile::{Caps, Claim, Desired, Op, Plan, Scope, Step, StepError, Why, plan};
+use twill_core::reconcile::{Claim, Desired, Op, Plan, Scope, Step, StepError, Why, plan};
 
 use crate::netns::Netns;
 use crate::{Interest, Kernel, KernelError, LinuxKernel, sysctl};
@@ -76,7 +76,7 @@ fn settle(
     let mut made = Vec::new();
     let mut tries = 0;
     loop {
-        let plan = plan(&want(kernel.mirror())?, kernel.mirror(), &Caps::default(), Scope::All);
+        let plan = plan(&want(kernel.mirror())?, kernel.mirror(), Scope::All);
         let outcome = kernel.apply(&plan);
         let done = plan.steps.iter().zip(&outcome.steps);
         made.extend(done.filter(|(_, result)| result.is_ok()).filter_map(|(step, _)| created(&step.op)));
@@ -212,5 +212,5 @@ pub fn differences(want: impl Fn(&HostState) -> Result<Desired, Clash>) -> Resul
     let mut kernel = open(&Desired::default())?;
     let want = Desired { claim: Claim::default(), ..want(kernel.mirror())? };
     kernel.set_interest(interest(&want))?;
-    Ok(plan(&want, kernel.mirror(), &Caps::default(), Scope::All))
+    Ok(plan(&want, kernel.mirror(), Scope::All))
 }

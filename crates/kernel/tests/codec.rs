@@ -24,7 +24,17 @@ fn route() -> impl Strategy<Value = Object> {
     (address(), 0..129u8, any::<u32>(), any::<u32>(), any::<u8>(), hop).prop_map(
         |(dst, len, table, metric, tos, (via, dev, onlink, protocol, src))| {
             let dst = Prefix::truncate(dst, len.min(family_bits(&dst))).unwrap();
-            let entry = RouteEntry { via, dev: Some(dev), onlink, protocol, kind: 1, scope: 0, src, special: false };
+            let entry = RouteEntry {
+                via,
+                dev: Some(dev),
+                onlink,
+                protocol,
+                kind: 1,
+                scope: 0,
+                src,
+                special: false,
+                usurper: Remark::default(),
+            };
             Object::Route(Route { key: RouteKey { table, dst, tos, metric }, entries: Few::One(entry) })
         },
     )
@@ -38,15 +48,17 @@ fn link() -> impl Strategy<Value = Object> {
             1..65_536i64,
             proptest::option::of(address()),
             proptest::option::of(device()),
-            any::<[bool; 2]>()
+            any::<[bool; 2]>(),
+            any::<[u8; 3]>()
         )
-            .prop_map(|(vni, port, local, lower, [learning, gbp])| LinkKind::Vxlan(Vxlan {
+            .prop_map(|(vni, port, local, lower, [learning, gbp], [ttl, tos, df])| LinkKind::Vxlan(Vxlan {
                 vni: Vni::try_from(vni).unwrap(),
                 port: Port::try_from(port).unwrap(),
                 local: local.filter(|ip| !ip.is_unspecified()),
                 lower,
                 learning,
                 gbp,
+                outer: OuterHeader { ttl, tos, df },
             })),
     ];
     let master = proptest::option::of(device());

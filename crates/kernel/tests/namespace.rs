@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use twill_core::host::*;
 use twill_core::net::*;
-use twill_core::reconcile::{Caps, Claim, Desired, Op, Plan, Scope, Step, Why, effect, plan};
+use twill_core::reconcile::{Claim, Desired, Op, Plan, Scope, Step, Why, effect, plan};
 use twill_kernel::{Interest, Kernel, LinuxKernel, MemoryKernel};
 
 use common::{in_namespace, run};
@@ -57,6 +57,7 @@ fn desired(peers: u8) -> Desired {
         lower: Some(name("eth0")),
         learning: false,
         gbp: false,
+        outer: OuterHeader::default(),
     });
     let mac = Some("5e:f8:4f:00:e3:37".parse().unwrap());
     let mtu = Some(Mtu::try_from(1450).unwrap());
@@ -80,6 +81,7 @@ fn desired(peers: u8) -> Desired {
                 scope: 0,
                 src: None,
                 special: false,
+                usurper: Remark::default(),
             }),
         }));
     }
@@ -95,7 +97,7 @@ fn desired(peers: u8) -> Desired {
 /// Plans and applies until nothing is left to do.
 fn settle(kernel: &mut LinuxKernel, want: &Desired) {
     for _ in 0..5 {
-        let todo = plan(want, kernel.mirror(), &Caps::default(), Scope::All);
+        let todo = plan(want, kernel.mirror(), Scope::All);
         if todo.steps.is_empty() {
             return;
         }
@@ -105,7 +107,7 @@ fn settle(kernel: &mut LinuxKernel, want: &Desired) {
         }
         kernel.changes(Some(Duration::ZERO)).unwrap();
     }
-    panic!("never settles: {:#?}", plan(want, kernel.mirror(), &Caps::default(), Scope::All));
+    panic!("never settles: {:#?}", plan(want, kernel.mirror(), Scope::All));
 }
 
 /// The mirror that notifications kept, against a fresh reading, as soon as the kernel has said all that it has to say.
@@ -178,14 +180,12 @@ fn whatever_is_altered_from_outside_is_seen_and_put_right() {
             run(line);
             let claim = &want.claim;
             let differs = |have: &HostState| {
-                !plan(&Desired { host: want.host.clone(), claim: claim.clone() }, have, &Caps::default(), Scope::All)
-                    .steps
-                    .is_empty()
+                !plan(&Desired { host: want.host.clone(), claim: claim.clone() }, have, Scope::All).steps.is_empty()
             };
             eventually(&format!("`{line}` is seen"), &mut kernel, differs);
             settle(&mut kernel, &want);
             assert_mirror_is_true(&mut kernel, &[line.to_owned()]);
-            let left = plan(&want, kernel.mirror(), &Caps::default(), Scope::All);
+            let left = plan(&want, kernel.mirror(), Scope::All);
             assert!(left.steps.is_empty(), "after `{line}`: {left:#?}");
         }
         run("sysctl -qw net.ipv4.ip_forward=0");
@@ -219,7 +219,7 @@ fn a_refused_step_skips_what_needs_it_alone() {
         // Somebody else has the same VNI and port under another name: the kernel refuses ours.
         run("ip link add vx type vxlan id 1 dstport 8472 dev eth0 nolearning");
         kernel.changes(Some(Duration::ZERO)).unwrap();
-        let todo = plan(&want, kernel.mirror(), &Caps::default(), Scope::All);
+        let todo = plan(&want, kernel.mirror(), Scope::All);
         let outcome = kernel.apply(&todo);
         let forward = todo.steps.iter().position(|s| s.op.object().key() == Key::Sysctl("net/ipv4/ip_forward".into()));
         for (n, result) in outcome.steps.iter().enumerate() {
@@ -415,12 +415,12 @@ fn transcript(kernel: &mut impl Kernel, want: &Desired) -> Vec<String> {
         let outcome = kernel.apply(&Plan { steps: vec![Step { op, needs: vec![], why: Why::Differs }] });
         assert!(outcome.steps[0].is_ok(), "{said:?}: {:?}", outcome.steps);
         kernel.changes(Some(Duration::ZERO)).unwrap();
-        let repair = plan(want, kernel.mirror(), &Caps::default(), Scope::All);
+        let repair = plan(want, kernel.mirror(), Scope::All);
         said.extend(repair.steps.iter().map(|s| format!("{} {:?} {:?}", s.op.verb(), s.op.object().key(), s.why)));
         let outcome = kernel.apply(&repair);
         assert!(outcome.steps.iter().all(Result::is_ok), "{said:?}: {:?}", outcome.steps);
         kernel.changes(Some(Duration::ZERO)).unwrap();
-        let left = plan(want, kernel.mirror(), &Caps::default(), Scope::All);
+        let left = plan(want, kernel.mirror(), Scope::All);
         assert!(left.steps.is_empty(), "{said:?}: {left:?}");
         want.host.iter().for_each(|(key, object)| assert!(object.satisfied_by(kernel.mirror().get(key).unwrap())));
     }

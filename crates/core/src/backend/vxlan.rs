@@ -8,8 +8,8 @@
 use serde_json::{Value, json};
 
 use crate::host::{
-    Addr, Fdb, Few, HostState, Link, LinkKind, Neigh, Object, PROTO_TWILL, Route, RouteEntry, RouteKey, TABLE_MAIN,
-    Vxlan,
+    Addr, Fdb, Few, HostState, Link, LinkKind, Neigh, Object, OuterHeader, PROTO_TWILL, Remark, Route, RouteEntry,
+    RouteKey, TABLE_MAIN, Vxlan,
 };
 use crate::lease::{Lease, LeaseAttrs, Peer, PeerFault};
 use crate::net::{Inet, LinkName, MacAddr, Mtu, NodeId, Port, Prefix, Vni};
@@ -78,9 +78,10 @@ impl Backend for VxlanConfig {
                 lower: Some(cx.underlay.link),
                 learning: self.learning,
                 gbp: self.gbp,
+                outer: OuterHeader::default(),
             });
             let (mac, mtu) = (Some(cx.mac(name)), Some(self.mtu(&cx.underlay, v4)?));
-            host.insert(Object::Link(Box::new(Link { mac, mtu, ..Link::up(name, kind) })));
+            host.insert(Object::Link(Box::new(Link { mac, mtu, arp: Some(true), ..Link::up(name, kind) })));
             host.insert(Object::Addr(Addr { link: name, inet: Inet::host(subnet.addr()), scope: 0 }));
             for (path, value) in sysctls(name, v4) {
                 host.insert(Object::Sysctl { path, value: value.into() });
@@ -128,6 +129,7 @@ impl Backend for VxlanConfig {
                     scope: 0,
                     src: None,
                     special: false,
+                    usurper: Remark::default(),
                 }),
             }));
         }

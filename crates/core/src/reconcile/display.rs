@@ -106,6 +106,7 @@ impl Why {
         match self {
             Why::Missing => "it is not there",
             Why::Differs => "it differs",
+            Why::Renamed => "somebody has renamed it",
             Why::CannotChangeInPlace => "the kernel cannot change it in place",
             Why::NotWanted => "nothing wants it any more",
             Why::Cascade => "the kernel drops it with an earlier step",

@@ -6,7 +6,9 @@
 
 use std::net::IpAddr;
 
-use crate::host::{Addr, Few, HostState, Key, LinkKind, Object, PROTO_KERNEL, Route, RouteEntry, RouteKey, TABLE_MAIN};
+use crate::host::{
+    Addr, Few, HostState, Key, LinkKind, Object, PROTO_KERNEL, Remark, Route, RouteEntry, RouteKey, TABLE_MAIN,
+};
 use crate::net::LinkName;
 
 use super::Op;
@@ -51,9 +53,10 @@ fn update(have: &mut HostState, from: &Object, to: &Object) {
             let mut merged = (**link).clone();
             merged.mac = link.mac.or(was.mac);
             merged.mtu = link.mtu.or(was.mtu);
-            merged.master = link.master.or(was.master);
+            merged.master = link.master.or(was.master.filter(|_| !link.stands_alone()));
             merged.port = link.port.or(was.port);
             merged.promisc = link.promisc.or(was.promisc);
+            merged.arp = link.arp.or(was.arp);
             merged.carrier = was.carrier;
             if let (LinkKind::Vxlan(w), LinkKind::Vxlan(h)) = (&mut merged.kind, &was.kind) {
                 w.local = w.local.or(h.local);
@@ -164,6 +167,7 @@ fn connect(have: &mut HostState, addr: &Addr) {
         scope: 253,
         src: Some(addr.inet.addr),
         special: false,
+        usurper: Remark::default(),
     };
     let mut entries: Vec<RouteEntry> = match have.remove(&Key::Route(key)) {
         Some(Object::Route(route)) => route.entries.into(),

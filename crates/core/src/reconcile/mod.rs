@@ -13,7 +13,7 @@ mod heal;
 mod journal;
 mod plan;
 mod shadow;
-mod tables;
+mod taken;
 mod wanted;
 
 use std::collections::BTreeSet;
@@ -28,7 +28,7 @@ pub use heal::Healer;
 pub use journal::{Journal, Repair};
 pub use plan::plan;
 pub use shadow::shadowed;
-pub use tables::taken_tables;
+pub use taken::{taken_tables, taken_tunnels};
 pub use wanted::Wanted;
 
 /// What the node should look like.
@@ -48,10 +48,6 @@ pub enum Scope<'a> {
     /// These keys alone.
     Keys(&'a BTreeSet<Key>),
 }
-
-/// What this kernel can do beyond Linux 6.1. Grows with the features that are probed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Caps {}
 
 /// Steps in an order that can be applied one after the other.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -107,6 +103,8 @@ pub enum Why {
     Differs,
     /// There, with fields that need a re-creation.
     CannotChangeInPlace,
+    /// It stands there under another name.
+    Renamed,
     /// Ours, and nothing wants it.
     NotWanted,
     /// The kernel dropped or will drop it with an earlier step of this plan.

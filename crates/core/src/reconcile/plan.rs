@@ -7,16 +7,16 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::host::{Few, HostState, Key, Link, LinkKind, Object, PROTO_KERNEL, Route, RouteEntry};
+use crate::host::{Few, HostState, Key, Link, LinkKind, Object, PROTO_KERNEL, Route, RouteEntry, Vxlan};
 use crate::net::LinkName;
 
-use super::{Caps, Desired, Op, Plan, Scope, Step, StepId, Why, effect};
+use super::{Desired, Op, Plan, Scope, Step, StepId, Why, effect};
 
 /// The steps that bring what is ours in `have` to `want`, looking at `scope` only.
 ///
 /// When a device is touched, its dependants are looked at whether or not `scope` names them, since the kernel drops some of them
 /// without a word.
-pub fn plan(want: &Desired, have: &HostState, _caps: &Caps, scope: Scope<'_>) -> Plan {
+pub fn plan(want: &Desired, have: &HostState, scope: Scope<'_>) -> Plan {
     let mut draft = Draft { steps: Vec::new(), links: BTreeMap::new(), table: None };
     links(&mut draft, want, have, scope);
     let mut after = Cow::Borrowed(have);
@@ -97,7 +97,9 @@ impl Draft {
         // A wanted route that goes through our device is ours under any protocol number: somebody has altered it.
         let on_our_device = |entry: &RouteEntry| entry.dev.is_some_and(|dev| want.claim.devices.contains(&dev));
         let is_ours = |entry: &RouteEntry| {
-            want.claim.owns_entry(found, entry) || (on_our_device(entry) && entry.protocol != PROTO_KERNEL)
+            want.claim.owns_entry(found, entry)
+                || (on_our_device(entry) && entry.protocol != PROTO_KERNEL)
+                || entry.usurper.0
         };
         let present = entries.iter().position(is_wanted);
         if present.is_some() && entries.iter().filter(|entry| is_ours(entry)).all(is_wanted) {
@@ -175,7 +177,10 @@ fn links(draft: &mut Draft, want: &Desired, have: &HostState, scope: Scope<'_>) 
 fn make_link(draft: &mut Draft, link: &Link, have: &HostState) {
     let to = Object::Link(Box::new(link.clone()));
     let (op, why) = match have.link(link.name) {
-        None => (Op::Create(to), Why::Missing),
+        None => match namesake(link, have) {
+            Some(found) => (Op::Recreate { from: Object::Link(Box::new(found.clone())), to }, Why::Renamed),
+            None => (Op::Create(to), Why::Missing),
+        },
         Some(found) if to.satisfied_by(&Object::Link(Box::new(found.clone()))) => return,
         Some(found) => {
             let from = Object::Link(Box::new(found.clone()));
@@ -188,6 +193,23 @@ fn make_link(draft: &mut Draft, link: &Link, have: &HostState) {
     };
     draft.push(op, why);
     draft.links.insert(link.name, draft.steps.len() as StepId - 1);
+}
+
+/// The wanted tunnel under another name: the kernel has room for one device with this VNI and port, and the MAC is ours.
+fn namesake<'a>(want: &Link, have: &'a HostState) -> Option<&'a Link> {
+    let twins = same_tunnel(want, have);
+    twins.into_iter().find(|twin| want.mac.is_some() && twin.mac == want.mac)
+}
+
+/// Other devices that take the VNI and port of a wanted tunnel (drivers/net/vxlan/vxlan_core.c `vxlan_vni_in_use`).
+pub(super) fn same_tunnel<'a>(want: &Link, have: &'a HostState) -> Vec<&'a Link> {
+    let LinkKind::Vxlan(wanted) = &want.kind else { return Vec::new() };
+    let v4 = |vxlan: &Vxlan| vxlan.local.is_none_or(|ip| ip.is_ipv4());
+    let same = |link: &&Link| {
+        matches!(&link.kind, LinkKind::Vxlan(found) if link.name != want.name
+        && (found.vni, found.port, v4(found)) == (wanted.vni, wanted.port, v4(wanted)))
+    };
+    have.range(..Key::Sysctl("".into())).filter_map(|(_, object)| as_link(object)).filter(same).collect()
 }
 
 fn as_link(object: &Object) -> Option<&Link> {

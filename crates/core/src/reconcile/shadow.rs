@@ -1,26 +1,31 @@
 //! Owned routes that the kernel does not use, because something stands before them.
 
 use std::net::IpAddr;
+use std::ops::Bound;
 
-use crate::host::{HostState, Key, Object, Route, RouteKey, Rule, TABLE_LOCAL, TABLE_MAIN};
+use crate::host::{HostState, Key, Object, Route, RouteKey, Rule, RuleKey, TABLE_LOCAL, TABLE_MAIN};
 use crate::net::{LinkName, Prefix};
 
 use super::{Claim, Desired, Finding};
 
 /// For each owned route of `want` that is there: what keeps the kernel from using it.
 ///
-/// Looked for: a foreign twin before it, a lower metric for the same prefix, a foreign more specific route inside it, and a rule
-/// that sends packets to a table with a matching route first. Cost: one range query for each route.
+/// Looked for: a foreign twin before it, a lower metric for the same prefix, a foreign more specific route inside it, a rule that
+/// ends the lookup or finds a route elsewhere first, and that no rule leads to the main table. Cost: one range query for each route.
 pub fn shadowed(want: &Desired, have: &HostState) -> Vec<Finding> {
-    let rules = foreign_rules(have);
-    let mut findings = Vec::new();
+    let (mut findings, mut routes) = (Vec::new(), [Vec::new(), Vec::new()]);
     for (key, object) in want.host.iter() {
         let (Key::Route(route_key), Object::Route(route)) = (key, object) else { continue };
         if route_key.table != TABLE_MAIN {
             continue;
         }
         findings.extend(twin(route, have).or_else(|| in_main(route, have, &want.claim)));
-        findings.extend(rules.iter().filter_map(|rule| by_rule(route, rule, have, &want.claim)));
+        if have.get(key).is_some() {
+            routes[usize::from(!route_key.dst.is_v4())].push(route);
+        }
+    }
+    for (v6, routes) in [false, true].into_iter().zip(&routes) {
+        findings.extend(by_rules(v6, routes, have, &want.claim));
     }
     findings
 }
@@ -57,40 +62,70 @@ fn in_main(route: &Route, have: &HostState, claim: &Claim) -> Option<Finding> {
     None
 }
 
-/// Rules that are looked at before the main table's, other than the kernel's own.
-fn foreign_rules(have: &HostState) -> Vec<Rule> {
+/// The rules of one family: which foreign ones are looked at before the main table, and whether anything looks there at all.
+fn by_rules(v6: bool, routes: &[&Route], have: &HostState, claim: &Claim) -> Vec<Finding> {
+    let Some(first) = routes.first() else { return Vec::new() };
     let rules = have.iter().filter_map(|(_, object)| match object {
-        Object::Rule(rule) => Some(rule),
+        Object::Rule(rule) if rule.key.v6 == v6 => Some(rule),
         _ => None,
     });
-    rules
-        .filter(|r| r.key.priority < 32_766 && r.table.is_some_and(|t| t != TABLE_MAIN && t != TABLE_LOCAL))
-        .cloned()
-        .collect()
+    let mut rules: Vec<&Rule> = rules.collect();
+    rules.sort_by_key(|rule| rule.key.priority);
+    let main = rules.iter().position(|rule| rule.table == Some(TABLE_MAIN));
+    let before = &rules[..main.unwrap_or(rules.len())];
+    let mut findings: Vec<Finding> = before.iter().filter_map(|rule| by_rule(rule, routes, have, claim)).collect();
+    if main.is_none() {
+        let evidence = "no rule leads to the main table: none of its routes is used";
+        let fix = format!("ip {}rule add priority 32766 lookup main", family(first.key.dst.addr()));
+        findings.push(finding(first, evidence, &fix));
+    }
+    findings
 }
 
-/// A rule's table has a route that takes packets of ours.
-fn by_rule(route: &Route, rule: &Rule, have: &HostState, claim: &Claim) -> Option<Finding> {
-    let table = rule.table?;
-    if rule.key.v6 == route.key.dst.is_v4() {
+/// A rule that ends the lookup, or whose table has a route that takes packets of ours. One finding for all the routes it hides.
+fn by_rule(rule: &Rule, routes: &[&Route], have: &HostState, claim: &Claim) -> Option<Finding> {
+    let table = rule.table.filter(|table| *table != TABLE_LOCAL);
+    let ends = ENDS_LOOKUP.contains(&rule.action);
+    if table.is_none() && !ends {
         return None;
     }
-    let first = Key::Route(RouteKey { table, dst: Prefix::DEFAULT_V4, tos: 0, metric: 0 });
-    let last = Key::Route(RouteKey { table: table + 1, dst: Prefix::DEFAULT_V4, tos: 0, metric: 0 });
-    let taken = have.range(first..last).find_map(|(_, object)| match object {
-        Object::Route(found)
-            if found.key.dst.overlaps(&route.key.dst)
-                && found.entries.first().is_some_and(|e| !claim.owns_entry(found, e) && e.kind != THROW) =>
-        {
-            Some(found)
-        }
-        _ => None,
-    })?;
-    let evidence =
-        format!("rule {} ({}) looks into table {table} first, where {taken}", rule.key.priority, rule.key.selector);
-    let fix = format!("ip {}rule del priority {}", family(route.key.dst.addr()), rule.key.priority);
-    Some(finding(route, &evidence, &fix))
+    let foreign: Vec<&Route> = table.map_or_else(Vec::new, |table| foreign_routes(table, rule.key.v6, have, claim));
+    let takes = |route: &Route| {
+        let concerns = rule.to.is_none_or(|to| to.overlaps(&route.key.dst));
+        let found = foreign.iter().find(|found| found.key.dst.overlaps(&route.key.dst));
+        (concerns && (ends || found.is_some())).then_some(found)
+    };
+    let mut hidden = routes.iter().filter_map(|route| Some((*route, takes(route)?)));
+    let (first, found) = hidden.next()?;
+    let what = match (table, found) {
+        (Some(table), Some(found)) => format!("looks into table {table} first, where {found}"),
+        _ => "ends the lookup before the main table".into(),
+    };
+    let others = match hidden.count() {
+        0 => String::new(),
+        n => format!(", for {n} more routes too"),
+    };
+    let RuleKey { priority, selector, .. } = &rule.key;
+    let evidence = format!("rule {priority} ({selector}) {what}{others}");
+    Some(finding(first, &evidence, &format!("ip {}rule del priority {priority}", family(first.key.dst.addr()))))
 }
+
+/// The routes of a table that are not ours and end the lookup there.
+fn foreign_routes<'a>(table: u32, v6: bool, have: &'a HostState, claim: &Claim) -> Vec<&'a Route> {
+    let key = |table| Key::Route(RouteKey { table, dst: Prefix::DEFAULT_V4, tos: 0, metric: 0 });
+    let last = table.checked_add(1).map_or(Bound::Unbounded, |next| Bound::Excluded(key(next)));
+    let all = have.range((Bound::Included(key(table)), last)).filter_map(|(_, object)| match object {
+        Object::Route(route) if route.key.dst.is_v4() != v6 => Some(route),
+        _ => None,
+    });
+    let ends = |route: &&Route| {
+        route.entries.first().is_some_and(|entry| !claim.owns_entry(route, entry) && entry.kind != THROW)
+    };
+    all.filter(ends).collect()
+}
+
+/// FR_ACT_BLACKHOLE, FR_ACT_UNREACHABLE, FR_ACT_PROHIBIT.
+const ENDS_LOOKUP: [u8; 3] = [6, 7, 8];
 
 /// RTN_THROW: go on with the next rule.
 const THROW: u8 = 9;

@@ -47,6 +47,11 @@ impl Interest {
         self.devices.as_ref().is_none_or(|devices| devices.contains(&device))
     }
 
+    /// True for the devices that whoever looks keeps in order.
+    fn reconciles(&self, device: LinkName) -> bool {
+        self.devices.as_ref().is_some_and(|devices| devices.contains(&device))
+    }
+
     /// A bridge lists the multicast addresses that it listens to itself. They come and go without a message, and nobody reconciles
     /// them: only who looks at everything sees them.
     fn keeps(&self, entry: &Fdb) -> bool {

@@ -3,7 +3,7 @@
 use std::io;
 use std::net::IpAddr;
 
-use twill_core::host::{Key, Link, LinkKind, Object, Route, RouteEntry, RouteKey, TABLE_LOCAL};
+use twill_core::host::{Key, Link, LinkKind, Object, Remark, Route, RouteEntry, RouteKey, TABLE_LOCAL};
 use twill_core::net::{LinkName, Prefix};
 use twill_core::reconcile::{Op, effect};
 
@@ -164,8 +164,9 @@ impl LinuxKernel {
                 return;
             }
             if have.is_empty() || (replaces && have.len() == 1) {
+                let usurps = have.first().and_then(|gone| gone.dev).is_some_and(|dev| self.interest.reconciles(dev));
                 self.pending.dirty.insert(key);
-                self.mirror.insert(Object::Route(route));
+                self.mirror.insert(Object::Route(if usurps { usurping(route) } else { route }));
                 return;
             }
         } else if have == told {
@@ -224,6 +225,13 @@ impl LinuxKernel {
             self.mirror.remove(&object.key())
         };
     }
+}
+
+/// The route as one that took the place of another.
+fn usurping(route: Route) -> Route {
+    let mark = |entry| RouteEntry { usurper: Remark(true), ..entry };
+    let entries: Vec<RouteEntry> = Vec::from(route.entries).into_iter().map(mark).collect();
+    Route { key: route.key, entries: entries.into() }
 }
 
 fn link_object(link: Link) -> Object {

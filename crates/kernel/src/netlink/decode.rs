@@ -6,7 +6,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use twill_core::host::{
-    Addr, Fdb, Few, Link, LinkKind, Neigh, PortFlags, Route, RouteEntry, RouteKey, Rule, RuleKey, Vxlan,
+    Addr, Fdb, Few, Link, LinkKind, Neigh, OuterHeader, PortFlags, Remark, Route, RouteEntry, RouteKey, Rule, RuleKey,
+    Vxlan,
 };
 use twill_core::net::{Inet, LinkName, MacAddr, Mtu, Port, Prefix, Vni};
 
@@ -37,10 +38,13 @@ pub(crate) mod ifla {
     pub(crate) const VXLAN_ID: u16 = 1;
     pub(crate) const VXLAN_LINK: u16 = 3;
     pub(crate) const VXLAN_LOCAL: u16 = 4;
+    pub(crate) const VXLAN_TTL: u16 = 5;
+    pub(crate) const VXLAN_TOS: u16 = 6;
     pub(crate) const VXLAN_LEARNING: u16 = 7;
     pub(crate) const VXLAN_PORT: u16 = 15;
     pub(crate) const VXLAN_LOCAL6: u16 = 17;
     pub(crate) const VXLAN_GBP: u16 = 23;
+    pub(crate) const VXLAN_DF: u16 = 29;
 }
 
 /// Attribute numbers of neighbours and forwarding entries.
@@ -77,6 +81,7 @@ pub(crate) const NUD_NOARP: u16 = 0x40;
 pub(crate) const NUD_PERMANENT: u16 = 0x80;
 pub(crate) const RTNH_F_ONLINK: u32 = 4;
 const IFF_UP: u32 = 1;
+const IFF_NOARP: u32 = 0x80;
 const IFF_PROMISC: u32 = 0x100;
 const IFF_LOWER_UP: u32 = 1 << 16;
 const RTM_F_CLONED: u32 = 0x200;
@@ -100,6 +105,7 @@ pub(crate) fn link(payload: &[u8], names: &Names) -> Option<Link> {
         master: None,
         port: None,
         promisc: (flags & IFF_PROMISC != 0).then_some(true),
+        arp: Some(flags & IFF_NOARP == 0),
         carrier: flags & IFF_LOWER_UP != 0,
     };
     let elsewhere = attr(rest, ifla::LINK_NETNSID).is_some();
@@ -141,7 +147,7 @@ fn port_flags(info: &[u8]) -> Option<PortFlags> {
 }
 
 fn vxlan(data: &[u8], names: &Names) -> Option<Vxlan> {
-    let byte = |kind| attr(data, kind).and_then(|v| v.first()).is_some_and(|v| *v != 0);
+    let byte = |kind| attr(data, kind).and_then(|v| v.first()).copied().unwrap_or_default();
     let port = attr(data, ifla::VXLAN_PORT).and_then(|v| Some(u16::from_be_bytes(v.try_into().ok()?)));
     Some(Vxlan {
         vni: Vni::try_from(i64::from(u32_at(attr(data, ifla::VXLAN_ID)?, 0)?)).ok()?,
@@ -151,8 +157,9 @@ fn vxlan(data: &[u8], names: &Names) -> Option<Vxlan> {
             .and_then(ip)
             .filter(|ip| !ip.is_unspecified()),
         lower: attr(data, ifla::VXLAN_LINK).and_then(|v| names.name(u32_at(v, 0)?)),
-        learning: byte(ifla::VXLAN_LEARNING),
+        learning: byte(ifla::VXLAN_LEARNING) != 0,
         gbp: attr(data, ifla::VXLAN_GBP).is_some(),
+        outer: OuterHeader { ttl: byte(ifla::VXLAN_TTL), tos: byte(ifla::VXLAN_TOS), df: byte(ifla::VXLAN_DF) },
     })
 }
 
@@ -236,6 +243,7 @@ pub(crate) fn route(payload: &[u8], names: &Names) -> Option<Route> {
         src: attr(rest, rta::PREFSRC).and_then(ip),
         special: [rta::METRICS, rta::FLOW, rta::ENCAP, rta::NH_ID].into_iter().any(|kind| attr(rest, kind).is_some())
             || attr(rest, rta::PREF).is_some_and(|pref| pref != [0]),
+        usurper: Remark::default(),
     };
     let entries = match attr(rest, rta::MULTIPATH) {
         Some(hops) => Few::from(multipath(hops, &base, names)),
@@ -266,9 +274,10 @@ pub(crate) fn rule(payload: &[u8]) -> Option<Rule> {
     let rest = payload.get(12..)?;
     let (family, dst_len, src_len) = (*payload.first()?, *payload.get(1)?, *payload.get(2)?);
     let number = |kind| attr(rest, kind).and_then(|v| u32_at(v, 0));
-    let address = |kind, len| attr(rest, kind).and_then(ip).map(|ip| format!("{ip}/{len}"));
-    let mut selector = format!("from {}", address(2, src_len).unwrap_or("all".into()));
-    if let Some(to) = address(1, dst_len) {
+    let net = |kind, len| attr(rest, kind).and_then(ip).and_then(|ip| Prefix::truncate(ip, len).ok());
+    let (from, to) = (net(2, src_len), net(1, dst_len));
+    let mut selector = format!("from {}", from.map_or("all".into(), |from| from.to_string()));
+    if let Some(to) = to {
         selector += &format!(" to {to}");
     }
     // FRA_FWMARK 10, FRA_FWMASK 16, FRA_IIFNAME 3, FRA_OIFNAME 17.
@@ -284,7 +293,9 @@ pub(crate) fn rule(payload: &[u8]) -> Option<Rule> {
     let table = number(15).unwrap_or(u32::from(*payload.get(4)?));
     Some(Rule {
         key: RuleKey { v6: family == AF_INET6, priority: number(6).unwrap_or(0), selector: selector.into() },
+        action: *payload.get(7)?,
         table: (*payload.get(7)? == 1).then_some(table),
+        to,
         protocol: attr(rest, 21).and_then(|v| v.first()).copied().unwrap_or(0),
     })
 }

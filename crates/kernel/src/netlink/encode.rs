@@ -4,7 +4,7 @@ use std::fs::File;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 
-use twill_core::host::{Addr, Fdb, Link, LinkKind, Neigh, Object, PortFlags, Route, RouteEntry, Vxlan};
+use twill_core::host::{Addr, Fdb, Link, LinkKind, Neigh, Object, OuterHeader, PortFlags, Route, RouteEntry, Vxlan};
 use twill_core::net::LinkName;
 use twill_core::reconcile::Op;
 
@@ -36,6 +36,7 @@ const NTF_MASTER: u8 = 4;
 /// IFA_F_NODAD: the address is ours by lease, nobody needs to be asked.
 const IFA_F_NODAD: u8 = 2;
 const IFF_UP: u32 = 1;
+const IFF_NOARP: u32 = 0x80;
 const IFF_PROMISC: u32 = 0x100;
 
 /// Writes requests into a batch.
@@ -102,10 +103,10 @@ impl Encoder<'_> {
         self.names.index(name).ok_or_else(|| format!("there is no device {name}"))
     }
 
-    /// `struct ifinfomsg`; of the two flags only those given are changed.
-    fn ifinfo(&mut self, index: u32, up: Option<bool>, promisc: Option<bool>) {
+    /// `struct ifinfomsg`; of the flags only those given are changed.
+    fn ifinfo(&mut self, index: u32, wanted: &[(u32, Option<bool>)]) {
         let (mut flags, mut change) = (0, 0);
-        for (bit, on) in [(IFF_UP, up), (IFF_PROMISC, promisc)] {
+        for &(bit, on) in wanted {
             flags |= if on == Some(true) { bit } else { 0 };
             change |= if on.is_some() { bit } else { 0 };
         }
@@ -131,7 +132,7 @@ impl Encoder<'_> {
             _ => None,
         };
         self.begin(rtm::NEWLINK, flag::CREATE | flag::EXCL);
-        self.ifinfo(0, Some(link.up), link.promisc);
+        self.ifinfo(0, &[(IFF_UP, Some(link.up)), (IFF_PROMISC, link.promisc), (IFF_NOARP, link.arp.map(|arp| !arp))]);
         let w = &mut *self.writer;
         w.text(ifla::IFNAME, link.name.as_str());
         link_attrs(w, link, master);
@@ -174,7 +175,7 @@ impl Encoder<'_> {
     /// (net/core/rtnetlink.c `__rtnl_newlink`).
     fn port_flags(&mut self, name: LinkName, port: PortFlags) {
         self.begin(rtm::NEWLINK, 0);
-        self.ifinfo(0, None, None);
+        self.ifinfo(0, &[]);
         let w = &mut *self.writer;
         w.text(ifla::IFNAME, name.as_str());
         w.nest(ifla::LINKINFO, |w| {
@@ -189,7 +190,11 @@ impl Encoder<'_> {
 
     fn change_link(&mut self, from: &Link, to: &Link) -> Result<(), Unwritable> {
         let index = self.index(to.name)?;
-        let master = to.master.filter(|m| from.master != Some(*m)).map(|name| self.index(name)).transpose()?;
+        let master = match to.master {
+            Some(master) if from.master != Some(master) => Some(self.index(master)?),
+            None if to.stands_alone() && from.master.is_some() => Some(0),
+            _ => None,
+        };
         let vxlan = match (&from.kind, &to.kind) {
             (LinkKind::Vxlan(was), LinkKind::Vxlan(vxlan)) if !to.kind.satisfied_by(&from.kind) => {
                 let lower = vxlan.lower.filter(|l| was.lower != Some(*l)).map(|name| self.index(name)).transpose()?;
@@ -197,15 +202,22 @@ impl Encoder<'_> {
             }
             _ => None,
         };
-        let promisc = to.promisc.filter(|promisc| from.promisc.unwrap_or_default() != *promisc);
+        let flags = [
+            (IFF_UP, (from.up != to.up).then_some(to.up)),
+            (IFF_PROMISC, to.promisc.filter(|promisc| from.promisc.unwrap_or_default() != *promisc)),
+            (IFF_NOARP, to.arp.filter(|arp| from.arp != Some(*arp)).map(|arp| !arp)),
+        ];
         // Two requests: the kernel refuses an MTU beside VXLAN's own attributes (`vxlan_nl2conf`), and a lower device bounds it.
         if let Some((vxlan, was, lower)) = vxlan {
             self.begin(rtm::NEWLINK, 0);
-            self.ifinfo(index, None, None);
+            self.ifinfo(index, &[]);
             self.writer.nest(ifla::LINKINFO, |w| {
                 w.text(ifla::INFO_KIND, "vxlan");
                 w.nest(ifla::INFO_DATA, |w| {
                     w.attr(ifla::VXLAN_LEARNING, &[u8::from(vxlan.learning)]);
+                    if vxlan.outer != was.outer {
+                        outer_attrs(w, vxlan.outer);
+                    }
                     if vxlan.local.is_some() && vxlan.local != was.local {
                         local_attr(w, vxlan);
                     }
@@ -221,9 +233,10 @@ impl Encoder<'_> {
             mtu: to.mtu.filter(|mtu| from.mtu != Some(*mtu)),
             ..to.clone()
         };
-        if changed.mac.is_some() || changed.mtu.is_some() || master.is_some() || promisc.is_some() || from.up != to.up {
+        let flagged = flags.iter().any(|(_, on)| on.is_some());
+        if changed.mac.is_some() || changed.mtu.is_some() || master.is_some() || flagged {
             self.begin(rtm::NEWLINK, 0);
-            self.ifinfo(index, (from.up != to.up).then_some(to.up), promisc);
+            self.ifinfo(index, &flags);
             link_attrs(self.writer, &changed, master);
             self.writer.end();
         }
@@ -235,7 +248,7 @@ impl Encoder<'_> {
 
     fn delete_link(&mut self, name: LinkName) -> Result<(), Unwritable> {
         self.begin(rtm::DELLINK, 0);
-        self.ifinfo(0, None, None);
+        self.ifinfo(0, &[]);
         self.writer.text(ifla::IFNAME, name.as_str());
         self.writer.end();
         Ok(())
@@ -404,9 +417,16 @@ fn vxlan_attrs(w: &mut Writer, vxlan: &Vxlan, lower: Option<u32>) {
     if vxlan.gbp {
         w.attr(ifla::VXLAN_GBP, &[]);
     }
+    outer_attrs(w, vxlan.outer);
     local_attr(w, vxlan);
     if let Some(lower) = lower {
         w.attr(ifla::VXLAN_LINK, &lower.to_ne_bytes());
+    }
+}
+
+fn outer_attrs(w: &mut Writer, outer: OuterHeader) {
+    for (kind, value) in [(ifla::VXLAN_TTL, outer.ttl), (ifla::VXLAN_TOS, outer.tos), (ifla::VXLAN_DF, outer.df)] {
+        w.attr(kind, &[value]);
     }
 }
 

@@ -6,7 +6,9 @@ use twill_core::alloc::Me;
 use twill_core::backend::{self, Backend, Cx, Reach, Refusal, Underlay};
 use twill_core::config::NetworkConfig;
 use twill_core::firewall::Policy;
-use twill_core::host::{Few, HostState, LinkKind, Object, PROTO_TWILL, Route, RouteEntry, RouteKey, TABLE_MAIN};
+use twill_core::host::{
+    Few, HostState, LinkKind, Object, PROTO_TWILL, Remark, Route, RouteEntry, RouteKey, TABLE_MAIN,
+};
 use twill_core::lease::{Lease, LeaseKey, Peer, PeerFault};
 use twill_core::lease_set::LeaseSet;
 use twill_core::net::{LinkName, MacAddr, Prefix};
@@ -163,6 +165,7 @@ fn unused(subnet: Prefix) -> Route {
         onlink: false,
         protocol: PROTO_TWILL,
         special: false,
+        usurper: Remark::default(),
         kind: RTN_BLACKHOLE,
         scope: 0,
         src: None,

@@ -15,7 +15,7 @@ use tokio::sync::{oneshot, watch};
 use twill_core::backend::{Reach, TunnelSpec};
 use twill_core::firewall::{TableName, beside};
 use twill_core::host::{HostState, Key, Object, PROTO_TWILL};
-use twill_core::reconcile::{Caps, Claim, Healer, Journal, Plan, Scope, Wanted, plan, shadowed, taken_tables};
+use twill_core::reconcile::{Claim, Healer, Journal, Plan, Scope, Wanted, plan, shadowed, taken_tables, taken_tunnels};
 use twill_kernel::{Interest, Kernel, KernelError, LinuxKernel, Waker};
 
 use super::handover::Handed;
@@ -267,7 +267,7 @@ impl Reconciler {
     }
 
     fn plan(&self, scope: Scope<'_>) -> Plan {
-        let mut plan = plan(self.wanted.desired(), self.kernel.mirror(), &Caps::default(), scope);
+        let mut plan = plan(self.wanted.desired(), self.kernel.mirror(), scope);
         if !self.prune {
             plan.steps.retain(|step| !matches!(step.op, twill_core::reconcile::Op::Delete(_)));
         }
@@ -370,6 +370,7 @@ impl Reconciler {
 
     fn publish_status(&mut self) {
         let mut findings = shadowed(self.wanted.desired(), self.kernel.mirror());
+        findings.extend(taken_tunnels(self.wanted.desired(), self.kernel.mirror()));
         findings.extend(taken_tables(self.wanted.desired(), self.kernel.mirror()));
         findings.extend(beside::early_drops(&self.wanted.desired().claim.networks, self.kernel.mirror()));
         if self.kernel.interest().firewall {
@@ -395,8 +396,9 @@ impl Reconciler {
 }
 
 /// Findings that come from here; the others are the session's.
-const KERNEL_CODES: [&str; 7] = [
+const KERNEL_CODES: [&str; 8] = [
     "route-shadowed",
+    "vni-taken",
     "table-taken",
     "dropped-before-forward",
     "legacy-drops-forward",

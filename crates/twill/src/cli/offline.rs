@@ -14,7 +14,7 @@ use twill_core::host::{HostState, Key, LinkKind, Object, PROTO_TWILL};
 use twill_core::iface;
 use twill_core::lease::Lease;
 use twill_core::lease_set::LeaseSet;
-use twill_core::reconcile::{Caps, Claim, Desired, Plan, Scope, Wanted, plan};
+use twill_core::reconcile::{Claim, Desired, Plan, Scope, Wanted, plan};
 use twill_kernel::{Interest, Kernel, LinuxKernel};
 use twill_store::RawConfig;
 
@@ -108,7 +108,7 @@ fn compute(settings: &Settings) -> anyhow::Result<Plan> {
         Interest { devices: Some(wanted.desired().claim.devices.clone()), sysctls: sysctls.collect(), firewall: true };
     let kernel = LinuxKernel::open(interest).context("look at this host's network")?;
     wanted.set_beside(beside::heads(&network.cx.networks, kernel.mirror()));
-    Ok(plan(wanted.desired(), kernel.mirror(), &Caps::default(), Scope::All))
+    Ok(plan(wanted.desired(), kernel.mirror(), Scope::All))
 }
 
 /// The network config, or the error that a user can act on.
@@ -239,7 +239,7 @@ impl Clean {
         let interest = Interest { firewall: true, ..Interest::default() };
         let mut kernel = LinuxKernel::open(interest).context("look at this host's network")?;
         let desired = Desired { host: HostState::new(), claim: claim(&state, kernel.mirror()) };
-        let todo = plan(&desired, kernel.mirror(), &Caps::default(), Scope::All);
+        let todo = plan(&desired, kernel.mirror(), Scope::All);
         let mut steps: Vec<String> = todo.steps.iter().map(|s| s.op.to_string()).collect();
         let env = self.subnet_file.clone().unwrap_or_else(|| PathBuf::from("/run/flannel/subnet.env"));
         if env.exists() {
