@@ -96,6 +96,12 @@ fn link_line(link: &Value) -> String {
     let local = if data["local"] == Value::Null { word(&data["local6"]) } else { word(&data["local"]) };
     let learning = if data["learning"] == true { "learning" } else { "nolearning" };
     let up = link["flags"].as_array().unwrap().contains(&json!("UP"));
+    let fixed = ["ttl", "tos", "df"].map(|key| (key, &data[key])).into_iter().chain([("master", &link["master"])]);
+    let is_set = |value: &Value| ![json!(null), json!(0), json!("unset"), json!("auto")].contains(value);
+    let mut stray: String = fixed.filter(|(_, v)| is_set(v)).map(|(key, value)| format!(" {key} {value}")).collect();
+    if link["flags"].as_array().unwrap().contains(&json!("NOARP")) {
+        stray += " noarp";
+    }
     format!(
         "link {} vxlan id {} dstport {} local {local} dev {} {learning}{} address {} mtu {} {}",
         word(&link["ifname"]),
@@ -106,7 +112,7 @@ fn link_line(link: &Value) -> String {
         word(&link["address"]),
         link["mtu"],
         if up { "up" } else { "down" }
-    )
+    ) + &stray
 }
 
 /// The line, and behind it whatever else `ip` or `bridge` say of the object: nothing can be altered unseen.
@@ -148,6 +154,12 @@ fn harms(line: &str) -> Vec<String> {
             format!("ip link del {name} ; ip link add {name} type vxlan id 99 dstport 8472 dev eth0"),
             format!("ip link del {name} ; ip link add {name} type vxlan id 1 dstport 4789 dev eth0 gbp"),
             format!("ip link del {name} ; ip link add {name} type bridge"),
+            format!("ip link set {name} name stranger0"),
+            format!("ip link set {name} arp off"),
+            format!("ip link set {name} master br9"),
+            format!("ip link set {name} type vxlan ttl 1"),
+            format!("ip link set {name} type vxlan tos 4"),
+            format!("ip link set {name} type vxlan df set"),
         ],
         "address" => vec![
             format!("ip addr del {name} dev {dev}"),
@@ -170,6 +182,9 @@ fn harms(line: &str) -> Vec<String> {
                 format!("{ip} route del {name}"),
                 format!("{ip} route replace {name} via {twin} dev {dev} onlink {proto}{metric}"),
                 format!("{ip} route replace {name} via {other} dev eth0 onlink {proto}{metric}"),
+                format!("{ip} route replace {name} via {other} dev eth0 onlink{metric}"),
+                format!("{ip} route change {name} via {other} dev eth0 onlink proto static{metric}"),
+                format!("{ip} route replace blackhole {name}{metric}"),
                 format!("{ip} route replace {name} via {via} dev {dev} onlink proto static{metric}"),
                 format!("{ip} route replace {name} via {via} dev {dev} onlink {proto}{metric} mtu 1200"),
                 format!("{ip} route replace {name} via {via} dev {dev} onlink {proto}{metric} src {}", own(v6)),
@@ -233,6 +248,7 @@ fn every_object_of_the_live_desired_state_comes_back_whatever_is_done_to_it() {
     node.host.ip("addr add fd00:168::2/64 dev eth0 nodad");
     node.host.ip("link add eth1 type veth peer name eth1p");
     node.host.ip("link set eth1 up");
+    node.host.ip("link add br9 type bridge");
     node.put("config", CONFIG);
     node.put(
         "subnets/10.1.41.0-24&fd00:1:0:41::-64",
@@ -256,7 +272,7 @@ fn every_object_of_the_live_desired_state_comes_back_whatever_is_done_to_it() {
     // would be a fight.
     let mut reverts: BTreeMap<&str, usize> = BTreeMap::new();
     let mut repairs = 0;
-    for nth in 0..10 {
+    for nth in 0..16 {
         for (line, harm) in wanted.iter().filter_map(|line| Some((line, harms(line).into_iter().nth(nth)?))) {
             // What hangs on a device is dropped with it, and put right with it.
             let all = line.starts_with("link") || line.starts_with("address");

@@ -2,12 +2,14 @@
 //!
 //! ```text
 //!   C = the network, P = own subnet; once for each family
-//!   spoofed      prerouting, raw         from the tunnel with a source in P: drop
+//!   spoofed      input, filter           from the tunnel with a source in P: drop
 //!   clamp        forward, mangle         (option) a SYN through the tunnel announces no more than the route's MTU carries
-//!   forward      forward, filter         into the tunnel from C but not from P: drop; from C, to C: accept
+//!   forward      forward, filter         from the tunnel with a source in P, into the tunnel from C but not from P: drop
 //!   leaving      postrouting, srcnat     mark 0x4000: no; to P: no; P → C: no; C → excluded: no; C → elsewhere: yes; elsewhere → C: yes
 //! ```
 //! The order and the meaning of the last chain are flannel's (`pkg/trafficmngr/iptables/iptables.go`), for both families alike.
+//! No rule accepts: nothing here drops the rest, and what others drop is answered in their chains (`beside`). What every packet between
+//! containers passes is kept short: one chain, and the rules begin with the devices.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +23,6 @@ pub const TAG: &str = "twill";
 /// flannel's mark for packets that shall keep their source; other bits belong to others.
 const KEEP_SOURCE: u32 = 0x4000;
 /// Priorities by `nft`'s names (include/uapi/linux/netfilter_ipv4.h).
-const RAW: i32 = -300;
 const MANGLE: i32 = -150;
 const FILTER: i32 = 0;
 const SRCNAT: i32 = 100;
@@ -58,7 +59,7 @@ impl Policy {
                 chains.insert(name.into(), Chain { base, rules });
             }
         };
-        add("spoofed", ChainKind::Filter, Hook::Prerouting, RAW, self.spoofed());
+        add("spoofed", ChainKind::Filter, Hook::Input, FILTER, self.spoofed());
         add("clamp", ChainKind::Filter, Hook::Forward, MANGLE, self.clamp());
         add("forward", ChainKind::Filter, Hook::Forward, FILTER, self.forward());
         add("leaving", ChainKind::Nat, Hook::Postrouting, SRCNAT, self.masquerade());
@@ -89,7 +90,7 @@ impl Policy {
     }
 
     fn forward(&self) -> Vec<Rule> {
-        let mut rules = Vec::new();
+        let mut rules = self.spoofed();
         for network in &self.networks {
             let v4 = network.is_v4();
             for (subnet, tunnel) in
@@ -104,7 +105,6 @@ impl Policy {
                 ];
                 rules.push(ending(not_ours, Verdict::Drop));
             }
-            rules.extend(accepts(network));
         }
         rules
     }
@@ -136,12 +136,6 @@ impl Policy {
         }
         rules
     }
-}
-
-/// What comes from the network and what goes to it may pass.
-fn accepts(network: &Prefix) -> [Rule; 2] {
-    [End::Source, End::Destination]
-        .map(|end| ending([family(network.is_v4()), within(end, network, true)], Verdict::Accept))
 }
 
 /// What matches is counted, and that is its end.
@@ -187,13 +181,15 @@ mod tests {
             ]
         );
         assert_eq!(lines(&table, "spoofed").len(), 2);
+        assert_eq!(lines(&table, "forward")[..2], lines(&table, "spoofed"));
+        assert_eq!(lines(&table, "forward").len(), 4);
         assert_eq!(lines(&table, "clamp").len(), 2);
     }
 
     #[test]
     fn what_is_not_asked_for_has_no_chain() {
         let table = Policy { masquerade: false, clamp: false, tunnels: Vec::new(), ..policy() }.table();
-        assert_eq!(table.chains.keys().map(AsRef::as_ref).collect::<Vec<&str>>(), ["forward"]);
+        assert_eq!(table.chains.keys().map(AsRef::as_ref).collect::<Vec<&str>>(), <[&str; 0]>::default());
         assert!(table.is_ours());
     }
 }
