@@ -289,7 +289,7 @@ impl ConfigFault {
     }
 }
 
-/// What of this host clashes with a network: addresses and routes inside or around it, but for what is ours.
+/// What of this host clashes with a network: addresses, and routes of the main table, inside or around it, but for what is ours.
 pub fn overlaps(
     networks: &[Prefix],
     host: &crate::host::HostState,
@@ -306,7 +306,8 @@ pub fn overlaps(
             Object::Addr(addr) => (Some(addr.link), addr.inet.network(), false),
             Object::Route(route) => {
                 let entry = route.entries.first();
-                if entry.is_some_and(|e| e.protocol == crate::host::PROTO_TWILL || e.kind != 1) {
+                let main = route.key.table == crate::host::TABLE_MAIN;
+                if !main || entry.is_some_and(|e| e.protocol == crate::host::PROTO_TWILL || e.kind != 1) {
                     continue;
                 }
                 (entry.and_then(|e| e.dev), route.key.dst, route.key.dst.len() == 0)

@@ -296,22 +296,64 @@ fn a_route_that_the_kernel_does_not_use_is_named() {
     node.put_peer(40);
     let _agent = node.agent("--subnet 10.1.15.0/24");
     node.await_peer(40, true);
-    for (make, undo) in [
-        ("ip route add 10.1.40.128/25 via 10.168.0.3", "ip route del 10.1.40.128/25"),
-        ("ip route prepend 10.1.40.0/24 via 10.168.0.3", "ip route del 10.1.40.0/24 via 10.168.0.3"),
+    node.put_peer(41);
+    node.await_peer(41, true);
+    node.host.run("ip route add 10.1.40.0/22 via 10.168.0.3 table 77");
+    for (make, undo, says) in [
+        ("ip route add 10.1.40.128/25 via 10.168.0.3", "ip route del 10.1.40.128/25", "more specific"),
+        ("ip route prepend 10.1.40.0/24 via 10.168.0.3", "ip route del 10.1.40.0/24 via 10.168.0.3", "a twin"),
+        (
+            "ip rule add priority 100 table 77",
+            "ip rule del priority 100",
+            "table 77 first, where route 10.1.40.0/22 via 10.168.0.3 dev eth0 table 77, for 1 more routes too",
+        ),
+        (
+            "ip rule add priority 100 to 10.1.40.0/24 table 77",
+            "ip rule del priority 100",
+            "table 77 first, where route 10.1.40.0/22 via 10.168.0.3 dev eth0 table 77",
+        ),
+        ("ip rule add priority 101 to 10.1.40.9 blackhole", "ip rule del priority 101", "ends the lookup"),
+        ("ip rule add priority 102 from 10.1.15.0/24 prohibit", "ip rule del priority 102", "for 1 more routes too"),
+        ("ip rule del priority 32766", "ip rule add priority 32766 lookup main", "no rule leads to the main table"),
     ] {
         node.host.run(make);
         let finding = node.finding("route-shadowed");
         assert!(finding["object"].as_str().unwrap().contains("10.1.40.0/24"), "{make}: {finding}");
+        let evidence = finding["evidence"].as_str().unwrap();
+        assert!(evidence.contains(says), "{make}: {finding}");
+        assert!(!says.ends_with("table 77") || evidence.ends_with(says), "{make}: {finding}");
         node.host.run(undo);
         eventually("the finding goes", || {
             let status = node.status();
             if status["findings"] == serde_json::json!([]) { Ok(()) } else { Err(status.to_string()) }
         });
     }
-    node.host.run("ip route add 10.1.0.0/16 via 10.168.0.3 table 77");
-    node.host.run("ip rule add priority 100 table 77");
-    assert!(node.finding("route-shadowed")["evidence"].as_str().unwrap().contains("rule 100"));
+    // Rules that concern nobody's route, and one behind the main table's.
+    node.host.run("ip rule add priority 100 to 10.1.77.0/24 table 77");
+    node.host.run("ip rule add priority 101 to 192.0.2.0/24 blackhole");
+    node.host.run("ip rule add priority 40000 unreachable");
+    node.host.run("ip route add 10.1.41.128/25 via 10.168.0.3");
+    node.finding("route-shadowed");
+    let findings = node.status()["findings"].take();
+    let shadowed = findings.as_array().unwrap().iter().filter(|finding| finding["code"] == "route-shadowed");
+    assert_eq!(shadowed.count(), 1, "{findings}");
+}
+
+#[test]
+fn a_device_that_takes_the_vni_is_named_and_the_way_out_works() {
+    let Some((node, _dir)) = node() else { return };
+    node.put_peer(40);
+    node.host.ip("link add stranger type vxlan id 1 dstport 8472 dev eth0");
+    let _agent = node.agent_at_once("--subnet 10.1.15.0/24");
+    let finding = node.finding("vni-taken");
+    assert!(finding["evidence"].as_str().unwrap().contains("stranger"), "{finding}");
+    let fix = finding["fix"].as_str().unwrap();
+    node.host.run(fix.split(',').next().unwrap());
+    node.await_peer(40, true);
+    eventually("the finding goes", || {
+        let status = node.status();
+        if status["findings"] == serde_json::json!([]) { Ok(()) } else { Err(status.to_string()) }
+    });
 }
 
 #[test]

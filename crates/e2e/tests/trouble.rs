@@ -87,6 +87,12 @@ fn an_overlap_and_the_lack_of_a_free_subnet_are_waited_for() {
     node.delete("subnets/10.1.41.0-24");
     node.await_peer(40, true);
     runs(&node, "10.1.41.0/24");
+    // One that comes while the network runs is named, and takes nothing down.
+    node.host.ip("route add 10.1.98.0/24 via 10.168.0.3");
+    told(&node, "network-overlap", &["10.1.0.0/16", "10.1.98.0/24"]);
+    node.await_peer(40, true);
+    node.host.ip("route del 10.1.98.0/24");
+    runs(&node, "10.1.41.0/24");
     let log = node.log("agent.log");
     for code in ["network-overlap", "no-free-subnet"] {
         assert_eq!(log.matches(&format!("code=\"{code}\"")).count(), 1, "said once: {log}");

@@ -62,10 +62,20 @@ fn link() -> impl Strategy<Value = Object> {
             })),
     ];
     let master = proptest::option::of(device());
-    (kind, any::<[u8; 6]>(), 68..65_536i64, any::<bool>(), master).prop_map(|(kind, mac, mtu, up, master)| {
-        let (mac, mtu) = (Some(MacAddr(mac)), Some(Mtu::try_from(mtu).unwrap()));
-        Object::Link(Box::new(Link { mac, mtu, up, master, carrier: false, ..Link::up("if9".parse().unwrap(), kind) }))
-    })
+    (kind, any::<[u8; 6]>(), 68..65_536i64, any::<[bool; 2]>(), master).prop_map(
+        |(kind, mac, mtu, [up, arp], master)| {
+            let (mac, mtu) = (Some(MacAddr(mac)), Some(Mtu::try_from(mtu).unwrap()));
+            Object::Link(Box::new(Link {
+                mac,
+                mtu,
+                up,
+                master,
+                arp: Some(arp),
+                carrier: false,
+                ..Link::up("if9".parse().unwrap(), kind)
+            }))
+        },
+    )
 }
 
 fn object() -> impl Strategy<Value = Object> {

@@ -20,7 +20,7 @@ pub fn shadowed(want: &Desired, have: &HostState) -> Vec<Finding> {
             continue;
         }
         findings.extend(twin(route, have).or_else(|| in_main(route, have, &want.claim)));
-        if have.get(key).is_some() {
+        if have.get(key).is_some() && route.entries.first().is_some_and(|entry| entry.kind == UNICAST) {
             routes[usize::from(!route_key.dst.is_v4())].push(route);
         }
     }
@@ -127,6 +127,8 @@ fn foreign_routes<'a>(table: u32, v6: bool, have: &'a HostState, claim: &Claim) 
 /// FR_ACT_BLACKHOLE, FR_ACT_UNREACHABLE, FR_ACT_PROHIBIT.
 const ENDS_LOOKUP: [u8; 3] = [6, 7, 8];
 
+/// RTN_UNICAST.
+const UNICAST: u8 = 1;
 /// RTN_THROW: go on with the next rule.
 const THROW: u8 = 9;
 

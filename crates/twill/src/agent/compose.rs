@@ -55,6 +55,11 @@ impl Network {
         Ok(Self { backend, cx, configured: config.networks(), excluded: config.no_masq.clone(), way_out })
     }
 
+    /// The networks that the config names, whether this host carries their family or not.
+    pub(crate) fn configured(&self) -> &[Prefix] {
+        &self.configured
+    }
+
     /// Why a family that the config names is left out with this underlay; the other goes on.
     pub(crate) fn left_out(&self, underlay: &Underlay) -> Vec<Refusal> {
         self.configured.iter().filter_map(|network| fault(&*self.backend, underlay, network.is_v4())).collect()

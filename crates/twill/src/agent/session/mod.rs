@@ -43,6 +43,7 @@ const KEEPALIVE: Duration = Duration::from_secs(600);
 const WAIT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 /// Peers for each order: the reconciler works on some while others are being read.
 const BATCH: usize = 1000;
+const CLASH_FIX: &str = "choose another Network, or remove what clashes";
 /// A listing that lacks so many known peers, and more than half of them, withdraws nothing.
 const MISSING: usize = 10;
 
@@ -190,16 +191,20 @@ impl Session {
                     continue;
                 }
             };
-            let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
-            let own = self.remembered();
-            let clashes = config::overlaps(&config.networks(), &host, &devices, &own);
-            if let Some(clash) = clashes.first() {
-                let message = format!("the network {:?} overlaps what this host has: {clash}", config.networks());
-                self.wait_for("network-overlap", &message, "choose another Network, or remove what clashes").await;
+            if let Some(message) = self.clash(&network, &host) {
+                self.wait_for("network-overlap", &message, CLASH_FIX).await;
                 continue;
             }
             return Ok((Some(network), config));
         }
+    }
+
+    /// What of this host overlaps the network.
+    fn clash(&self, network: &Network, host: &HostState) -> Option<String> {
+        let networks = network.configured();
+        let devices: Vec<_> = networks.iter().flat_map(|n| network.backend.devices(&[*n])).collect();
+        let clash = config::overlaps(networks, host, &devices, &self.remembered()).into_iter().next()?;
+        Some(format!("the network {networks:?} overlaps what this host has: {clash}"))
     }
 
     /// Subnets that were ours before.
@@ -445,6 +450,10 @@ impl Session {
             }
         };
         ["iface-missing", "iface-down", "iface-without-address"].iter().for_each(|code| self.unfind(code));
+        match self.clash(network, &host) {
+            Some(message) => self.find("network-overlap", "host", &message, CLASH_FIX),
+            None => self.unfind("network-overlap"),
+        }
         if chosen.underlay == network.cx.underlay {
             return Ok(None);
         }
