@@ -132,7 +132,7 @@ fn a_refused_transaction_changes_nothing() {
         apply(&mut writer, &good);
         let mut bad = good.clone();
         let nowhere = Rule { exprs: vec![Expr::Verdict(Verdict::Jump("nowhere".into()))], comment: None };
-        bad.chains.get_mut("forward").unwrap().rules.push(nowhere);
+        bad.chains.get_mut("leaving").unwrap().rules.push(nowhere);
         let (from, to) = (Object::Table(Box::new(good.clone())), Object::Table(Box::new(bad)));
         let step = Step { op: Op::Update { from, to }, needs: Vec::new(), why: Why::Differs };
         let outcome = writer.apply(&Plan { steps: vec![step] });
