@@ -218,6 +218,7 @@ fn every_flag_has_its_error() {
     let dir = tempfile::tempdir().unwrap();
     for (words, want) in [
         ("--serve-store 1.2.3.4", "'--serve-store [<ADDR:PORT>]': \"1.2.3.4\" is not an address and port like"),
+        ("--serve-store 127.0.0.1:65536", "\"127.0.0.1:65536\" is not an address and port like"),
         ("--serve-store --network x", "'--network <PREFIX>': \"x\" is not a network like 10.244.0.0/16"),
         ("--serve-store --network 10.1.2.3/16", "\"10.1.2.3/16\" is not a network without host bits"),
         ("--network 10.1.0.0/16", "--serve-store"),
@@ -231,8 +232,16 @@ fn every_flag_has_its_error() {
         let (code, err) = run(dir.path(), &words);
         assert!(code == 2 && err.starts_with("error: ") && err.contains(want), "{words:?}: {code} {err}");
     }
+    let out = Command::new(bin("twill")).args(["leases", "-o", "json", "--colour"]).output().unwrap();
+    let said: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!((out.status.code(), &said["error"]["code"]), (Some(2), &"usage".into()), "{said}");
+    assert!(said["error"]["message"].as_str().unwrap().contains("unexpected argument '--colour'"), "{said}");
+    let (code, err) = run(dir.path(), &["store", "serve", "--listen", "127.0.0.1:0", "--data", "/nowhere"]);
+    assert!(code == 1 && err.contains("nobody would know the port") && err.contains("hint: name one"), "{err}");
     for (words, want) in [
         ("--store ftp://x", "store endpoint \"ftp://x\": must begin with http:// or https://"),
+        ("--store http://127.0.0.1:99999", "store endpoint \"http://127.0.0.1:99999\": its port must be 1 to 65535"),
+        ("--store http://[::1]:0", "store endpoint \"http://[::1]:0\": its port must be 1 to 65535"),
         ("--store http://", "store endpoint \"http://\""),
         ("--user x", "--user and --password-file belong together"),
         ("--cert x", "--cert and --key belong together"),

@@ -267,6 +267,10 @@ fn random_sequences_are_answered_as_debians_etcd_does() {
         }
         assert_eq!(got, want, "{words}; left is ours");
     }
+    for size in [1 << 20, (3 << 19) + 1000, 3 << 20] {
+        let step = ctl("put /large", &"x".repeat(size));
+        assert_eq!(ours.step(&step), etcds.step(&step), "a value of {size} bytes; left is ours");
+    }
     // A watch from before the compaction is refused with the revision that it may begin at.
     let refused = |server: &Server| {
         let out = server

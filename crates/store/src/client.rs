@@ -85,6 +85,12 @@ impl EtcdStore {
                 return Err(bad(&what, &"must begin with http:// or https://"));
             }
             let endpoint = Endpoint::from_shared(url.clone()).map_err(|e| bad(&what, &e))?;
+            // A port that is no port would be taken for none at all.
+            let authority = endpoint.uri().authority().map_or("", |authority| authority.as_str());
+            let port = authority.rsplit_once(']').map_or(authority, |(_, port)| port).rsplit_once(':');
+            if port.is_some() && !matches!(endpoint.uri().port_u16(), Some(1..)) {
+                return Err(bad(&what, &"its port must be 1 to 65535"));
+            }
             let endpoint = endpoint
                 .connect_timeout(CONNECT)
                 .tcp_nodelay(true)

@@ -161,6 +161,20 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     ExitCode::from(failure.map_or(1, |f| f.exit))
 }
 
+/// Shows what clap has to say: help and version on stdout, a word that it does not know on stderr and as [`report`] does.
+pub(crate) fn usage(error: &clap::Error) -> ExitCode {
+    // A reader that has gone away ends the output quietly.
+    let _ = error.print();
+    if error.use_stderr() && wants_json() {
+        let text = error.render().to_string();
+        let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+        let message = lines.next().unwrap_or_default().trim_start_matches("error: ");
+        let hint = lines.collect::<Vec<_>>().join("; ");
+        print_text(&json!({"schema": 1, "error": {"code": "usage", "message": message, "hint": hint}}).to_string());
+    }
+    ExitCode::from(error.exit_code() as u8)
+}
+
 /// True when `-o json` stands among the arguments, even those that could not be parsed.
 fn wants_json() -> bool {
     let words: Vec<String> = std::env::args().take_while(|w| w != "--").collect();

@@ -122,6 +122,13 @@ fn user_dir(variable: &str, below_home: &str) -> Option<PathBuf> {
 
 /// Until joining with a token exists, whoever reaches the port owns the network.
 pub(crate) fn check_listen(listen: SocketAddr, insecure: bool) -> Result<(), Failure> {
+    if listen.port() == 0 {
+        return Err(Failure::new(
+            "store-port",
+            format!("refuse to serve the store at {listen}: nobody would know the port"),
+        )
+        .hint("name one: etcd's is 2379"));
+    }
     if listen.ip().is_loopback() {
         return Ok(());
     }

@@ -29,8 +29,9 @@ use super::mvcc::Refused;
 
 /// The release of etcd whose API this is; etcdctl shows it.
 const VERSION: &str = "3.4.0";
-/// etcd's limit on a request, in bytes.
-const LARGEST_REQUEST: usize = 2 << 20;
+/// etcd's limit on a write, in bytes (server/embed/config.go `DefaultMaxRequestBytes`), and what gRPC takes in beyond it.
+const LARGEST_WRITE: usize = 3 << 19;
+const LARGEST_REQUEST: usize = LARGEST_WRITE + (512 << 10);
 
 /// The store could not be started, or has stopped.
 #[derive(Debug, thiserror::Error)]
@@ -101,6 +102,14 @@ impl Server {
     }
 }
 
+/// A write that etcd would take.
+fn fits(write: &impl prost::Message) -> Result<(), Status> {
+    if write.encoded_len() > LARGEST_WRITE {
+        return Err(Status::invalid_argument("etcdserver: request is too large"));
+    }
+    Ok(())
+}
+
 fn stopped() -> Status {
     Status::unavailable("etcdserver: the store has stopped")
 }
@@ -132,6 +141,7 @@ impl Kv for Server {
     }
 
     async fn put(&self, request: Request<rpc::PutRequest>) -> Result<Response<rpc::PutResponse>, Status> {
+        fits(request.get_ref())?;
         match self.one(request_op::Request::RequestPut(request.into_inner())).await? {
             (header, response_op::Response::ResponsePut(response)) => {
                 Ok(Response::new(rpc::PutResponse { header, ..response }))
@@ -153,6 +163,7 @@ impl Kv for Server {
     }
 
     async fn txn(&self, request: Request<rpc::TxnRequest>) -> Result<Response<rpc::TxnResponse>, Status> {
+        fits(request.get_ref())?;
         self.ask(|reply| Command::Txn(request.into_inner(), reply)).await.map(Response::new)
     }
 

@@ -78,7 +78,10 @@ pub(crate) fn command() -> clap::Command {
 /// Parses the arguments, runs the command, and turns what came of it into an exit code:
 /// 0 ok, 1 failed, 2 usage, 3 findings or unreachable.
 pub(crate) fn run() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return output::usage(&error),
+    };
     let result: anyhow::Result<ExitCode> = match cli.command {
         Command::Agent(args) => args.run(),
         Command::Status(args) => args.run(),

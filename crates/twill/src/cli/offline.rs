@@ -170,7 +170,8 @@ impl Leases {
                 lease: name.to_owned(),
                 public_ip: attrs
                     .and_then(|a| a.public_ip.map(|ip| ip.to_string()).or(a.public_ipv6.map(|ip| ip.to_string()))),
-                backend: attrs.and_then(|a| a.backend_type.clone()),
+                // flannel writes no type for its UDP backend.
+                backend: attrs.map(|a| a.backend_type.clone().unwrap_or_else(|| "udp".into())),
                 node: attrs.and_then(|a| a.node).map(|n| n.to_string()),
                 reservation: reserved.contains(name),
                 revision: lease.as_ref().map_or(0, |l| l.mod_rev),
@@ -188,13 +189,7 @@ fn lease_table(rows: &[LeaseRow]) -> String {
     let cells = |row: &LeaseRow| {
         let note =
             row.fault.clone().unwrap_or_else(|| if row.reservation { "reservation".into() } else { String::new() });
-        [
-            row.lease.clone(),
-            text(&row.public_ip),
-            row.backend.clone().unwrap_or_else(|| "udp".into()),
-            text(&row.node),
-            note,
-        ]
+        [row.lease.clone(), text(&row.public_ip), text(&row.backend), text(&row.node), note]
     };
     columns(&["LEASE", "PUBLIC IP", "BACKEND", "NODE", "NOTE"], rows.iter().map(cells))
 }
