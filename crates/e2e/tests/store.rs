@@ -1,8 +1,10 @@
 //! The embedded store against Debian's etcd, and against a power cut; asked by a stock `etcdctl` only.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -339,6 +341,48 @@ fn what_was_acknowledged_survives_a_kill() {
         let last: Value = serde_json::from_str(&server.ctl(&["get", "/held", "-w", "json"], "")).unwrap();
         revision = last["header"]["revision"].clone();
         // Dropping kills with SIGKILL.
+    }
+}
+
+#[test]
+fn a_kill_under_the_writes_of_many_loses_nothing_that_was_acknowledged() {
+    if !installed("etcdctl") {
+        return;
+    }
+    let Some(bed) = Bed::new() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let acknowledged: Mutex<Vec<String>> = Mutex::default();
+    for round in 0..4 {
+        let server = Server::ours(&bed, dir.path());
+        let all = server.ctl(&["get", "/", "--prefix", "--keys-only"], "");
+        let there: BTreeSet<&str> = all.lines().collect();
+        let before = {
+            let acknowledged = acknowledged.lock().unwrap();
+            let lost: Vec<&String> = acknowledged.iter().filter(|key| !there.contains(key.as_str())).collect();
+            assert!(lost.is_empty(), "round {round}: of {} acknowledged puts are gone: {lost:?}", acknowledged.len());
+            acknowledged.len()
+        };
+        let write = |writer: usize| {
+            let put = |n: usize| {
+                let key = format!("/{round}/{writer}/{n}");
+                let words = ["put", &key, "x", "--command-timeout=1s", "--dial-timeout=1s"];
+                server.ctl(&words, "").contains("OK").then_some(key)
+            };
+            (0..).map_while(put).for_each(|key| acknowledged.lock().unwrap().push(key));
+        };
+        std::thread::scope(|scope| {
+            (0..6).for_each(|writer| {
+                drop(scope.spawn({
+                    let write = &write;
+                    move || write(writer)
+                }))
+            });
+            eventually("some puts are acknowledged", || {
+                let count = acknowledged.lock().unwrap().len() - before;
+                if count >= 20 + 7 * round { Ok(()) } else { Err(count) }
+            });
+            let _ = kill_process(Pid::from_child(&server.child), Signal::KILL);
+        });
     }
 }
 
