@@ -8,7 +8,7 @@ use twill_e2e::{eventually, installed};
 /// A site, or `None` where this machine grants none (which was said); its folder goes last.
 fn site() -> Option<(Site, tempfile::TempDir)> {
     let bed = Bed::new()?;
-    if !["etcdctl", "nft", "tcpdump"].iter().all(|program| installed(program)) {
+    if !["conntrack", "etcdctl", "nft", "tcpdump"].iter().all(|program| installed(program)) {
         return None;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -35,6 +35,14 @@ fn what_leaves_is_masqueraded_and_what_stays_is_not() {
     assert!(out.contains("IP 10.168.0.2 > 10.168.0.3: ICMP echo request"), "{out}");
     let inside = site.arrives("flannel.1", "10.1.40.0");
     assert!(inside.contains("IP 10.1.15.2 > 10.1.40.0: ICMP echo request"), "{inside}");
+    // What is inside the tunnel is a connection; the tunnel's own datagrams are none, sent or heard.
+    let tracked = site.node.host.run("conntrack -L");
+    assert!(tracked.contains("src=10.1.15.2 dst=10.1.40.0"), "{tracked}");
+    assert!(!tracked.contains("dport=8472"), "{tracked}");
+    for chain in ["sent", "heard"] {
+        let rules = site.node.host.run(&format!("nft list chain inet twill {chain}"));
+        assert!(rules.contains("notrack") && !rules.contains("counter packets 0 "), "{rules}");
+    }
     assert_eq!(site.node.twill_json("plan")["steps"], serde_json::json!([]));
 }
 

@@ -71,7 +71,7 @@ fn rule(nat: bool, to: Option<&'static str>) -> impl Strategy<Value = Rule> {
     let special = if nat {
         any::<bool>().prop_map(|fully_random| Expr::Masquerade { fully_random }).boxed()
     } else {
-        Just(Expr::ClampMaxSeg).boxed()
+        prop_oneof![Just(Expr::ClampMaxSeg), Just(Expr::Notrack)].boxed()
     };
     let end = prop_oneof![3 => last, 1 => special];
     let comment = proptest::option::of("[ -!#-~]{1,100}");
@@ -326,6 +326,7 @@ fn the_kernel_does_what_the_model_says() {
                 subnets: sites.iter().map(|site| site.subnet).collect(),
                 excluded: sites.iter().filter(|_| excluded).map(|site| site.excluded).collect(),
                 tunnels: guarded.then_some(tunnel).into_iter().collect(),
+                outer: guarded.then_some("203.0.113.1:8472".parse().unwrap()).into_iter().collect(),
                 masquerade,
                 clamp: false,
             };

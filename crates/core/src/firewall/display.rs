@@ -134,6 +134,7 @@ impl fmt::Display for Expr {
             Expr::Masquerade { fully_random } => {
                 f.write_str(if *fully_random { "masquerade fully-random" } else { "masquerade" })
             }
+            Expr::Notrack => f.write_str("notrack"),
             Expr::ClampMaxSeg => f.write_str("tcp option maxseg size set rt mtu"),
             Expr::Other { name, .. } => write!(f, "({name})"),
         }

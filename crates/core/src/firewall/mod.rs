@@ -195,6 +195,8 @@ pub enum Expr {
         /// A random port for each connection (NF_NAT_RANGE_PROTO_RANDOM_FULLY).
         fully_random: bool,
     },
+    /// Connection tracking leaves the packet alone.
+    Notrack,
     /// `tcp option maxseg size set rt mtu`: never raised, only lowered, to what the MTU of the packet's route leaves.
     ClampMaxSeg,
     /// An expression that is not known here; it can be looked at, but not written.

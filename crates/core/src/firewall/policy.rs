@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   C = the network, P = own subnet; once for each family
+//!   sent, heard  output, prerouting, raw the tunnel's own datagrams: no connection tracking
 //!   spoofed      input, filter           from the tunnel with a source in P: drop
 //!   clamp        forward, mangle         (option) a SYN through the tunnel announces no more than the route's MTU carries
 //!   forward      forward, filter         from the tunnel with a source in P, into the tunnel from C but not from P: drop
@@ -12,8 +13,9 @@
 //! containers passes is kept short: one chain, and the rules begin with the devices.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
-use super::build::{End, compare, family, from_device, is, marked, masked, multicast, to_device, within};
+use super::build::{End, address, compare, family, from_device, is, marked, masked, multicast, to_device, within};
 use super::{Base, Chain, ChainKind, Cmp, Datum, Expr, Field, Hook, Rule, Table, TableName, Verdict};
 use crate::net::{LinkName, Prefix};
 
@@ -23,6 +25,7 @@ pub const TAG: &str = "twill";
 /// flannel's mark for packets that shall keep their source; other bits belong to others.
 const KEEP_SOURCE: u32 = 0x4000;
 /// Priorities by `nft`'s names (include/uapi/linux/netfilter_ipv4.h).
+const RAW: i32 = -300;
 const MANGLE: i32 = -150;
 const FILTER: i32 = 0;
 const SRCNAT: i32 = 100;
@@ -31,6 +34,8 @@ const SYN: u8 = 0x02;
 const SYN_RST: u8 = 0x06;
 /// IPPROTO_TCP.
 const TCP: u8 = 6;
+/// IPPROTO_UDP.
+const UDP: u8 = 17;
 
 /// What the table depends on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -43,6 +48,8 @@ pub struct Policy {
     pub excluded: Vec<Prefix>,
     /// Devices that lead to the peers' containers and to nothing else.
     pub tunnels: Vec<LinkName>,
+    /// Where peers' datagrams come in on the underlay. Ours go from this address to the same port of a peer.
+    pub outer: Vec<SocketAddr>,
     /// Masquerade what leaves the network.
     pub masquerade: bool,
     /// Clamp TCP's segment size to the route's MTU.
@@ -59,6 +66,8 @@ impl Policy {
                 chains.insert(name.into(), Chain { base, rules });
             }
         };
+        add("sent", ChainKind::Filter, Hook::Output, RAW, self.untracked(End::Source));
+        add("heard", ChainKind::Filter, Hook::Prerouting, RAW, self.untracked(End::Destination));
         add("spoofed", ChainKind::Filter, Hook::Input, FILTER, self.spoofed());
         add("clamp", ChainKind::Filter, Hook::Forward, MANGLE, self.clamp());
         add("forward", ChainKind::Filter, Hook::Forward, FILTER, self.forward());
@@ -68,6 +77,18 @@ impl Policy {
 
     fn subnet(&self, network: &Prefix) -> Option<&Prefix> {
         self.subnets.iter().find(|subnet| network.covers(subnet))
+    }
+
+    /// A tunnel's datagrams belong to no connection: each flow goes one way only, under a source port of its own. Tracking them costs
+    /// as much as tracking what is inside, and fills the table.
+    fn untracked(&self, here: End) -> Vec<Rule> {
+        let rule = |at: &SocketAddr| {
+            let v4 = at.is_ipv4();
+            let ours = is(address(here, v4), Datum::Ip(at.ip()));
+            let port = is(Field::DstPort, Datum::Port(at.port()));
+            Rule::new([family(v4), ours, is(Field::L4Proto, Datum::Byte(UDP)), port, Expr::Counter, Expr::Notrack])
+        };
+        self.outer.iter().map(rule).collect()
     }
 
     /// A peer has no container with an address of ours.
@@ -153,6 +174,7 @@ mod tests {
             subnets: vec!["10.1.15.0/24".parse().unwrap(), "fd00:1:0:f::/64".parse().unwrap()],
             excluded: vec!["192.0.2.0/24".parse().unwrap()],
             tunnels: vec!["flannel.1".parse().unwrap()],
+            outer: vec!["10.168.0.2:8472".parse().unwrap()],
             masquerade: true,
             clamp: true,
         }
@@ -180,6 +202,13 @@ mod tests {
                 "meta nfproto 10 ip6 saddr != fd00:1::/48 ip6 daddr fd00:1::/48 counter masquerade fully-random",
             ]
         );
+        assert_eq!(
+            [lines(&table, "sent"), lines(&table, "heard")].concat(),
+            [
+                "meta nfproto 2 ip saddr 10.168.0.2 meta l4proto 17 th dport 8472 counter notrack",
+                "meta nfproto 2 ip daddr 10.168.0.2 meta l4proto 17 th dport 8472 counter notrack",
+            ]
+        );
         assert_eq!(lines(&table, "spoofed").len(), 2);
         assert_eq!(lines(&table, "forward")[..2], lines(&table, "spoofed"));
         assert_eq!(lines(&table, "forward").len(), 4);
@@ -188,7 +217,8 @@ mod tests {
 
     #[test]
     fn what_is_not_asked_for_has_no_chain() {
-        let table = Policy { masquerade: false, clamp: false, tunnels: Vec::new(), ..policy() }.table();
+        let table =
+            Policy { masquerade: false, clamp: false, tunnels: Vec::new(), outer: Vec::new(), ..policy() }.table();
         assert_eq!(table.chains.keys().map(AsRef::as_ref).collect::<Vec<&str>>(), <[&str; 0]>::default());
         assert!(table.is_ours());
     }

@@ -184,6 +184,7 @@ fn clamp<'r, 'a>(rest: &'r [Raw<'a>]) -> Option<(Expr, &'r [Raw<'a>])> {
 fn single(raw: &Raw<'_>) -> Option<Expr> {
     match raw.name {
         "counter" => Some(Expr::Counter),
+        "notrack" => Some(Expr::Notrack),
         "immediate" if number(raw.data, data::IMMEDIATE_DREG) == Some(REG_VERDICT) => {
             verdict(attr(attr(raw.data, data::IMMEDIATE_DATA)?, data::VERDICT)?).map(Expr::Verdict)
         }

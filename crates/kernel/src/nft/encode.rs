@@ -85,6 +85,7 @@ fn expr(w: &mut Writer, expr: &Expr) {
                 number(w, masq::FLAGS, masq::FULLY_RANDOM);
             }
         }),
+        Expr::Notrack => element(w, "notrack", |_| {}),
         Expr::ClampMaxSeg => clamp(w),
         Expr::Other { name, data } => w.nest(rule::ELEMENT, |w| {
             w.text(rule::EXPR_NAME, name);

@@ -1,6 +1,7 @@
 //! From config, leases and host facts to what is wanted: the same for the agent, for `plan` and for `--check`.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 use twill_core::alloc::Me;
 use twill_core::backend::{self, Backend, Cx, Reach, Refusal, Underlay};
@@ -73,12 +74,27 @@ impl Network {
             subnets: self.cx.subnets.clone(),
             excluded: self.excluded.clone(),
             tunnels: self.devices(),
+            outer: self.outer(&base),
             masquerade: self.way_out.masquerade,
             clamp: self.way_out.clamp,
         };
         base.insert(Object::Table(Box::new(policy.table())));
         base.extend(self.cx.subnets.iter().map(|subnet| Object::Route(unused(*subnet))));
         Ok(base)
+    }
+
+    /// Where peers' datagrams come in.
+    fn outer(&self, base: &HostState) -> Vec<SocketAddr> {
+        let vxlan = base.iter().filter_map(|(_, object)| match object {
+            Object::Link(link) => match &link.kind {
+                LinkKind::Vxlan(vxlan) => Some(SocketAddr::new(vxlan.local?, vxlan.port.get())),
+                _ => None,
+            },
+            _ => None,
+        });
+        // Where it is refused the tunnel says so.
+        let tunnel = self.backend.tunnel(&self.cx).ok().flatten();
+        vxlan.chain(tunnel.map(|tunnel| tunnel.local)).collect()
     }
 
     /// Takes the subnets of our lease, and the MACs that it tells: peers have programmed them.
