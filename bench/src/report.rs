@@ -6,17 +6,20 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::plot::{self, Panel};
+
 /// All rows of a run.
 #[derive(Debug)]
 pub(crate) struct Report {
     rows: Vec<Value>,
     text: String,
     load: (u64, u64),
+    panels: Vec<Panel>,
 }
 
 impl Report {
     pub(crate) fn new() -> Self {
-        Self { rows: Vec::new(), text: String::new(), load: cpu() }
+        Self { rows: Vec::new(), text: String::new(), load: cpu(), panels: Vec::new() }
     }
 
     /// A row whose median must not be above `target`.
@@ -58,6 +61,11 @@ impl Report {
         self.rows.push(json!({"what": what, "value": value, "target": target, "verdict": word, "machine_busy": busy, "samples": samples}));
     }
 
+    /// Something for the run's picture.
+    pub(crate) fn plot(&mut self, panel: Panel) {
+        self.panels.push(panel);
+    }
+
     /// Writes the run's folder.
     pub(crate) fn keep(&self, wanted: &[String]) {
         let word = |program: &str, args: &[&str]| {
@@ -84,6 +92,9 @@ impl Report {
         std::fs::write(dir.join("README.md"), readme).unwrap();
         std::fs::write(dir.join("raw.json"), serde_json::to_string_pretty(&json!({"rows": self.rows})).unwrap())
             .unwrap();
+        if !self.panels.is_empty() {
+            std::fs::write(dir.join("plot.svg"), plot::svg(&self.panels)).unwrap();
+        }
         println!("kept in {}", dir.display());
     }
 }

@@ -1,16 +1,20 @@
 //! The udp backend beside kernel VXLAN, host routes, the bare underlay and a naive tunnel: every round measures all of them in turn.
 
+mod flood;
 mod load;
+mod many;
 mod naive;
 mod nets;
+mod outage;
 
+use crate::plot::Panel;
 use crate::report::{Report, median};
 use load::{Bulk, Packets};
 use nets::{Net, Nets};
 
 /// The whole matrix, so many rounds.
 pub(crate) fn run(rounds: usize, wants: impl Fn(&str) -> bool, report: &mut Report) {
-    let nets = Nets::new();
+    let mut nets = Nets::new();
     if wants("udp-tcp") {
         tcp(&nets, rounds, report);
     }
@@ -23,6 +27,15 @@ pub(crate) fn run(rounds: usize, wants: impl Fn(&str) -> bool, report: &mut Repo
     if wants("udp-rtt") {
         rtt(&nets, rounds, report);
     }
+    if wants("udp-many") {
+        many::run(&nets, rounds, report);
+    }
+    if wants("udp-flood") {
+        flood::run(&nets, rounds, report);
+    }
+    if wants("udp-restart") {
+        outage::run(&mut nets, rounds, report);
+    }
 }
 
 /// Samples of each network, round by round.
@@ -30,7 +43,7 @@ fn rounds<T, const N: usize>(rounds: usize, nets: [Net; N], sample: impl Fn(Net)
     let mut all = nets.map(|_| Vec::with_capacity(rounds));
     for _ in 0..rounds {
         for (samples, net) in all.iter_mut().zip(nets) {
-            samples.push(sample(net));
+            samples.push(load::clean(|| sample(net)));
         }
     }
     all
@@ -44,7 +57,13 @@ fn of<T>(samples: &[T], what: impl Fn(&T) -> f64) -> Vec<f64> {
     samples.iter().map(what).collect()
 }
 
-/// Rows of bulk data for each network; the first two are ours and VXLAN.
+/// The same for the plot.
+fn plot<T>(title: &str, nets: &[Net], all: &[Vec<T>], what: impl Fn(&T) -> f64, report: &mut Report) {
+    let bars = nets.iter().zip(all).map(|(net, samples)| (net.name().to_owned(), of(samples, &what))).collect();
+    report.plot(Panel { title: title.to_owned(), bars });
+}
+
+/// Rows of bulk data for each network.
 fn bulk(what: &str, nets: &[Net], all: &[Vec<Bulk>], report: &mut Report) {
     for (net, samples) in nets.iter().zip(all) {
         report.note(&format!("{what}, {} (Gbit/s)", net.name()), &of(samples, |s| s.gbits));
@@ -52,6 +71,8 @@ fn bulk(what: &str, nets: &[Net], all: &[Vec<Bulk>], report: &mut Report) {
     for (net, samples) in nets.iter().zip(all) {
         report.note(&format!("{what}, {}, processors' time for a megabyte (µs)", net.name()), &of(samples, |s| s.cpu));
     }
+    plot(&format!("{what}, one stream (Gbit/s)"), nets, all, |s| s.gbits, report);
+    plot(&format!("{what}, processors' time for a megabyte (µs)"), nets, all, |s| s.cpu, report);
 }
 
 /// One stream, then 64 streams against 4.
@@ -65,8 +86,8 @@ fn tcp(nets: &Nets, number: usize, report: &mut Report) {
     report.at_most("TCP, processors' time for a megabyte, twill against VXLAN (×)", &against(|s| s.cpu), 1.6);
     let (mut few, mut many) = (Vec::new(), Vec::new());
     for _ in 0..number {
-        few.push(load::tcp(nets.way(Net::Twill), 4).gbits);
-        many.push(load::tcp(nets.way(Net::Twill), 64).gbits);
+        few.push(load::clean(|| load::tcp(nets.way(Net::Twill), 4)).gbits);
+        many.push(load::clean(|| load::tcp(nets.way(Net::Twill), 64)).gbits);
     }
     report.note("TCP, 4 streams, twill udp (Gbit/s)", &few);
     report.note("TCP, 64 streams, twill udp (Gbit/s)", &many);
@@ -98,6 +119,8 @@ fn packets(nets: &Nets, number: usize, report: &mut Report) {
         );
         report.note(&what, &of(samples, |s| s.received));
     }
+    plot("64-byte UDP received (thousand/s)", &kinds, &all, |s| s.received, report);
+    plot("64-byte UDP, processors' time for each (µs)", &kinds, &all, |s| s.cpu, report);
     let ratio = ratios(&of(&all[0], |s| s.received), &of(&all[1], |s| s.received));
     report.at_least("64-byte UDP received, twill against VXLAN (×)", &ratio, 1.4);
     let [ours, vxlan] = rounds(number, [Net::Twill, Net::Vxlan], |net| load::udp(nets.way(net), Some(40)));
@@ -113,6 +136,7 @@ fn rtt(nets: &Nets, number: usize, report: &mut Report) {
     for (net, samples) in kinds.iter().zip(&all) {
         report.note(&format!("RTT, {} (ms)", net.name()), samples);
     }
+    plot("RTT (ms)", &kinds, &all, |ms| *ms, report);
     report.at_most("RTT, twill against VXLAN (×)", &ratios(&all[0], &all[1]), 6.0);
     report.at_most("RTT, twill against naive tunnel (×)", &ratios(&all[0], &all[2]), 1.2);
 }

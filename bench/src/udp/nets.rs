@@ -3,9 +3,10 @@
 //! ```text
 //!   container 100.96.1.2 ─ docker0 ─ flannel0 ─ agent ─ node1 ══ node2 ─ …            Twill, crates/e2e/src/overlay.rs
 //!
-//!   container 10.{2,3,4}.1.2 ─ br0 ─┬─ vxlan1 ──────────┬─ host1 10.168.0.2 ══ 10.168.0.3 host2 ─ …
-//!                                   ├─ (a route)        │
-//!                                   └─ naive0 ─ a thread ┘
+//!   container 10.{2..5}.1.2 ─ br0 ─┬─ vxlan1 ─────────────┬─ host1 10.168.0.2 ══ 10.168.0.3 host2 ─ …
+//!                                  ├─ (a route) ──────────┤
+//!                                  ├─ naive0 ─ a thread ──┤
+//!                                  └─ many0 ─── a tunnel ─┘
 //! ```
 
 use std::net::Ipv4Addr;
@@ -27,6 +28,8 @@ pub(crate) enum Net {
     Routes,
     /// A naive tunnel.
     Naive,
+    /// A tunnel of this program's own, with as many peers as wanted.
+    Many,
     /// From host to host, without containers.
     Underlay,
 }
@@ -38,6 +41,7 @@ impl Net {
             Net::Vxlan => "kernel VXLAN",
             Net::Routes => "host routes",
             Net::Naive => "naive tunnel",
+            Net::Many => "tunnel alone",
             Net::Underlay => "underlay",
         }
     }
@@ -71,17 +75,27 @@ impl Nets {
             Net::Vxlan => (one, two, [10, 2, 2, 2]),
             Net::Routes => (one, two, [10, 3, 2, 2]),
             Net::Naive => (one, two, [10, 4, 2, 2]),
+            Net::Many => (one, two, [10, 5, 2, 2]),
             Net::Underlay => (&self.hand.hosts[0], &self.hand.hosts[1], [10, 168, 0, 3]),
         };
         Way { from, to, address: Ipv4Addr::from(address) }
     }
 
+    /// A host that has nothing but what stands by hand.
+    pub(crate) fn by_hand(&self, number: usize) -> &Host {
+        &self.hand.hosts[number]
+    }
+
     /// Makes the underlays' devices as a plain network card is: frames of the MTU go out, and the receiver merges them.
     pub(crate) fn cut_on_the_wire(&self, cut: bool) {
+        let gro = if cut { "on" } else { "off" };
         let word = if cut { "off" } else { "on" };
         let ours = [&self.overlay.site(1).host, &self.overlay.site(2).host];
         for host in ours.into_iter().chain(&self.hand.hosts) {
-            host.run(&format!("ethtool -K eth0 tso {word} tx-udp-segmentation {word} tx-udp_tnl-segmentation {word} tx-udp_tnl-csum-segmentation {word} gro {}", if cut { "on" } else { "off" }));
+            host.run(&format!(
+                "ethtool -K eth0 tso {word} tx-udp-segmentation {word} tx-udp_tnl-segmentation {word} \
+                 tx-udp_tnl-csum-segmentation {word} gro {gro}"
+            ));
         }
     }
 }
@@ -121,9 +135,12 @@ impl Hand {
                 (3, 1500, format!("via 10.168.0.{}", 1 + peer)),
                 (4, 1472, format!("dev {}", naive::DEVICE)),
             ];
-            for (net, mtu, way) in ways {
-                host.ip(&format!("addr add 10.{net}.{own}.1/24 dev br0"));
+            for (net, _, way) in &ways {
                 host.ip(&format!("route add 10.{net}.{peer}.0/24 {way}"));
+            }
+            // The route to 10.5 comes with its device.
+            for (net, mtu) in ways.iter().map(|(net, mtu, _)| (*net, *mtu)).chain([(5, 1472)]) {
+                host.ip(&format!("addr add 10.{net}.{own}.1/24 dev br0"));
                 container.ip(&format!("addr add 10.{net}.{own}.2/24 dev eth0"));
                 container.ip(&format!("route add 10.{net}.{peer}.0/24 via 10.{net}.{own}.1 mtu {mtu}"));
             }
