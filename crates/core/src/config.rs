@@ -96,9 +96,9 @@ impl NetworkConfig {
             return Err(fault("EnableIPv4", "false", "true where EnableIPv6 is not"));
         }
         let backend = match fields.get("Backend") {
-            Some(raw) => backend(raw, &mut ignored)?,
+            Some(raw) => backend(raw, v4.is_some(), &mut ignored)?,
             None if fields.has("Backend") => return Err(fault("Backend", "null", "an object with a Type")),
-            None => udp(&Fields::default()).map(BackendConfig::Udp)?,
+            None => udp(&Fields::default(), v4.is_some()).map(BackendConfig::Udp)?,
         };
         Ok((NetworkConfig { v4, v6, backend, no_masq: no_masq(&fields)? }, ignored))
     }
@@ -211,7 +211,7 @@ fn bound(fields: &Fields<'_>, key: &str, network: Prefix, len: u8, default: u128
     Prefix::strict(addr, len).map_err(|_| fault(key, addr, "the first address of a subnet of SubnetLen"))
 }
 
-fn backend(raw: &RawValue, ignored: &mut Vec<String>) -> Result<BackendConfig, ConfigFault> {
+fn backend(raw: &RawValue, over_v4: bool, ignored: &mut Vec<String>) -> Result<BackendConfig, ConfigFault> {
     let fields =
         Fields::parse(raw.get().as_bytes()).map_err(|_| fault("Backend", raw.get(), "an object with a Type"))?;
     let kind = value::<String>(&fields, "Type", "a backend's name").map_err(|f| f.below("Backend"))?;
@@ -231,7 +231,7 @@ fn backend(raw: &RawValue, ignored: &mut Vec<String>) -> Result<BackendConfig, C
         "udp" => {
             let unknown = fields.unknown(&UDP_KEYS);
             ignored.extend(unknown.iter().map(|key| format!("Backend.{key} is not a key of the udp backend")));
-            udp(&fields).map(BackendConfig::Udp)
+            udp(&fields, over_v4).map(BackendConfig::Udp)
         }
         known if KNOWN_TYPES.contains(&known) => Ok(BackendConfig::NotBuilt(kind)),
         _ => Err(fault(
@@ -242,10 +242,11 @@ fn backend(raw: &RawValue, ignored: &mut Vec<String>) -> Result<BackendConfig, C
     }
 }
 
-fn udp(fields: &Fields<'_>) -> Result<UdpConfig, ConfigFault> {
+fn udp(fields: &Fields<'_>, over_v4: bool) -> Result<UdpConfig, ConfigFault> {
     let port = value::<i64>(fields, "Port", "a port from 1 to 65535").map_err(|f| f.below("Backend"))?;
     let port = Port::try_from(port.filter(|&port| port != 0).unwrap_or(UDP_PORT));
-    Ok(UdpConfig { port: port.map_err(|bad| ConfigFault { key: "Backend.Port".into(), bad })? })
+    let port = port.map_err(|bad| ConfigFault { key: "Backend.Port".into(), bad })?;
+    Ok(UdpConfig { port, over_v4 })
 }
 
 fn vxlan(fields: &Fields<'_>) -> Result<VxlanConfig, ConfigFault> {

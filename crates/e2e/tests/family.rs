@@ -204,7 +204,7 @@ fn containers_that_do_not_fit_are_listed_and_left_as_they_are() {
 
 #[test]
 fn the_lab_has_both_families_or_ipv6_alone() {
-    for (flag, pairs) in [("--ipv6", 4), ("--ipv6-only", 2)] {
+    for (flag, pairs, through) in [("--ipv6", 4, "flannel.1"), ("--ipv6-only", 2, "flannel-v6.1")] {
         let Some(_bed) = Bed::new() else { return };
         let home = tempfile::tempdir().unwrap();
         let mut command = std::process::Command::new(twill_e2e::bin("twill"));
@@ -214,7 +214,66 @@ fn the_lab_has_both_families_or_ipv6_alone() {
         let value: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
         assert_eq!((&value["ping"]["pairs"], &value["ping"]["reachable"]), (&pairs.into(), &pairs.into()), "{value}");
         let explanation = value["explain"].to_string();
-        let through = if flag == "--ipv6" { "flannel.1" } else { "flannel-v6.1" };
         assert!(explanation.contains(through), "{explanation}");
     }
+}
+
+#[test]
+fn lab_up_shows_the_addresses_of_both_families() {
+    let Some(_bed) = Bed::new() else { return };
+    let home = tempfile::tempdir().unwrap();
+    let twill = |words: &str| {
+        let mut command = std::process::Command::new(twill_e2e::bin("twill"));
+        let out = command.args(words.split(' ')).env("XDG_RUNTIME_DIR", home.path()).output().unwrap();
+        assert!(out.status.success(), "{words}: {}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let name = format!("fam{}", std::process::id());
+    // A tunnel of IPv6 alone as well.
+    twill(&format!("lab up --ipv6-only --backend udp --name {name}"));
+    twill(&format!("lab ping --name {name}"));
+    twill(&format!("lab down --name {name}"));
+    let lab: serde_json::Value =
+        serde_json::from_str(&twill(&format!("lab up --ipv6 --backend udp --name {name} -o json"))).unwrap();
+    let node = &lab["nodes"][0];
+    assert_eq!(node["addresses"], json!(["10.168.0.2", "fd00:168::2"]));
+    assert_eq!(node["subnets"], json!(["10.1.15.0/24", "fd00:1:0:f::/64"]));
+    assert_eq!(node["containers"][0]["addresses"], json!(["10.1.15.2", "fd00:1:0:f::2"]));
+    twill(&format!("lab ping --name {name}"));
+    // As the namespace itself has them.
+    let shown = twill(&format!("lab exec --name {name} container-1 -- ip -j addr show eth0"));
+    assert!(shown.contains("\"fd00:1:0:f::2\"") && shown.contains("\"10.1.15.2\""), "{shown}");
+    twill(&format!("lab down --name {name}"));
+}
+
+#[test]
+fn the_udp_backends_mtu_follows_the_underlay_for_both_families() {
+    let Some((site, _dir)) = site() else { return };
+    site.node.put("config", &DUAL.replace("vxlan", "udp"));
+    let _agent = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
+    let becomes = |mtu: u64| {
+        eventually(&format!("MTU {mtu} on the device, in subnet.env and in status"), || {
+            let seen = (self::mtu(&site, "flannel0"), env(&site), site.node.status()["mtu"].clone());
+            let good = seen.0 == mtu && seen.1.contains(&format!("FLANNEL_MTU={mtu}\n")) && seen.2 == mtu;
+            if good { Ok(()) } else { Err((seen, site.node.log("agent.log"))) }
+        });
+    };
+    becomes(1472);
+    let addresses = site.node.host.json("addr show flannel0")[0]["addr_info"].to_string();
+    assert!(addresses.contains(r#""local":"10.1.15.0","prefixlen":16"#), "{addresses}");
+    assert!(addresses.contains(r#""local":"fd00:1:0:f::","prefixlen":48"#), "{addresses}");
+    assert_eq!(site.node.leases()[0].0, "10.1.15.0-24&fd00:1:0:f::-64");
+    for (underlay, inner) in [(9000, 8972), (1400, 1372), (1500, 1472)] {
+        site.node.host.ip(&format!("link set eth0 mtu {underlay}"));
+        becomes(inner);
+    }
+    // 1300 leaves IPv6 less than its least MTU; IPv4 goes on.
+    site.node.host.ip("link set eth0 mtu 1300");
+    let finding = site.node.finding("mtu-too-small");
+    assert!(finding["evidence"].as_str().unwrap().contains("1280"), "{finding}");
+    becomes(1272);
+    assert!(!env(&site).contains("IPV6"), "{}", env(&site));
+    site.node.host.ip("link set eth0 mtu 1500");
+    becomes(1472);
+    assert!(env(&site).contains("FLANNEL_IPV6_SUBNET=fd00:1:0:f::1/64"), "{}", env(&site));
 }

@@ -136,8 +136,13 @@ pub(crate) fn tunnel_peers(folder: &Path) -> Result<Vec<(String, String)>, LabEr
     let text = ask(folder, "GET", "/v1/tunnel")?;
     let answer: serde_json::Value = serde_json::from_str(&text).act(|| "read an agent's answer".into())?;
     let word = |peer: &serde_json::Value, key: &str| peer[key].as_str().unwrap_or_default().to_owned();
-    let peers = answer["peers"].as_array().into_iter().flatten();
-    Ok(peers.map(|peer| (word(peer, "lease").replace('-', "/"), word(peer, "host"))).collect())
+    let mut reached = Vec::new();
+    for peer in answer["peers"].as_array().into_iter().flatten() {
+        // A lease of both families is named `10.1.16.0-24&fd00:1:0:10::-64`.
+        let subnets = word(peer, "lease").replace('-', "/");
+        reached.extend(subnets.split('&').map(|subnet| (subnet.to_owned(), word(peer, "host"))));
+    }
+    Ok(reached)
 }
 
 /// One request to an agent's control API (HTTP/1.1 over its unix socket); gives the answer's body.

@@ -236,6 +236,7 @@ impl Lab {
             name: host.plan.name.clone(),
             address: host.plan.address.addr,
             subnet: host.plan.subnet,
+            second: host.plan.second.map(|second| (second.address.addr, second.subnet)),
             netns: host.place.path(self.pid),
             agent: host.agent.as_ref().map_or(AgentState::None, |agent| agent.state(&self.children)),
             containers: host

@@ -36,6 +36,9 @@ pub struct HostInfo {
     pub address: IpAddr,
     /// Its containers' subnet.
     pub subnet: Prefix,
+    /// IPv6 address and subnet, beside IPv4 ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second: Option<(IpAddr, Prefix)>,
     /// Its network namespace, as a path.
     pub netns: String,
     /// Its agent.

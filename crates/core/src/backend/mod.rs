@@ -89,7 +89,11 @@ pub trait Backend: std::fmt::Debug + Send + Sync {
     fn device(&self) -> Option<LinkName>;
     /// The tunnel devices for these subnets.
     fn devices(&self, subnets: &[Prefix]) -> Vec<LinkName>;
-    /// MTU of the overlay over this underlay, by the family of the outer packet.
+    /// Inner packets of a family travel between the hosts' IPv4 addresses.
+    fn over_v4(&self, v4: bool) -> bool {
+        v4
+    }
+    /// MTU of the overlay over this underlay, by the family of the inner packet.
     fn mtu(&self, underlay: &Underlay, v4: bool) -> Result<Mtu, Refusal>;
     /// Own objects: device, address, sysctls.
     fn base(&self, cx: &Cx) -> Result<HostState, Refusal>;
@@ -114,6 +118,18 @@ pub fn build(config: &BackendConfig) -> Result<Box<dyn Backend>, Refusal> {
             hint: "set Backend.Type to vxlan or udp in the network config".into(),
         }),
     }
+}
+
+/// The node must forward, and the tunnel must not take routes from strangers.
+fn forwarding(name: LinkName, v4: bool) -> Vec<Object> {
+    let (mut list, of_device) =
+        (Vec::new(), |what: &str| format!("net/ipv{}/conf/{name}/{what}", if v4 { 4 } else { 6 }));
+    list.push((if v4 { "net/ipv4/ip_forward".into() } else { "net/ipv6/conf/all/forwarding".to_owned() }, "1"));
+    list.push((of_device("forwarding"), "1"));
+    if !v4 {
+        list.push((of_device("accept_ra"), "0"));
+    }
+    list.into_iter().map(|(path, value)| Object::Sysctl { path: path.into(), value: value.into() }).collect()
 }
 
 /// The underlay address of the host that holds the lease.

@@ -14,7 +14,7 @@ use crate::host::{
 use crate::lease::{Lease, LeaseAttrs, Peer, PeerFault};
 use crate::net::{Inet, LinkName, MacAddr, Mtu, NodeId, Port, Prefix, Vni};
 
-use super::{Backend, Cx, Reach, Refusal, Underlay, as_v4, as_v6, host_of};
+use super::{Backend, Cx, Reach, Refusal, Underlay, as_v4, as_v6, forwarding, host_of};
 
 /// Outer Ethernet header is the underlay's; what the tunnel adds to an inner IP packet: outer IPv4 20 + UDP 8 + VXLAN 8 + inner Ethernet 14.
 const OVERHEAD_V4: u32 = 50;
@@ -83,9 +83,7 @@ impl Backend for VxlanConfig {
             let (mac, mtu) = (Some(cx.mac(name)), Some(self.mtu(&cx.underlay, v4)?));
             host.insert(Object::Link(Box::new(Link { mac, mtu, arp: Some(true), ..Link::up(name, kind) })));
             host.insert(Object::Addr(Addr { link: name, inet: Inet::host(subnet.addr()), scope: 0 }));
-            for (path, value) in sysctls(name, v4) {
-                host.insert(Object::Sysctl { path, value: value.into() });
-            }
+            host.extend(forwarding(name, v4));
         }
         Ok(host)
     }
@@ -186,20 +184,6 @@ const NUD_PERMANENT: u16 = 0x80;
 /// A field by its name in any case, the last one winning, as Go reads JSON.
 fn field<'a>(data: &'a Value, name: &str) -> Option<&'a Value> {
     data.as_object()?.iter().rfind(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value)
-}
-
-/// The node must forward, and the tunnel must not take routes from strangers.
-fn sysctls(name: LinkName, v4: bool) -> Vec<(Box<str>, &'static str)> {
-    let mut list = Vec::new();
-    if v4 {
-        list.push(("net/ipv4/ip_forward".into(), "1"));
-        list.push((format!("net/ipv4/conf/{name}/forwarding").into(), "1"));
-    } else {
-        list.push(("net/ipv6/conf/all/forwarding".into(), "1"));
-        list.push((format!("net/ipv6/conf/{name}/forwarding").into(), "1"));
-        list.push((format!("net/ipv6/conf/{name}/accept_ra").into(), "0"));
-    }
-    list
 }
 
 /// 256 routes share a metric: the kernel keeps routes of one device and metric in one hash bucket (net/ipv4/fib_semantics.c

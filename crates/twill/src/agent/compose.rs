@@ -160,11 +160,16 @@ impl Network {
 
 /// Why this underlay cannot carry a family; `None`: it can.
 fn fault(backend: &dyn Backend, underlay: &Underlay, v4: bool) -> Option<Refusal> {
-    if underlay.public(v4).is_none() {
-        let (name, other, option) = if v4 { ("IPv4", "", "EnableIPv4") } else { ("IPv6", "-6 ", "EnableIPv6") };
+    let over = backend.over_v4(v4);
+    if underlay.public(over).is_none() {
+        let (name, option) = if v4 { ("IPv4", "EnableIPv4") } else { ("IPv6", "EnableIPv6") };
+        let (needed, other) = if over { ("IPv4", "") } else { ("IPv6", "-6 ") };
         return Some(Refusal {
             code: "family-missing",
-            message: format!("the network config asks for {name}, and {} has no global {name} address", underlay.link),
+            message: format!(
+                "the network config asks for {name}, and {} has no global {needed} address",
+                underlay.link
+            ),
             hint: format!(
                 "ip {other}addr add ADDRESS/LEN dev {}, or set {option} to false in the network config",
                 underlay.link

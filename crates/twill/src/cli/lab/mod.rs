@@ -288,11 +288,6 @@ impl Up {
                 .hint("leave --scenario away, or --ipv6 and --ipv6-only")
                 .exit(USAGE));
         }
-        if backend == Backend::Udp && families != Families::V4 {
-            return Err(Failure::new("bad-lab", "the udp backend carries IPv4 networks only")
-                .hint("leave --backend away, or --ipv6 and --ipv6-only")
-                .exit(USAGE));
-        }
         let (nodes, containers) = match scenario {
             Some(Scenario::Bridge) => (1, 2),
             Some(Scenario::Udp) => (3, 1),

@@ -1,6 +1,9 @@
 //! What `lab` prints of a lab.
 
+use std::net::IpAddr;
+
 use serde_json::{Value, json};
+use twill_core::net::Prefix;
 use twill_lab::home::NETNS_DIR;
 use twill_lab::start::{self, Listed};
 use twill_lab::{AgentState, LabState};
@@ -16,14 +19,18 @@ fn value(state: &LabState) -> Value {
             true => path.to_owned(),
             false => format!("{NETNS_DIR}/{}", state.spec.name.netns_name(place)),
         };
-        let containers = host
-            .containers
-            .iter()
-            .map(|c| json!({"name": c.name, "address": c.address, "netns": netns(&c.name, &c.netns)}));
+        let containers = host.containers.iter().map(|c| {
+            let all: Vec<IpAddr> = std::iter::once(c.address).chain(c.second).collect();
+            json!({"name": c.name, "address": c.address, "addresses": all, "netns": netns(&c.name, &c.netns)})
+        });
+        let (addresses, subnets): (Vec<IpAddr>, Vec<Prefix>) =
+            std::iter::once((host.address, host.subnet)).chain(host.second).unzip();
         json!({
             "name": host.name,
             "address": host.address,
             "subnet": host.subnet,
+            "addresses": addresses,
+            "subnets": subnets,
             "netns": netns(&host.name, &host.netns),
             "agent": host.agent,
             "containers": containers.collect::<Vec<_>>(),
@@ -66,14 +73,21 @@ fn text(state: &LabState) -> String {
             AgentState::Held => "held",
             AgentState::Stopped => "stopped",
         };
-        let row = [host.name.clone(), host.address.to_string(), host.subnet.to_string(), agent.to_owned()];
+        let (address, subnet) = host.second.map_or((None, None), |(address, subnet)| (Some(address), Some(subnet)));
+        let (address, subnet) = (both(host.address, address), both(host.subnet, subnet));
+        let row = [host.name.clone(), address, subnet, agent.to_owned()];
         let containers = host
             .containers
             .iter()
-            .map(|c| [format!("  {}", c.name), c.address.to_string(), String::new(), String::new()]);
+            .map(|c| [format!("  {}", c.name), both(c.address, c.second), String::new(), String::new()]);
         std::iter::once(row).chain(containers).collect::<Vec<_>>()
     });
     columns(&header, rows)
+}
+
+/// One value, or that of each family.
+fn both<T: ToString>(first: T, second: Option<T>) -> String {
+    second.map_or(first.to_string(), |second| format!("{}, {}", first.to_string(), second.to_string()))
 }
 
 /// Prints all labs of this user.
