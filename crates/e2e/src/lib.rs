@@ -3,6 +3,7 @@
 //! The tests in `tests/` run real programs in network namespaces that they made themselves, and look from outside.
 
 pub mod cni;
+pub mod foreign;
 pub mod net;
 pub mod node;
 pub mod overlay;

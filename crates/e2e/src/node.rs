@@ -219,7 +219,8 @@ impl Node {
     }
 }
 
-pub(crate) fn spawn(mut command: std::process::Command, log: &Path) -> Daemon {
+/// Starts a daemon; what it says goes behind what stands in `log`.
+pub fn spawn(mut command: std::process::Command, log: &Path) -> Daemon {
     let file = std::fs::File::options().create(true).append(true).open(log).unwrap();
     Daemon(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file).spawn().unwrap())
 }

@@ -97,34 +97,27 @@ impl Site {
         self.node.other.run(&format!("bridge fdb add {mac} dev flannel-v6.1 dst fd00:168::2"));
     }
 
-    /// Source and destination of the first packet that arrives at `device` of `other` while the container pings `to`.
+    /// What the first packet that arrives at `device` of `other` looks like, while the container pings `to`.
     pub fn arrives(&self, device: &str, to: &str) -> String {
-        eventually(&format!("{to} answers and is seen on {device}"), || {
-            let mut command = self.node.other.command("tcpdump");
-            command.args([
-                "-i",
-                device,
-                "-n",
-                "-l",
-                "-c",
-                "1",
-                "-Z",
-                "root",
-                "--immediate-mode",
-                "-Q",
-                "in",
-                "icmp[0] == 8 or icmp6[0] == 128",
-            ]);
-            let capture = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-            let ping = self.container.try_run(&format!("ping -c 5 -i 0.2 -W 1 {to}"));
-            if !ping.status.success() {
-                kill_process(Pid::from_child(&capture), Signal::TERM).unwrap();
-            }
-            let seen = capture.wait_with_output().unwrap();
-            let text = String::from_utf8_lossy(&seen.stdout).into_owned();
-            if ping.status.success() { Ok(text) } else { Err((text, self.node.host.run("nft list ruleset"))) }
-        })
+        arrives(&self.container, to, &self.node.other, device, || self.node.host.run("nft list ruleset"))
     }
+}
+
+/// What the first echo request that arrives at `device` of `at` looks like, while `from` pings `to` and is answered.
+pub fn arrives(from: &Host, to: &str, at: &Host, device: &str, what_else: impl Fn() -> String) -> String {
+    eventually(&format!("{to} answers {} and is seen on {device} of {}", from.name, at.name), || {
+        let mut command = at.command("tcpdump");
+        command.args(["-i", device, "-n", "-l", "-c", "1", "-Z", "root", "--immediate-mode", "-Q", "in"]);
+        command.arg("icmp[0] == 8 or icmp6[0] == 128");
+        let capture = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let ping = from.try_run(&format!("ping -c 5 -i 0.2 -W 1 {to}"));
+        if !ping.status.success() {
+            kill_process(Pid::from_child(&capture), Signal::TERM).unwrap();
+        }
+        let seen = capture.wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&seen.stdout).into_owned();
+        if ping.status.success() { Ok(text) } else { Err((text, what_else())) }
+    })
 }
 
 /// The ruleset as `nft` shows it, without handles and counters: what a person would compare.

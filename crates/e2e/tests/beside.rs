@@ -1,9 +1,7 @@
 //! Beside the firewalls of others: what Debian's iptables and firewalld leave in nftables, before and after the agent starts.
 
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
-
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
+use twill_e2e::foreign::Foreign;
 use twill_e2e::net::{Bed, Host};
 use twill_e2e::site::{Site, ruleset};
 use twill_e2e::{eventually, installed};
@@ -92,52 +90,6 @@ fn a_drop_before_the_forward_chain_is_named_with_the_command_that_ends_it() {
     passes(&site);
 }
 
-/// Debian's firewalld on a bus of its own, in the host's namespace.
-struct Firewalld(Vec<Child>);
-
-impl Firewalld {
-    fn start(host: &Host, dir: &Path) -> Firewalld {
-        let bus = dir.join("bus");
-        let config = dir.join("bus.conf");
-        let allow = ["method_call", "method_return", "error", "signal"]
-            .map(|kind| format!(r#"<allow send_type="{kind}"/><allow receive_type="{kind}"/>"#))
-            .concat();
-        let text = format!(
-            r#"<busconfig><type>system</type><listen>unix:path={}</listen><auth>EXTERNAL</auth><policy context="default"><allow user="*"/><allow own="*"/>{allow}</policy></busconfig>"#,
-            bus.display()
-        );
-        std::fs::write(&config, text).unwrap();
-        let quiet = |mut command: Command| command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        let mut command = host.command("dbus-daemon");
-        command.arg(format!("--config-file={}", config.display())).args(["--nofork", "--nopidfile"]);
-        let mut all = Firewalld(vec![quiet(command)]);
-        eventually("the bus listens", || if bus.exists() { Ok(()) } else { Err(()) });
-        let mut command = host.command("firewalld");
-        command.args(["--nofork", "--nopid", "--system-config"]).arg(dir.join("firewalld"));
-        command.arg("--log-file").arg(dir.join("firewalld.log"));
-        command.env("DBUS_SYSTEM_BUS_ADDRESS", format!("unix:path={}", bus.display()));
-        std::fs::create_dir_all(dir.join("firewalld")).unwrap();
-        all.0.push(quiet(command));
-        // What `twill agent --check` asks to be opened between all nodes, as an admin opens it.
-        eventually("firewalld opens the tunnel's port", || {
-            let mut command = host.command("firewall-cmd");
-            command.arg("--add-port=8472/udp").env("DBUS_SYSTEM_BUS_ADDRESS", format!("unix:path={}", bus.display()));
-            let out = command.output().unwrap();
-            if out.status.success() { Ok(()) } else { Err(out) }
-        });
-        all
-    }
-}
-
-impl Drop for Firewalld {
-    fn drop(&mut self) {
-        for child in self.0.iter_mut().rev() {
-            let _ = kill_process(Pid::from_child(child), Signal::TERM);
-            let _ = child.wait();
-        }
-    }
-}
-
 #[test]
 fn firewalld_that_rejects_gets_our_accepts_whoever_starts_first() {
     let Some((site, dir)) = site(&["firewalld", "dbus-daemon"]) else { return };
@@ -160,7 +112,7 @@ fn firewalld_that_rejects_gets_our_accepts_whoever_starts_first() {
     let agent = site.node.agent("--subnet 10.1.15.0/24");
     site.plug();
     site.peer();
-    let _firewalld = Firewalld::start(host, dir.path());
+    let _firewalld = Foreign::Firewalld.start(host, dir.path());
     accepted();
     passes(&site);
     // The agent starts beside a firewalld that is there, and finds its rules as it left them.

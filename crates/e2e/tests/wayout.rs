@@ -1,6 +1,8 @@
 //! The way out of the network: what leaves is masqueraded, what stays is not, and nobody takes that away for long.
 
-use rustix::process::Signal;
+use std::process::Stdio;
+
+use rustix::process::{Pid, Signal, kill_process};
 use twill_e2e::net::{Bed, Host};
 use twill_e2e::site::{Site, ruleset};
 use twill_e2e::{eventually, installed};
@@ -157,4 +159,56 @@ fn unused_addresses_excluded_networks_and_stolen_sources() {
     site.node.put("config", r#"{"Network":"10.1.0.0/16","NoMasqCIDRs":["10.168.0.1/30"],"Backend":{"Type":"vxlan"}}"#);
     let finding = site.node.finding("bad-config");
     assert!(finding["evidence"].as_str().unwrap().contains("NoMasqCIDRs"), "{finding}");
+}
+
+#[test]
+fn a_kernel_without_nf_tables_is_named_and_the_network_goes_on() {
+    let Some((site, _dir)) = site() else { return };
+    if !installed("strace") {
+        return;
+    }
+    let host = &site.node.host;
+    // Without a config the agent waits, and its thread that owns the kernel has not looked for nftables yet.
+    site.node.delete("config");
+    let agent = site.node.agent_at_once("--subnet 10.1.15.0/24");
+    site.node.finding("config-missing");
+    let thread = std::fs::read_dir(format!("/proc/{}/task", agent.pid())).unwrap().find_map(|task| {
+        let path = task.unwrap().path();
+        let name = std::fs::read_to_string(path.join("comm")).unwrap();
+        (name.trim() == "reconciler").then(|| path.file_name().unwrap().to_str().unwrap().to_owned())
+    });
+    // Every socket that this thread asks for is refused, with the word of a kernel that does not know NETLINK_NETFILTER.
+    let mut command = host.command("strace");
+    command.args(["-e", "inject=socket:error=EPROTONOSUPPORT", "-p", &thread.unwrap()]);
+    let trace = std::fs::File::create(site.node.file("strace.log")).unwrap();
+    let mut strace = command.stdin(Stdio::null()).stderr(trace).spawn().unwrap();
+    eventually("strace is attached", || {
+        let said = site.node.log("strace.log");
+        if said.contains("attached") { Ok(()) } else { Err(said) }
+    });
+    site.node.put("config", twill_e2e::node::CONFIG);
+    let finding = site.node.finding("nf-tables-missing");
+    let words = |key: &str| finding[key].as_str().unwrap().to_owned();
+    assert!(words("evidence").contains("Protocol not supported") && words("fix").contains("modprobe"), "{finding}");
+    assert!(site.node.log("strace.log").contains("NETLINK_NETFILTER) = -1 EPROTONOSUPPORT"), "{finding}");
+    site.plug();
+    site.peer();
+    let inside = site.arrives("flannel.1", "10.1.40.0");
+    assert!(inside.contains("IP 10.1.15.2 > 10.1.40.0: ICMP echo request"), "{inside}");
+    let env = std::fs::read_to_string(site.node.file("subnet.env")).unwrap();
+    assert!(env.contains("FLANNEL_IPMASQ=false"), "{env}");
+    // The module is loaded: the way out comes by itself.
+    let _ = kill_process(Pid::from_child(&strace), Signal::TERM);
+    strace.wait().unwrap();
+    eventually("the table is there, and nothing is left to say", || {
+        let status = site.node.status();
+        let ours = ruleset(host).iter().any(|object| object["chain"]["name"] == "leaving");
+        if ours && status["findings"] == serde_json::json!([]) {
+            Ok(())
+        } else {
+            Err((status, site.node.log("agent.log")))
+        }
+    });
+    let out = site.arrives("eth0", "10.168.0.3");
+    assert!(out.contains("IP 10.168.0.2 > 10.168.0.3: ICMP echo request"), "{out}");
 }

@@ -137,6 +137,11 @@ impl<'a> Applier<'a> {
     }
 
     fn table(&mut self, op: &Op) -> Result<(), StepError> {
+        // It may have been loaded meanwhile.
+        if self.kernel.without_nftables().is_some() {
+            self.kernel.firewall = Firewall::open(true);
+            self.kernel.pending.all |= self.kernel.without_nftables().is_none();
+        }
         let result = match &mut self.kernel.firewall {
             Firewall::Open(nft) => match op.object() {
                 Object::Leftover(left) if left.legacy => legacy::remove(&left.at).map_err(|error| {
@@ -150,9 +155,7 @@ impl<'a> Applier<'a> {
             }
             Firewall::Lacking(error) => Err(StepError::Refused {
                 errno: error.raw_os_error().unwrap_or(libc::EOPNOTSUPP),
-                text: format!(
-                    "this kernel has no nf_tables ({error}): load nf_tables and nft_masq, or run with --ip-masq=false"
-                ),
+                text: format!("this kernel has no nf_tables: {error}"),
             }),
         };
         match &result {

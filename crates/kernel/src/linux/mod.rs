@@ -142,6 +142,14 @@ impl LinuxKernel {
         &self.interest
     }
 
+    /// Why nftables, which is of interest, cannot be asked.
+    pub fn without_nftables(&self) -> Option<&io::Error> {
+        match &self.firewall {
+            Firewall::Lacking(error) => Some(error),
+            Firewall::Ignored | Firewall::Open(_) => None,
+        }
+    }
+
     /// Changes what is kept, and reads what is new.
     pub fn set_interest(&mut self, interest: Interest) -> Result<(), KernelError> {
         if self.interest == interest {

@@ -13,9 +13,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{oneshot, watch};
 use twill_core::backend::{Reach, TunnelSpec};
-use twill_core::firewall::{TableName, beside};
+use twill_core::firewall::TableName;
+use twill_core::firewall::beside::{self, LegacyForward};
 use twill_core::host::{HostState, Key, Object, PROTO_TWILL};
-use twill_core::reconcile::{Claim, Healer, Journal, Plan, Scope, Wanted, plan, shadowed, taken_tables, taken_tunnels};
+use twill_core::reconcile::{
+    Claim, Finding, Healer, Journal, Plan, Scope, Wanted, plan, shadowed, taken_tables, taken_tunnels,
+};
 use twill_kernel::{Interest, Kernel, KernelError, LinuxKernel, Waker};
 
 use super::handover::Handed;
@@ -26,6 +29,8 @@ use super::view::{PlanView, Repairs, View};
 const SYSCTLS: Duration = Duration::from_millis(125);
 /// Everything is read again this often.
 const AUDIT: Duration = Duration::from_secs(60);
+/// Legacy iptables announces nothing either.
+const LEGACY: Duration = Duration::from_secs(2);
 /// Findings are looked for when nothing has happened for so long.
 const QUIET: Duration = Duration::from_millis(100);
 /// Changes that are logged one by one.
@@ -75,6 +80,8 @@ pub(crate) struct Reconciler {
     wake: Option<Duration>,
     audit: Duration,
     sysctls: Duration,
+    /// The forward chains of legacy iptables, and when to look again.
+    legacy: (Vec<LegacyForward>, Duration),
     findings: Option<Duration>,
     trim: bool,
     host: watch::Sender<Arc<HostState>>,
@@ -104,6 +111,7 @@ impl Reconciler {
             wake: None,
             audit: AUDIT,
             sysctls: SYSCTLS,
+            legacy: (Vec::new(), LEGACY),
             findings: None,
             trim: false,
             host,
@@ -166,7 +174,9 @@ impl Reconciler {
     /// Until the next thing that time alone brings.
     fn timeout(&self) -> Duration {
         let sysctls = (!self.kernel.interest().sysctls.is_empty()).then_some(self.sysctls);
-        let next = [self.wake, sysctls, self.findings, Some(self.audit)].into_iter().flatten().min().unwrap_or(AUDIT);
+        let legacy = self.kernel.interest().firewall.then_some(self.legacy.1);
+        let next =
+            [self.wake, sysctls, legacy, self.findings, Some(self.audit)].into_iter().flatten().min().unwrap_or(AUDIT);
         next.saturating_sub(self.now())
     }
 
@@ -176,6 +186,13 @@ impl Reconciler {
             self.sysctls = now + SYSCTLS;
             let dirty = self.kernel.poll_sysctls();
             self.drifted.extend(dirty);
+        }
+        if self.kernel.interest().firewall && now >= self.legacy.1 {
+            let found = twill_kernel::legacy::forward();
+            if found != self.legacy.0 {
+                self.findings = Some(now);
+            }
+            self.legacy = (found, now + LEGACY);
         }
         if self.wake.is_some_and(|at| now >= at) {
             self.wake = None;
@@ -375,9 +392,15 @@ impl Reconciler {
         findings.extend(beside::early_drops(&self.wanted.desired().claim.networks, self.kernel.mirror()));
         if self.kernel.interest().firewall {
             let networks = &self.wanted.desired().claim.networks;
-            findings.extend(beside::legacy_drops(networks, &twill_kernel::legacy::forward()));
+            self.legacy.0 = twill_kernel::legacy::forward();
+            findings.extend(beside::legacy_drops(networks, &self.legacy.0));
         }
-        findings.extend(self.healer.findings());
+        let (mut refused, lacking) = (self.healer.findings(), self.kernel.without_nftables());
+        if let Some(error) = lacking {
+            refused.retain(|finding| finding.code != "kernel-refused" || !finding.object.starts_with("table "));
+            findings.push(nf_tables_missing(error));
+        }
+        findings.extend(refused);
         findings.extend(self.tunnel.finding().cloned());
         let recent =
             self.journal.repairs().rev().take(SHOWN_REPAIRS).cloned().collect::<Vec<_>>().into_iter().rev().collect();
@@ -396,9 +419,10 @@ impl Reconciler {
 }
 
 /// Findings that come from here; the others are the session's.
-const KERNEL_CODES: [&str; 8] = [
+const KERNEL_CODES: [&str; 9] = [
     "route-shadowed",
     "vni-taken",
+    "nf-tables-missing",
     "table-taken",
     "dropped-before-forward",
     "legacy-drops-forward",
@@ -406,6 +430,19 @@ const KERNEL_CODES: [&str; 8] = [
     "kernel-refused",
     "tunnel-down",
 ];
+
+/// Without nftables there is a network, but no way out of it.
+fn nf_tables_missing(error: &std::io::Error) -> Finding {
+    Finding {
+        code: "nf-tables-missing".into(),
+        object: "this kernel".into(),
+        evidence: format!(
+            "nftables cannot be asked ({error}): nothing is masqueraded, accepted or guarded; containers of the network reach each other"
+        ),
+        fix: "modprobe -a nf_tables nft_masq nft_ct, or a kernel with CONFIG_NF_TABLES; it is tried again by itself"
+            .into(),
+    }
+}
 
 /// One line for each change, or one for all when there are many.
 fn log(plan: &Plan, results: &[Result<(), twill_core::reconcile::StepError>], drift: bool) {
