@@ -255,7 +255,7 @@ fn the_udp_backends_mtu_follows_the_underlay_for_both_families() {
         eventually(&format!("MTU {mtu} on the device, in subnet.env and in status"), || {
             let seen = (self::mtu(&site, "flannel0"), env(&site), site.node.status()["mtu"].clone());
             let good = seen.0 == mtu && seen.1.contains(&format!("FLANNEL_MTU={mtu}\n")) && seen.2 == mtu;
-            if good { Ok(()) } else { Err((seen, site.node.log("agent.log"))) }
+            if good { Ok(()) } else { Err(format!("{seen:?} {}", site.node.log("agent.log"))) }
         });
     };
     becomes(1472);
