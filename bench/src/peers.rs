@@ -269,19 +269,17 @@ fn settled(agent: &Process, report: &mut Report, peers: u32, most: f64) {
     let pid = agent.0.id();
     std::thread::sleep(Duration::from_secs(2));
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let rss = status
-        .lines()
-        .find_map(|l| l.strip_prefix("VmRSS:"))
-        .unwrap()
-        .trim()
-        .trim_end_matches(" kB")
-        .parse::<f64>()
-        .unwrap();
+    let kb = |field: &str| {
+        let line = status.lines().find_map(|l| l.strip_prefix(field)).unwrap();
+        line.trim_start_matches(':').trim().trim_end_matches(" kB").parse::<f64>().unwrap()
+    };
+    let rss = kb("VmRSS");
     if peers >= 10_000 {
         report.at_most(&format!("{peers} peers, resident memory (MB)"), &[rss / 1024.0], 25.0);
     } else {
         report.note(&format!("{peers} peers, resident memory (MB)"), &[rss / 1024.0]);
     }
+    report.note("of it the program's own pages, not shared with its file (MB)", &[kb("RssAnon") / 1024.0]);
     let busy = || {
         let ns = |t: std::fs::DirEntry| std::fs::read_to_string(t.path().join("schedstat")).unwrap_or_default();
         let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
