@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use twill_core::ipam::{BadRange, Range, RangeSet};
 use twill_core::net::{Inet, LinkName, MacAddr, Mtu, Prefix};
+use twill_core::ports::{PortMap, Transport};
 
 use crate::env::address;
 use crate::error::{CniError, Code};
@@ -78,6 +79,10 @@ pub struct Device {
     pub promisc: bool,
     /// The container's MAC.
     pub mac: Option<MacAddr>,
+    /// Published ports.
+    pub ports: Vec<PortMap>,
+    /// The whole network, where subnet.env names it: containers of other nodes see this one's own address.
+    pub networks: Vec<Prefix>,
     /// Told on to the runtime.
     pub dns: Map<String, Value>,
 }
@@ -177,7 +182,18 @@ struct RawRoute {
 struct RawRuntime {
     ips: Vec<String>,
     mac: Option<String>,
-    port_mappings: Vec<Value>,
+    port_mappings: Vec<RawPort>,
+}
+
+/// Numbers of any size, so that a wrong one is named.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct RawPort {
+    host_port: i64,
+    container_port: i64,
+    protocol: String,
+    #[serde(rename = "hostIP")]
+    host_ip: String,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -259,12 +275,8 @@ impl Conf {
                 self.ipam.iter_mut().for_each(|ipam| ipam.asked.push(ip));
             }
         }
-        if !raw.runtime_config.port_mappings.is_empty() && self.device.is_some() {
-            return Err(CniError::new(
-                Code::Unsupported,
-                "this plugin publishes no ports itself",
-                "chain {\"type\": \"portmap\", \"capabilities\": {\"portMappings\": true}} behind it",
-            ));
+        if let Some(device) = &mut self.device {
+            device.ports = published(&raw.runtime_config.port_mappings)?;
         }
         Ok(())
     }
@@ -285,6 +297,46 @@ fn version(text: Option<&str>) -> Result<Version, CniError> {
             format!("write one of {} in it", spoken.join(", ")),
         )
     })
+}
+
+/// The capability `portMappings`. One that is asked for twice is one; two that lead one host port to two places are refused.
+fn published(raw: &[RawPort]) -> Result<Vec<PortMap>, CniError> {
+    let mut ports: Vec<PortMap> = Vec::new();
+    for raw in raw {
+        let map = raw.check()?;
+        if let Some(other) = ports.iter().find(|other| other.clashes(&map) && **other != map) {
+            let (first, second) = (other.container_port, map.container_port);
+            let msg = format!("portMappings: host port {map} is to lead to port {first}, as {other}, and to {second}");
+            return Err(config(msg, "publish each host port once"));
+        }
+        if !ports.contains(&map) {
+            ports.push(map);
+        }
+    }
+    Ok(ports)
+}
+
+impl RawPort {
+    fn check(&self) -> Result<PortMap, CniError> {
+        let port = |key: &str, port: i64| {
+            let small = u16::try_from(port).ok().filter(|port| *port != 0);
+            small.ok_or_else(|| config(format!("portMappings: {key} is {port}"), "a port is 1 to 65535"))
+        };
+        let protocol = match self.protocol.as_str() {
+            "" => Transport::Tcp,
+            name => Transport::parse(name)
+                .ok_or_else(|| config(format!("portMappings: the protocol is {name:?}"), "write tcp, udp or sctp"))?,
+        };
+        let host_ip = match self.host_ip.as_str() {
+            "" => None,
+            text => Some(text.parse().map_err(|_| {
+                config(format!("portMappings: hostIP {text:?} is not an address"), "leave it out for every address")
+            })?),
+        };
+        let (host_port, container_port) =
+            (port("hostPort", self.host_port)?, port("containerPort", self.container_port)?);
+        Ok(PortMap { host_port, container_port, protocol, host_ip })
+    }
 }
 
 /// Also the name of a folder.
@@ -346,6 +398,8 @@ impl Device {
             isolated: raw.port_isolation,
             promisc: raw.promisc_mode,
             mac: None,
+            ports: Vec::new(),
+            networks: Vec::new(),
             dns: raw.dns.clone(),
         })
     }

@@ -35,6 +35,8 @@ pub enum Code {
     Differs = 103,
     /// The bridge belongs to another network.
     Bridge = 104,
+    /// A host port leads to another container.
+    Port = 105,
 }
 
 /// A refusal: code, what happened, and the way out.
@@ -62,7 +64,9 @@ impl CniError {
 
     /// What else went wrong; the code stays the first one's.
     pub fn and(mut self, next: CniError) -> Self {
-        self.msg += &format!("; {}", next.msg);
+        if !self.msg.contains(&next.msg) {
+            self.msg += &format!("; {}", next.msg);
+        }
         if !self.details.contains(&next.details) {
             self.details += &format!("; {}", next.details);
         }

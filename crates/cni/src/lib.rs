@@ -1,7 +1,7 @@
 //! The CNI plugin: ADD, DEL, CHECK, STATUS, GC and VERSION of the specification 1.1.0, in one program.
 //!
 //! - [`mod@env`], [`conf`]: what the runtime and the configuration say, checked once
-//! - [`ipam`]: which addresses are held; [`records`]: which attachments there are
+//! - [`ipam`]: which addresses are held; [`records`]: which attachments there are; [`ports`]: what they ask of the firewall
 //! - [`verb`]: one file for each verb; devices are made by `kernel::attach`, as in the lab
 //! - [`mod@sweep`]: what containers have left that are gone
 //! - [`result`], [`error`]: what is answered
@@ -15,6 +15,7 @@ pub mod conf;
 pub mod env;
 pub mod error;
 pub mod ipam;
+pub mod ports;
 pub mod records;
 pub mod result;
 pub mod sweep;

@@ -23,6 +23,16 @@ impl Records {
         Self(dir)
     }
 
+    /// Somebody was attached once.
+    pub(crate) fn has_folder(&self) -> bool {
+        self.0.is_dir()
+    }
+
+    /// Held by whoever changes what the files ask of the firewall.
+    pub(crate) fn lock_file(&self) -> PathBuf {
+        self.0.with_extension("lock")
+    }
+
     /// What is written down of a container's device. A file that a crash has cut says nothing; one of a newer release is refused.
     pub fn get(&self, container_id: &str, ifname: LinkName) -> Result<Option<Attachment>, CniError> {
         read(&self.0.join(file_name(container_id, ifname)))

@@ -8,7 +8,7 @@ use twill_kernel::{attach as kernel, files};
 
 use crate::error::{Act, CniError};
 use crate::records::Records;
-use crate::verb::{all, free, refused};
+use crate::verb::{all, forget, refused};
 
 /// Frees the addresses of attachments of an earlier boot, and of those whose namespace and device are both gone; gives their names.
 /// A namespace that this process cannot see (another mount namespace has its path) still has its device here.
@@ -20,11 +20,7 @@ pub fn sweep(records: &Records) -> Result<Vec<String>, CniError> {
         record.boot_id != boot || (!device && inode(&record.request.netns) != Some(record.netns_inode))
     };
     let gone: Vec<Attachment> = records.all()?.into_iter().filter(|r| r.network.is_some() && is_gone(r)).collect();
-    all(gone.iter().map(|record| {
-        let mut changes = free(record)?;
-        changes.extend(records.remove(&record.request.container_id, record.request.ifname)?);
-        files::sync_all(&changes).act(|| "write to the disk".into())
-    }))?;
+    all(gone.iter().map(|record| files::sync_all(&forget(record, records)?).act(|| "write to the disk".into())))?;
     Ok(gone.iter().map(|record| record.file_name().trim_end_matches(".json").to_owned()).collect())
 }
 

@@ -16,6 +16,7 @@ use crate::host::{
     TABLE_MAIN,
 };
 use crate::net::{Inet, LinkName, MacAddr, Mtu, Prefix};
+use crate::ports::PortMap;
 use crate::reconcile::{Claim, Desired};
 
 /// The `"format"` of an attachment file.
@@ -62,6 +63,12 @@ pub struct Request {
     /// The bridge takes frames for every address.
     #[serde(default)]
     pub promisc: bool,
+    /// Published ports.
+    #[serde(default)]
+    pub ports: Vec<PortMap>,
+    /// What goes beyond these networks has the host's address; empty: nothing has.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub masquerade_beyond: Vec<Prefix>,
 }
 
 /// A route of the container.
@@ -159,14 +166,27 @@ impl Request {
         Ok(Desired { host, claim })
     }
 
+    /// True when the host's firewall has rules for the container.
+    pub fn has_rules(&self) -> bool {
+        !self.ports.is_empty() || !self.masquerade_beyond.is_empty()
+    }
+
+    /// The host's device towards the container, where this host must reach a published port by its loopback address.
+    pub fn loopback_device(&self) -> Option<LinkName> {
+        let published =
+            self.ports.iter().any(|map| map.is_for(true)) && self.addresses.iter().any(|a| a.addr.is_ipv4());
+        published.then(|| self.bridge.unwrap_or(self.host_device))
+    }
+
     /// What makes the host forward for the container, where it must.
     pub fn forwarding(&self) -> Desired {
         let paths = self.addresses.iter().map(|inet| match inet.addr {
             IpAddr::V4(_) => "net/ipv4/ip_forward",
             IpAddr::V6(_) => "net/ipv6/conf/all/forwarding",
         });
-        let sysctls =
-            paths.filter(|_| self.forward).map(|path| Object::Sysctl { path: path.into(), value: "1".into() });
+        let loopback = self.loopback_device().map(|device| format!("net/ipv4/conf/{device}/route_localnet").into());
+        let paths = paths.filter(|_| self.forward).map(Box::from).chain(loopback);
+        let sysctls = paths.map(|path| Object::Sysctl { path, value: "1".into() });
         Desired { host: sysctls.collect(), claim: Claim::default() }
     }
 
@@ -235,7 +255,6 @@ impl Request {
             boot_id: boot_id.to_owned(),
             netns_inode,
             network: None,
-            ports: Vec::new(),
         }
     }
 }
@@ -309,9 +328,6 @@ pub struct Attachment {
     /// Where its addresses are written down; `None`: nowhere.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<Network>,
-    /// Published ports.
-    #[serde(default)]
-    pub ports: Vec<serde_json::Value>,
 }
 
 /// A network of containers, and the folder of its address files.
@@ -372,11 +388,11 @@ impl Attachment {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::reconcile::{Scope, effect, plan};
 
-    fn request() -> Request {
+    pub(crate) fn request() -> Request {
         Request {
             container_id: "container-1".into(),
             ifname: "eth0".parse().unwrap(),
@@ -391,6 +407,8 @@ mod tests {
             forward: true,
             port: PortFlags { hairpin: true, isolated: false },
             promisc: false,
+            ports: Vec::new(),
+            masquerade_beyond: Vec::new(),
         }
     }
 

@@ -6,7 +6,8 @@
 //! - [`firewall`]: nftables as values
 //! - [`host`]: the state of a network namespace, as wanted and as found
 //! - [`reconcile`]: from wanted and found to steps
-//! - [`attach`]: containers on a bridge; [`misfits`]: those that do not fit any more; [`ipam`]: which address each of them gets
+//! - [`attach`]: containers on a bridge; [`misfits`]: those that do not fit any more; [`ipam`]: which address each of them gets;
+//!   [`ports`]: host ports that lead to them
 //! - [`ipcalc`]: address arithmetic for people
 //! - [`words`]: kernel numbers and table lines as `ip` and `bridge` print them
 
@@ -24,6 +25,7 @@ pub mod lease;
 pub mod lease_set;
 pub mod misfits;
 pub mod net;
+pub mod ports;
 pub mod reconcile;
 pub mod state_file;
 pub mod words;

@@ -51,6 +51,15 @@ impl Runtime {
         std::fs::write(self.file("subnet.env"), env).unwrap();
     }
 
+    /// Joins the host's eth0 (10.168.0.2, fd00:168::2) to that of `outside` (…3).
+    pub fn wire_to(&self, outside: &Host) {
+        self.bed.wire(&self.host, "eth0", outside, "eth0");
+        for (host, n) in [(&self.host, 2), (outside, 3)] {
+            host.ip(&format!("addr add 10.168.0.{n}/24 dev eth0"));
+            host.ip(&format!("addr add fd00:168::{n}/64 dev eth0 nodad"));
+        }
+    }
+
     /// A file of this host.
     pub fn file(&self, name: &str) -> PathBuf {
         self.dir.join(name)

@@ -10,11 +10,13 @@ use std::collections::BTreeSet;
 use std::io;
 
 use twill_core::attach::{Clash, Request};
+use twill_core::firewall::{Table, TableName};
 use twill_core::host::{HostState, Key, Link, LinkKind, Object};
 use twill_core::net::LinkName;
 use twill_core::reconcile::{Claim, Desired, Op, Plan, Scope, Step, StepError, Why, plan};
 
 use crate::netns::Netns;
+use crate::nft::Nft;
 use crate::{Interest, Kernel, KernelError, LinuxKernel, sysctl};
 
 /// How often a plan is made anew because somebody else was faster.
@@ -37,6 +39,9 @@ pub enum Failed {
     /// The bridge is somebody else's.
     #[error("{0}")]
     Clash(#[from] Clash),
+    /// The firewall's table has somebody else's content.
+    #[error("the table {0} is there, and Twill did not make it")]
+    TableTaken(TableName),
     /// The container has a device of this name.
     #[error("the container has a device {0} already")]
     NameTaken(LinkName),
@@ -205,6 +210,46 @@ pub fn devices() -> Result<Vec<Link>, Failed> {
         _ => None,
     });
     Ok(links.collect())
+}
+
+/// One of our tables as the calling thread's namespace has it.
+pub fn table(name: &TableName) -> Result<Option<Table>, Failed> {
+    Ok(tables(name)?.1)
+}
+
+/// Brings one of our tables in the calling thread's namespace to what is wanted, in one transaction. Gives what was done, if anything.
+pub fn settle_table(name: &TableName, want: Option<&Table>) -> Result<Option<Step>, Failed> {
+    let (mut nft, have) = match tables(name) {
+        Err(Failed::Kernel(error)) if want.is_none() && lacks_nftables(&error.source) => return Ok(None),
+        tables => tables?,
+    };
+    let object = |table: &Table| Object::Table(Box::new(table.clone()));
+    let (op, why) = match (&have, want) {
+        (Some(have), _) if !have.is_ours() => return Err(Failed::TableTaken(name.clone())),
+        (have, want) if have.as_ref() == want => return Ok(None),
+        (Some(have), Some(want)) => (Op::Update { from: object(have), to: object(want) }, Why::Differs),
+        (Some(have), None) => (Op::Delete(object(have)), Why::NotWanted),
+        (None, Some(want)) => (Op::Create(object(want)), Why::Missing),
+        (None, None) => return Ok(None),
+    };
+    match nft.apply(&op) {
+        Ok(()) => Ok(Some(Step { op, needs: Vec::new(), why })),
+        Err(cause) => Err(Failed::Step { act: format!("{} {}", op.verb(), op.object()), cause }),
+    }
+}
+
+/// A kernel that has no tables at all (net/netfilter/nfnetlink.c answers EINVAL for a subsystem that it does not have).
+fn lacks_nftables(error: &io::Error) -> bool {
+    [libc::EPROTONOSUPPORT, libc::EOPNOTSUPP, libc::EINVAL].map(Some).contains(&error.raw_os_error())
+}
+
+fn tables(name: &TableName) -> Result<(Nft, Option<Table>), Failed> {
+    let read = || {
+        let mut nft = Nft::open()?;
+        let table = nft.table(name)?;
+        Ok((nft, table))
+    };
+    read().map_err(|error| KernelError::new(&format!("read table {name}"), error).into())
 }
 
 /// What of `want` the calling thread's namespace does not hold.

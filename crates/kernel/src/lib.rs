@@ -3,12 +3,14 @@
 //! - [`Kernel`]: what the reconciler needs of a network namespace; [`LinuxKernel`] is the real one, [`MemoryKernel`] its twin
 //! - [`lookup`]: the kernel's own routing decision; [`wires`]: the other ends of veth pairs
 //! - [`tun`], [`udp`], [`icmp`]: the doors of a tunnel in user space, each with its twin
-//! - [`nft`]: nftables; [`legacy`]: what it does not show; [`netns`]: namespaces; [`sysctl`], [`files`], [`capture`]: the rest of the host
+//! - [`nft`]: nftables; [`legacy`]: what it does not show; [`conntrack`]: connections that are tracked
+//! - [`netns`]: namespaces; [`sysctl`], [`files`], [`capture`]: the rest of the host
 //! - [`attach`]: containers joined to a host
 //! - [`netlink::wire`]: netlink's bytes
 
 pub mod attach;
 pub mod capture;
+pub mod conntrack;
 pub mod files;
 pub mod icmp;
 pub mod legacy;

@@ -75,6 +75,8 @@ pub(crate) fn join_host(
         forward: false,
         port: PortFlags::default(),
         promisc: false,
+        ports: Vec::new(),
+        masquerade_beyond: Vec::new(),
     };
     attach(underlay, host, &request)
 }
@@ -103,6 +105,8 @@ pub(crate) fn join_container(
         forward: true,
         port: PortFlags::default(),
         promisc: false,
+        ports: Vec::new(),
+        masquerade_beyond: Vec::new(),
     };
     attach(host, container, &request)?;
     let boot = files::boot_id().act(|| "read the boot's id".into())?;

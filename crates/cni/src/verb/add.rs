@@ -11,11 +11,12 @@ use twill_kernel::attach as kernel;
 use twill_kernel::files::{self, Unsynced};
 use twill_kernel::{Kernel, LinuxKernel};
 
-use super::{lease, netns, refused};
+use super::{forget, lease, netns, refused, undo};
 use crate::conf::{Conf, Device, resolv_conf};
 use crate::env::Target;
 use crate::error::{Act, CniError, Code};
 use crate::ipam::Folder;
+use crate::ports::Ports;
 use crate::records::Records;
 use crate::result::{Answer, Interface, Ip, RouteTo};
 use crate::sweep::sweep;
@@ -55,32 +56,39 @@ fn addresses_alone(conf: &Conf, target: &Target) -> Result<Answer, CniError> {
 }
 
 fn attach(conf: &Conf, device: &Device, target: &Target) -> Result<Answer, CniError> {
-    if device.masquerade == Some(true) && conf.subnet_file.is_none() {
-        let hint = "take ipMasq out of the configuration, and let the node's firewall masquerade";
-        return Err(CniError::new(Code::Unsupported, "this plugin does not masquerade", hint));
-    }
     let dns = dns(conf)?;
     let path = target.netns()?;
     let (netns, inode) = netns(path)?;
     let boot = files::boot_id().act(|| "read the boot's id".into())?;
     let records = Records::new(conf.attachments());
     settle_earlier(&records, target, &boot)?;
-    let (request, given, changes) = write_down(conf, device, target, &records, (&boot, inode))?;
-    let (attached, synced) = thread::scope(|scope| {
+    let plan = Plan { conf, device, target, records: &records, boot: &boot, inode };
+    let (record, given, changes) = plan.write_down()?;
+    let request = &record.request;
+    let (attached, published, synced) = thread::scope(|scope| {
         let disk = scope.spawn(|| files::sync_all(&changes));
-        let attached = kernel::attach(&netns, &request).map_err(|failed| refused(failed, &records));
-        (attached, disk.join())
+        let attached = kernel::attach(&netns, request).map_err(|failed| refused(failed, &records));
+        let published = attached.as_ref().map_or(Ok(()), |_| publish(request, &records));
+        (attached, published, disk.join())
     });
     let synced = synced.unwrap_or_else(|_| Err(std::io::Error::other("the thread that syncs panicked")));
     let synced = synced.act(|| format!("write {} to the disk", conf.state.display()));
-    match (attached, synced) {
-        (Ok(host), Ok(())) => Ok(answer(conf, device, (&request, dns), &given, &host)),
-        (attached, synced) => {
-            let back = if attached.is_ok() { take_away(&request, &records) } else { Ok(()) };
-            let back = back.and_then(|()| forget(conf, target, &records, &given));
-            all([attached.map(|_| ()), synced, back]).map(|()| Answer::default())
+    match (attached, all([published, synced])) {
+        (Ok(host), Ok(())) => Ok(answer(conf, device, (request, dns), &given, &host)),
+        (attached, rest) => {
+            let back = if attached.is_ok() { take_away(request, &records) } else { Ok(()) };
+            let back = back.and_then(|()| undo(&record, &records));
+            all([attached.map(|_| ()), rest, back]).map(|()| Answer::default())
         }
     }
+}
+
+/// The container's rules, as its file says.
+fn publish(request: &Request, records: &Records) -> Result<(), CniError> {
+    let Some(ports) = Ports::lock_for(records, request)? else { return Ok(()) };
+    ports.settle()?;
+    Ports::lead_anew(request);
+    Ok(())
 }
 
 /// Everything that went wrong.
@@ -101,68 +109,60 @@ fn settle_earlier(records: &Records, target: &Target, boot: &str) -> Result<(), 
         let msg = format!("container {} has its {} already, joined to {device}", target.container_id, target.ifname);
         return Err(CniError::new(Code::Attached, msg, "the runtime has to DEL it before it ADDs it again"));
     }
-    free(&earlier)?;
-    Ok(())
+    forget(&earlier, records).map(|_| ())
 }
 
-/// Frees the addresses of an attachment.
-pub(crate) fn free(attachment: &Attachment) -> Result<Vec<Unsynced>, CniError> {
-    let Some(network) = &attachment.network else { return Ok(Vec::new()) };
-    let Some(folder) = Folder::find(network.dir.as_ref().as_ref())? else { return Ok(Vec::new()) };
-    let Request { container_id, ifname, addresses, .. } = &attachment.request;
-    let ips: Vec<_> = addresses.iter().map(|inet| inet.addr).collect();
-    folder.release(&ips, container_id, ifname.as_str())
+/// What an ADD knows before it begins.
+struct Plan<'a> {
+    conf: &'a Conf,
+    device: &'a Device,
+    target: &'a Target,
+    records: &'a Records,
+    boot: &'a str,
+    inode: u64,
 }
 
-/// Chooses addresses, writes the attachment down, and takes them, in this order.
-fn write_down(
-    conf: &Conf,
-    device: &Device,
-    target: &Target,
-    records: &Records,
-    (boot, inode): (&str, u64),
-) -> Result<(Request, Vec<Given>, Vec<Unsynced>), CniError> {
-    let folder = conf.ipam.as_ref().map(|ipam| Folder::open(&ipam.dir)).transpose()?;
-    let (folder, given) = choose(conf, folder, records)?;
-    let request = request(conf, device, target, &given)?;
-    let mut record = request.record(boot, inode);
-    record.network =
-        conf.ipam.as_ref().map(|ipam| Network { name: conf.name.clone(), dir: ipam.dir.to_string_lossy().into() });
-    let mut changes = vec![records.put(&record)?];
-    if let Some(folder) = &folder {
-        let taken = folder.take(&given, &holder(target));
-        changes.extend(taken.map_err(|error| {
-            let forgotten = records.remove(&target.container_id, target.ifname);
-            forgotten.err().into_iter().fold(error, CniError::and)
-        })?);
-    }
-    Ok((request, given, changes))
-}
-
-/// One address of each range set. When none is free, those of containers that are gone are.
-fn choose(conf: &Conf, folder: Option<Folder>, records: &Records) -> Result<(Option<Folder>, Vec<Given>), CniError> {
-    let (Some(ipam), Some(folder)) = (&conf.ipam, folder) else { return Ok((None, Vec::new())) };
-    match folder.choose(&ipam.sets, &ipam.asked) {
-        Err(full) if full.code == Code::Addresses => {
-            drop(folder);
-            if sweep(records)?.is_empty() {
-                return Err(full);
+impl Plan<'_> {
+    /// Chooses addresses, writes the attachment down, and takes them, in this order. When no address is free, or a host port is not,
+    /// those of containers that are gone are.
+    fn write_down(&self) -> Result<(Attachment, Vec<Given>, Vec<Unsynced>), CniError> {
+        match self.try_write_down() {
+            Err(held) if [Code::Addresses, Code::Port].contains(&held.code) => {
+                if sweep(self.records)?.is_empty() {
+                    Err(held)
+                } else {
+                    self.try_write_down()
+                }
             }
-            let folder = Folder::open(&ipam.dir)?;
-            let given = folder.choose(&ipam.sets, &ipam.asked)?;
-            Ok((Some(folder), given))
+            written => written,
         }
-        given => Ok((Some(folder), given?)),
     }
-}
 
-/// Gives addresses and record back.
-fn forget(conf: &Conf, target: &Target, records: &Records, given: &[Given]) -> Result<(), CniError> {
-    if let Some(ipam) = &conf.ipam {
-        let ips: Vec<_> = given.iter().map(|given| given.inet.addr).collect();
-        Folder::open(&ipam.dir)?.release(&ips, &target.container_id, target.ifname.as_str())?;
+    fn try_write_down(&self) -> Result<(Attachment, Vec<Given>, Vec<Unsynced>), CniError> {
+        let Self { conf, target, records, .. } = self;
+        let has_rules = !self.device.ports.is_empty() || self.device.masquerade == Some(true);
+        let ports = has_rules.then(|| Ports::lock(records)).transpose()?;
+        let folder = conf.ipam.as_ref().map(|ipam| Folder::open(&ipam.dir)).transpose()?;
+        let given = match (&conf.ipam, &folder) {
+            (Some(ipam), Some(folder)) => folder.choose(&ipam.sets, &ipam.asked)?,
+            _ => Vec::new(),
+        };
+        let mut record = request(conf, self.device, target, &given)?.record(self.boot, self.inode);
+        record.network =
+            conf.ipam.as_ref().map(|ipam| Network { name: conf.name.clone(), dir: ipam.dir.to_string_lossy().into() });
+        if let Some(ports) = &ports {
+            ports.refuse_clash(&record.request)?;
+        }
+        let mut changes = vec![records.put(&record)?];
+        if let Some(folder) = &folder {
+            let taken = folder.take(&given, &holder(target));
+            changes.extend(taken.map_err(|error| {
+                let forgotten = records.remove(&target.container_id, target.ifname);
+                forgotten.err().into_iter().fold(error, CniError::and)
+            })?);
+        }
+        Ok((record, given, changes))
     }
-    records.remove(&target.container_id, target.ifname).map(|_| ())
 }
 
 /// The configuration as `core::attach` wants it.
@@ -191,7 +191,20 @@ fn request(conf: &Conf, device: &Device, target: &Target, given: &[Given]) -> Re
         forward: alone || device.is_gateway,
         port: PortFlags { hairpin: device.hairpin, isolated: device.isolated },
         promisc: device.promisc,
+        ports: device.ports.clone(),
+        masquerade_beyond: beyond(device, given),
     })
+}
+
+/// `ipMasq`: what leaves the container's subnet has the host's address, but towards containers of other nodes.
+fn beyond(device: &Device, given: &[Given]) -> Vec<Prefix> {
+    if device.masquerade != Some(true) {
+        return Vec::new();
+    }
+    // An outer network says all.
+    let subnets = given.iter().map(|given| given.inet.network());
+    let subnets = subnets.filter(|subnet| !device.networks.iter().any(|network| network.covers(subnet)));
+    subnets.chain(device.networks.iter().copied()).collect()
 }
 
 /// A configured route; without a next hop it goes by the gateway of its family.

@@ -10,6 +10,7 @@ use crate::conf::Conf;
 use crate::env::Target;
 use crate::error::{CniError, Code};
 use crate::ipam::{Folder, who};
+use crate::ports::Ports;
 use crate::records::Records;
 use crate::result::{Answer, Version};
 
@@ -42,6 +43,9 @@ pub fn run(conf: Conf, target: &Target) -> Result<String, CniError> {
     let request = Request { netns: path.into(), ..record.request.clone() };
     let mut found = against(prev, &request);
     found.extend(addresses(&record)?);
+    if let Some(ports) = Ports::lock_for(&records, &request)? {
+        found.extend(ports.differences(&request)?);
+    }
     let host = kernel::differences(|have| request.host_side(have)).and_then(|mut plan| {
         plan.steps.extend(kernel::differences(|_| Ok(request.forwarding()))?.steps);
         Ok(plan)

@@ -6,7 +6,7 @@ use twill_core::attach::{self, Attachment};
 use twill_kernel::attach as kernel;
 use twill_kernel::files::{self, Unsynced};
 
-use super::{free, netns, refused};
+use super::{forget, netns, refused};
 use crate::conf::Conf;
 use crate::env::Target;
 use crate::error::{Act, CniError};
@@ -24,8 +24,13 @@ pub fn run(conf: &Conf, target: &Target) -> Result<String, CniError> {
         take_away(record.as_ref(), target).map_err(|failed| refused(failed, &records))?;
     }
     // The addresses are on no device any more.
-    let mut changes = release(conf, target, record.as_ref())?;
-    if conf.device.is_some() {
+    let mut changes = match (&record, &conf.ipam) {
+        (Some(record), _) => forget(record, &records)?,
+        // Where nothing is written down every file is looked at, as host-local does.
+        (None, Some(ipam)) => release_by_search(&ipam.dir, &target.container_id, target.ifname.as_str())?,
+        (None, None) => Vec::new(),
+    };
+    if conf.device.is_some() && record.is_none() {
         changes.extend(records.remove(&target.container_id, target.ifname)?);
     }
     if let Some(dir) = &conf.flannel_dir {
@@ -50,15 +55,6 @@ fn take_away(record: Option<&Attachment>, target: &Target) -> Result<(), kernel:
         kernel::detach_inside(&container, target.ifname)?;
     }
     Ok(())
-}
-
-/// Frees what the container's device holds. Where nothing is written down every file is looked at, as host-local does.
-fn release(conf: &Conf, target: &Target, record: Option<&Attachment>) -> Result<Vec<Unsynced>, CniError> {
-    if let Some(record) = record {
-        return free(record);
-    }
-    let Some(ipam) = &conf.ipam else { return Ok(Vec::new()) };
-    release_by_search(&ipam.dir, &target.container_id, target.ifname.as_str())
 }
 
 fn release_by_search(dir: &Path, container_id: &str, ifname: &str) -> Result<Vec<Unsynced>, CniError> {

@@ -3,7 +3,7 @@
 use twill_kernel::attach as kernel;
 use twill_kernel::files;
 
-use super::{all, free, refused};
+use super::{all, forget, refused};
 use crate::conf::{Conf, Valid};
 use crate::error::{Act, CniError, Code};
 use crate::ipam::Folder;
@@ -30,8 +30,7 @@ fn stale_attachments(conf: &Conf, valid: &[Valid]) -> Result<(), CniError> {
     let stale = ours.filter(|r| !names(valid, &r.request.container_id, Some(r.request.ifname.as_str())));
     all(stale.map(|record| {
         kernel::detach(record.request.host_device).map_err(|failed| refused(failed, &records))?;
-        let mut changes = free(&record)?;
-        changes.extend(records.remove(&record.request.container_id, record.request.ifname)?);
+        let changes = forget(&record, &records)?;
         files::sync_all(&changes).act(|| format!("write {} to the disk", conf.state.display()))
     }))
 }

@@ -6,22 +6,23 @@ pub mod del;
 pub mod gc;
 pub mod status;
 
-pub(crate) use add::{all, free};
+pub(crate) use add::all;
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use twill_core::attach::Clash;
+use twill_core::attach::{Attachment, Clash, Request};
 use twill_core::flannel::subnet_env::SubnetEnv;
 use twill_core::reconcile::StepError;
 use twill_kernel::attach::Failed;
-use twill_kernel::files;
+use twill_kernel::files::{self, Unsynced};
 use twill_kernel::netns::Netns;
 
 use crate::conf::Conf;
 use crate::error::{Act, CniError, Code};
-use crate::ipam::who_has_device;
+use crate::ipam::{Folder, who_has_device};
+use crate::ports::Ports;
 use crate::records::Records;
 
 /// More bytes than subnet.env has.
@@ -45,6 +46,7 @@ fn lease(conf: &mut Conf) -> Result<(), CniError> {
         ipam.of_subnets([env.v4, env.v6].into_iter().flatten())?;
     }
     if let Some(device) = &mut conf.device {
+        device.networks = [env.v4, env.v6].into_iter().flatten().map(|(network, _)| network).collect();
         device.mtu = device.mtu.or(Some(env.mtu));
         device.masquerade = device.masquerade.or(Some(!env.ip_masq));
     }
@@ -67,12 +69,46 @@ fn netns(path: &str) -> Result<(Netns, u64), CniError> {
     Ok((netns, inode))
 }
 
+/// Takes everything of an attachment but its device: its rules, then its addresses, then its file; each only when the one before is
+/// gone, so that whoever finds the file can go on. Gives what the disk has to be waited for.
+pub(crate) fn forget(record: &Attachment, records: &Records) -> Result<Vec<Unsynced>, CniError> {
+    let ports = Ports::lock_for(records, &record.request)?;
+    if let Some(ports) = &ports {
+        ports.settle_without(&record.request)?;
+    }
+    free(record, records)
+}
+
+/// As [`forget`], for an ADD that is undone: what fails keeps nothing from being freed, since it was never answered.
+fn undo(record: &Attachment, records: &Records) -> Result<(), CniError> {
+    let ports = Ports::lock_for(records, &record.request)?;
+    let unpublished = ports.as_ref().map_or(Ok(()), |ports| ports.settle_without(&record.request));
+    all([unpublished, free(record, records).map(|_| ())])
+}
+
+/// The addresses, then the file.
+fn free(record: &Attachment, records: &Records) -> Result<Vec<Unsynced>, CniError> {
+    let Request { container_id, ifname, addresses, .. } = &record.request;
+    let folder = record.network.as_ref().map(|network| Folder::find(network.dir.as_ref().as_ref()));
+    let folder = folder.transpose()?.flatten();
+    let mut changes = Vec::new();
+    if let Some(folder) = folder {
+        let ips: Vec<_> = addresses.iter().map(|inet| inet.addr).collect();
+        changes.extend(folder.release(&ips, container_id, ifname.as_str())?);
+    }
+    changes.extend(records.remove(container_id, *ifname)?);
+    Ok(changes)
+}
+
 /// A refusal of the kernel as the specification's error.
 pub(crate) fn refused(failed: Failed, records: &Records) -> CniError {
     let msg = failed.to_string();
     let (code, details) = match failed {
         Failed::Enter(_) => {
             (Code::NoContainer, "the container has ended, or its path is no network namespace".to_owned())
+        }
+        Failed::TableTaken(name) => {
+            (Code::Kernel, format!("remove it: nft delete table {name}; or start containers without published ports"))
         }
         Failed::NameTaken(_) => (Code::Attached, "let the runtime choose another CNI_IFNAME".to_owned()),
         Failed::Clash(Clash::NotABridge(name)) => {

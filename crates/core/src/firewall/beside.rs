@@ -36,7 +36,7 @@ pub fn is_flannels_chain(chain: &str) -> bool {
 
 /// The chains of a table that are worth reading, with those that they lead to: all of ours, and what may drop what we forward.
 pub fn roots(table: &TableName, chains: &BTreeMap<Box<str>, Option<Base>>) -> Vec<Box<str>> {
-    let ours = *table == TableName::twill();
+    let ours = table.is_twills();
     let of_twill = table.name.starts_with("twill-");
     let routed = matches!(table.family, Family::Inet | Family::Ip | Family::Ip6);
     let drops = |base: &Base| base.kind == ChainKind::Filter && matches!(base.hook, Hook::Forward | Hook::Prerouting);
@@ -50,7 +50,7 @@ pub fn roots(table: &TableName, chains: &BTreeMap<Box<str>, Option<Base>>) -> Ve
 
 /// What of ours, and of flannel's, stands in somebody else's table.
 pub fn found_in(table: &Table) -> Vec<Object> {
-    if table.name == TableName::twill() {
+    if table.name.is_twills() {
         return Vec::new();
     }
     let mut found = Vec::new();

@@ -72,6 +72,10 @@ pub enum Field {
     Mark,
     /// `ct state`: 1 invalid, 2 established, 4 related, 8 new.
     CtState,
+    /// `ct status`: 0x10 and 0x20 are source and destination that were translated.
+    CtStatus,
+    /// `fib daddr type`: what the routing tables say of the destination (RTN_*); 2 is this host.
+    DstType,
     /// `ip saddr`.
     SrcV4,
     /// `ip daddr`.
@@ -179,7 +183,7 @@ impl Field {
         match self {
             Field::Iif | Field::Oif => Type::Name,
             Field::NfProto | Field::L4Proto | Field::TcpFlags => Type::Proto,
-            Field::Mark | Field::CtState => Type::Number,
+            Field::Mark | Field::CtState | Field::CtStatus | Field::DstType => Type::Number,
             Field::SrcV4 | Field::DstV4 => Type::Ipv4,
             Field::SrcV6 | Field::DstV6 => Type::Ipv6,
             Field::SrcPort | Field::DstPort => Type::Port,

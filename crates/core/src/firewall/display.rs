@@ -52,6 +52,8 @@ impl fmt::Display for Field {
             Field::L4Proto => "meta l4proto",
             Field::Mark => "meta mark",
             Field::CtState => "ct state",
+            Field::CtStatus => "ct status",
+            Field::DstType => "fib daddr type",
             Field::SrcV4 => "ip saddr",
             Field::DstV4 => "ip daddr",
             Field::SrcV6 => "ip6 saddr",
@@ -135,6 +137,7 @@ impl fmt::Display for Expr {
                 f.write_str(if *fully_random { "masquerade fully-random" } else { "masquerade" })
             }
             Expr::Notrack => f.write_str("notrack"),
+            Expr::Dnat(to) => write!(f, "dnat to {to}"),
             Expr::ClampMaxSeg => f.write_str("tcp option maxseg size set rt mtu"),
             Expr::Other { name, .. } => write!(f, "({name})"),
         }

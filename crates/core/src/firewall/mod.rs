@@ -8,15 +8,18 @@
 //! An expression here is what `nft` prints as one word group: a load with its comparison, a statement, a verdict. The kernel's register
 //! machine (loads, bitwise, cmp, …) stays in the kernel crate, which turns one into the other without loss.
 //!
-//! - [`build`]: rules in few words; [`policy`]: the table that Twill wants; [`beside`]: what it needs in the tables of others
+//! - [`build`]: rules in few words; [`policy`]: the agent's table; [`beside`]: what it needs in the tables of others
+//! - [`published`]: the table of the containers' host ports
 
 pub mod beside;
 pub mod build;
 mod datum;
 mod display;
 pub mod policy;
+pub mod published;
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
@@ -197,6 +200,8 @@ pub enum Expr {
     },
     /// Connection tracking leaves the packet alone.
     Notrack,
+    /// The destination becomes this one (`dnat to`); the packet's family is to be compared before.
+    Dnat(SocketAddr),
     /// `tcp option maxseg size set rt mtu`: never raised, only lowered, to what the MTU of the packet's route leaves.
     ClampMaxSeg,
     /// An expression that is not known here; it can be looked at, but not written.
@@ -237,6 +242,16 @@ impl TableName {
     /// The agent's table.
     pub fn twill() -> Self {
         Self::new(Family::Inet, "twill")
+    }
+
+    /// The table of the containers' host ports: the plugin's, and after a flush the agent's to restore.
+    pub fn twill_cni() -> Self {
+        Self::new(Family::Inet, "twill-cni")
+    }
+
+    /// True for a table that Twill makes, by its name.
+    pub fn is_twills(&self) -> bool {
+        [Self::twill(), Self::twill_cni()].contains(self)
     }
 }
 

@@ -27,8 +27,9 @@ const KEEP_SOURCE: u32 = 0x4000;
 /// Priorities by `nft`'s names (include/uapi/linux/netfilter_ipv4.h).
 const RAW: i32 = -300;
 const MANGLE: i32 = -150;
-const FILTER: i32 = 0;
-const SRCNAT: i32 = 100;
+pub(super) const DSTNAT: i32 = -100;
+pub(super) const FILTER: i32 = 0;
+pub(super) const SRCNAT: i32 = 100;
 /// SYN and RST of the TCP flags (RFC 9293).
 const SYN: u8 = 0x02;
 const SYN_RST: u8 = 0x06;

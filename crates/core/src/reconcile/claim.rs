@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use crate::firewall::TableName;
 use crate::firewall::beside::is_flannels;
 use crate::host::{Key, Object, PROTO_BOOT, PROTO_KERNEL, Route, RouteEntry};
 use crate::net::{LinkName, Prefix};
@@ -17,7 +18,7 @@ pub struct Claim {
     pub protocol: Option<u8>,
     /// Boot-protocol routes inside these networks on our devices: what flannel left.
     pub networks: Vec<Prefix>,
-    /// nftables tables that Twill made, and rules that it put into the chains of others.
+    /// nftables tables that Twill made (but that of the containers' ports, which follows their attachments), and rules that it put into the chains of others.
     pub firewall: bool,
     /// Tables and chains that flannel left.
     pub flannels_firewall: bool,
@@ -34,7 +35,8 @@ impl Claim {
             Object::Fdb(fdb) => self.devices.contains(&fdb.link) && fdb.state & NUD_STATIC != 0,
             Object::Route(route) => route.entries.as_slice().iter().any(|entry| self.owns_entry(route, entry)),
             Object::Table(table) => {
-                (self.firewall && table.is_ours()) || (self.flannels_firewall && is_flannels(&table.name))
+                (self.firewall && table.is_ours() && table.name != TableName::twill_cni())
+                    || (self.flannels_firewall && is_flannels(&table.name))
             }
             Object::Head(_) => self.firewall,
             Object::Leftover(_) => self.flannels_firewall,

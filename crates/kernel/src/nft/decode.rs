@@ -1,10 +1,12 @@
 //! Messages → model.
 
+use std::net::SocketAddr;
+
 use twill_core::firewall::{
     Base, ChainKind, Cmp, Datum, Expr, Family, Field, Hook, Load, PayloadBase, Rule, TableName, Type, Verdict,
 };
 
-use super::uapi::{REG_VERDICT, UDATA_COMMENT, chain, data, masq, maxseg, meta, payload, rule, table};
+use super::uapi::{REG_VERDICT, UDATA_COMMENT, chain, data, fib, masq, maxseg, meta, nat, payload, rule, table};
 use crate::netlink::wire::{attr, attrs, text};
 
 /// The attributes of a message, behind its nfgenmsg; and its family.
@@ -73,7 +75,8 @@ pub(super) fn content(body: &[u8]) -> Rule {
     let mut exprs = Vec::with_capacity(raw.len());
     let mut rest = raw.as_slice();
     while let Some((first, behind)) = rest.split_first() {
-        let known = compared(rest).or_else(|| clamp(rest)).or_else(|| Some((single(first)?, behind)));
+        let known =
+            compared(rest).or_else(|| dnat(rest)).or_else(|| clamp(rest)).or_else(|| Some((single(first)?, behind)));
         let (expr, left) = known.unwrap_or_else(|| (first.other(), behind));
         exprs.push(expr);
         rest = left;
@@ -151,9 +154,14 @@ fn load(raw: &Raw<'_>) -> Option<(Field, u32)> {
             ("meta", meta::KEY_L4PROTO) => Field::L4Proto,
             ("meta", meta::KEY_MARK) => Field::Mark,
             ("ct", meta::CT_STATE) => Field::CtState,
+            ("ct", meta::CT_STATUS) => Field::CtStatus,
             _ => return None,
         };
         return Some((field, number(found, meta::DREG)?));
+    }
+    if let Some(found) = raw.is("fib") {
+        let known = number(found, fib::RESULT)? == fib::TYPE && number(found, fib::FLAGS)? == fib::OF_DESTINATION;
+        return known.then_some((Field::DstType, number(found, fib::DREG)?));
     }
     let found = raw.is("payload")?;
     let base = match number(found, payload::BASE)? {
@@ -165,6 +173,35 @@ fn load(raw: &Raw<'_>) -> Option<(Field, u32)> {
     let small = |attribute| u8::try_from(number(found, attribute)?).ok();
     let field = Field::from_payload(base, small(payload::OFFSET)?, small(payload::LEN)?);
     Some((field, number(found, payload::DREG)?))
+}
+
+/// `dnat ip to ADDRESS:PORT`: both values, and what takes them from their registers.
+fn dnat<'r, 'a>(rest: &'r [Raw<'a>]) -> Option<(Expr, &'r [Raw<'a>])> {
+    let [address, port, nat, rest @ ..] = rest else { return None };
+    let value = |raw: &Raw<'a>, kind: Type| {
+        let found = raw.is("immediate")?;
+        let bytes = attr(attr(found, data::IMMEDIATE_DATA)?, data::VALUE)?;
+        Some((number(found, data::IMMEDIATE_DREG)?, kind.read(bytes)?))
+    };
+    let found = nat.is("nat")?;
+    let kind = match number(found, nat::FAMILY)? {
+        2 => Type::Ipv4,
+        10 => Type::Ipv6,
+        _ => return None,
+    };
+    let (Datum::Ip(ip), Datum::Port(to)) = (value(address, kind)?.1, value(port, Type::Port)?.1) else { return None };
+    let takes = |attribute, last, raw: &Raw<'a>, kind| {
+        let register = value(raw, kind)?.0;
+        let twice = number(found, last).is_none_or(|last| last == register);
+        (number(found, attribute)? == register && twice).then_some(register)
+    };
+    let registers =
+        (takes(nat::ADDRESS, nat::ADDRESS_LAST, address, kind)?, takes(nat::PORT, nat::PORT_LAST, port, Type::Port)?);
+    let plain = number(found, nat::TYPE) == Some(nat::OF_DESTINATION)
+        && number(found, nat::FLAGS).is_none_or(|flags| flags == nat::BOTH_GIVEN)
+        && registers.0 != registers.1
+        && ![registers.0, registers.1].contains(&REG_VERDICT);
+    plain.then(|| (Expr::Dnat(SocketAddr::new(ip, to)), rest))
 }
 
 /// `tcp option maxseg size set rt mtu`.

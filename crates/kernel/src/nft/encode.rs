@@ -1,8 +1,14 @@
 //! Model → messages.
 
-use twill_core::firewall::{Base, Chain, ChainKind, Cmp, Expr, Family, Field, Hook, Load, PayloadBase, Rule, Verdict};
+use std::net::SocketAddr;
 
-use super::uapi::{REG, REG_VERDICT, UDATA_COMMENT, chain, data, masq, maxseg, meta, payload, rule};
+use twill_core::firewall::{
+    Base, Chain, ChainKind, Cmp, Datum, Expr, Family, Field, Hook, Load, PayloadBase, Rule, Verdict,
+};
+
+use super::uapi::{
+    REG, REG_NEXT, REG_VERDICT, UDATA_COMMENT, chain, data, fib, masq, maxseg, meta, nat, payload, rule,
+};
 use crate::netlink::wire::Writer;
 
 /// NFPROTO_*.
@@ -86,6 +92,7 @@ fn expr(w: &mut Writer, expr: &Expr) {
             }
         }),
         Expr::Notrack => element(w, "notrack", |_| {}),
+        Expr::Dnat(to) => dnat(w, *to),
         Expr::ClampMaxSeg => clamp(w),
         Expr::Other { name, data } => w.nest(rule::ELEMENT, |w| {
             w.text(rule::EXPR_NAME, name);
@@ -109,6 +116,12 @@ fn load(w: &mut Writer, load: &Load) {
         Field::L4Proto => keyed(w, "meta", meta::KEY_L4PROTO),
         Field::Mark => keyed(w, "meta", meta::KEY_MARK),
         Field::CtState => keyed(w, "ct", meta::CT_STATE),
+        Field::CtStatus => keyed(w, "ct", meta::CT_STATUS),
+        Field::DstType => element(w, "fib", |w| {
+            number(w, fib::DREG, REG);
+            number(w, fib::RESULT, fib::TYPE);
+            number(w, fib::FLAGS, fib::OF_DESTINATION);
+        }),
         field => {
             if let Some((base, offset, len)) = field.payload() {
                 element(w, "payload", |w| {
@@ -164,6 +177,24 @@ fn verdict(w: &mut Writer, to: &Verdict) {
         if let Some(chain) = chain {
             w.text(data::VERDICT_CHAIN, chain);
         }
+    });
+}
+
+/// Address and port into their registers, and from there into the packet.
+fn dnat(w: &mut Writer, to: SocketAddr) {
+    let value = |w: &mut Writer, register, bytes: &[u8]| {
+        element(w, "immediate", |w| {
+            number(w, data::IMMEDIATE_DREG, register);
+            w.nest(data::IMMEDIATE_DATA, |w| w.attr(data::VALUE, bytes));
+        });
+    };
+    value(w, REG, &Datum::Ip(to.ip()).bytes());
+    value(w, REG_NEXT, &Datum::Port(to.port()).bytes());
+    element(w, "nat", |w| {
+        number(w, nat::TYPE, nat::OF_DESTINATION);
+        number(w, nat::FAMILY, family(if to.is_ipv4() { Family::Ip } else { Family::Ip6 }).into());
+        number(w, nat::ADDRESS, REG);
+        number(w, nat::PORT, REG_NEXT);
     });
 }
 

@@ -51,23 +51,33 @@ impl Nft {
         Ok(lost || !told.is_empty())
     }
 
-    /// Our table, and of the others' what may drop packets that we forward, and what flannel left.
+    /// Our tables, and of the others' what may drop packets that we forward, and what flannel left.
     pub(crate) fn tables(&mut self) -> io::Result<Vec<Table>> {
+        self.whole(|_| true)
+    }
+
+    /// One table of ours.
+    pub(crate) fn table(&mut self, name: &TableName) -> io::Result<Option<Table>> {
+        Ok(self.whole(|found| found == name)?.pop())
+    }
+
+    fn whole(&mut self, which: impl Fn(&TableName) -> bool) -> io::Result<Vec<Table>> {
         loop {
-            if let Some(tables) = self.collect()? {
+            if let Some(tables) = self.collect(&which)? {
                 return Ok(tables);
             }
         }
     }
 
     /// One attempt; `None`: somebody changed something in between.
-    fn collect(&mut self) -> io::Result<Option<Vec<Table>>> {
+    fn collect(&mut self, which: &dyn Fn(&TableName) -> bool) -> io::Result<Option<Vec<Table>>> {
         let mut found: BTreeMap<TableName, Frame> = BTreeMap::new();
         let mut whole = self.requests.dump(
             msg::GET_TABLE,
             |w| w.put(&header(0)),
             |m| {
-                if let Some((name, comment)) = decode::table(m.payload) {
+                let table = decode::table(m.payload).filter(|(name, _)| which(name));
+                if let Some((name, comment)) = table {
                     found.insert(name, Frame { comment, bases: BTreeMap::new() });
                 }
             },
@@ -85,7 +95,7 @@ impl Nft {
         let mut tables = Vec::new();
         for (name, Frame { comment, bases }) in found {
             let mut todo = beside::roots(&name, &bases);
-            if todo.is_empty() && name != TableName::twill() && !beside::is_flannels(&name) {
+            if todo.is_empty() && !name.is_twills() && !beside::is_flannels(&name) {
                 continue;
             }
             let mut chains = BTreeMap::new();

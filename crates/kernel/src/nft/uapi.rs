@@ -56,8 +56,9 @@ pub(super) mod rule {
 /// NFTNL_UDATA_TABLE_COMMENT and NFTNL_UDATA_RULE_COMMENT: how `nft` keeps a comment in the user data.
 pub(super) const UDATA_COMMENT: u8 = 0;
 
-/// NFT_REG_1: 16 bytes, enough for every value here; verdicts have a register of their own.
+/// NFT_REG_1: 16 bytes, enough for every value here; a second value has the next, and verdicts have a register of their own.
 pub(super) const REG: u32 = 1;
+pub(super) const REG_NEXT: u32 = 2;
 pub(super) const REG_VERDICT: u32 = 0;
 
 /// NFTA_META_*, NFT_META_*; NFTA_CT_* has the same numbers for register and key.
@@ -70,6 +71,29 @@ pub(super) mod meta {
     pub(in super::super) const KEY_NFPROTO: u32 = 15;
     pub(in super::super) const KEY_L4PROTO: u32 = 16;
     pub(in super::super) const CT_STATE: u32 = 0;
+    pub(in super::super) const CT_STATUS: u32 = 2;
+}
+
+/// NFTA_FIB_*: the destination's type, of NFT_FIB_RESULT_ADDRTYPE and NFTA_FIB_F_DADDR.
+pub(super) mod fib {
+    pub(in super::super) const DREG: u16 = 1;
+    pub(in super::super) const RESULT: u16 = 2;
+    pub(in super::super) const FLAGS: u16 = 3;
+    pub(in super::super) const TYPE: u32 = 3;
+    pub(in super::super) const OF_DESTINATION: u32 = 1 << 1;
+}
+
+/// NFTA_NAT_*: NFT_NAT_DNAT; the kernel tells each register twice, and that address and port are given.
+pub(super) mod nat {
+    pub(in super::super) const TYPE: u16 = 1;
+    pub(in super::super) const FAMILY: u16 = 2;
+    pub(in super::super) const ADDRESS: u16 = 3;
+    pub(in super::super) const ADDRESS_LAST: u16 = 4;
+    pub(in super::super) const PORT: u16 = 5;
+    pub(in super::super) const PORT_LAST: u16 = 6;
+    pub(in super::super) const FLAGS: u16 = 7;
+    pub(in super::super) const OF_DESTINATION: u32 = 1;
+    pub(in super::super) const BOTH_GIVEN: u32 = 3;
 }
 
 /// NFTA_PAYLOAD_*.

@@ -51,9 +51,10 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
     let view = Arc::new(Mutex::new(View { state: "starting".into(), ..View::default() }));
     let (host_sender, host) = watch::channel(Arc::new(HostState::new()));
     let gauge = SharedGauge::default();
+    let attachments = settings.state_dir.join("attachments");
     let tunnel = |waker| TunnelHost::new(waker, Arc::clone(&gauge), &settings.state_dir, !settings.tunnel_offloads);
-    let mut reconciler =
-        Reconciler::new(host_sender, Arc::clone(&view), tunnel).context("look at this host's network")?;
+    let mut reconciler = Reconciler::new(host_sender, Arc::clone(&view), Records::new(attachments.clone()), tunnel)
+        .context("look at this host's network")?;
     let _lock = take_the_place(&settings, &mut reconciler)?;
     let state = load_state(&settings.state_dir)?;
     let store = settings.store.connect()?;
@@ -93,7 +94,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
             () = crate::terminated() => tracing::info!("ending; devices, routes and lease stay"),
             Ok(()) = handed_over => tracing::info!("the next agent has the tunnel: ending"),
             () = watchdog() => {}
-            () = sweep(settings.state_dir.join("attachments")) => {}
+            () = sweep(attachments) => {}
         }
         // Whoever asked to leave is told that it was done; a client that stays is not waited for.
         drop(stop);

@@ -12,6 +12,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{oneshot, watch};
+use twill_cni::ports::{self, Restored};
+use twill_cni::records::Records;
 use twill_core::backend::{Reach, TunnelSpec};
 use twill_core::firewall::TableName;
 use twill_core::firewall::beside::{self, LegacyForward};
@@ -66,6 +68,8 @@ pub(crate) struct Reconciler {
     kernel: LinuxKernel,
     wanted: Wanted,
     tunnel: TunnelHost,
+    /// The attachments of this node's containers.
+    guests: Records,
     healer: Healer,
     journal: Journal,
     start: Instant,
@@ -92,11 +96,13 @@ impl Reconciler {
     pub(crate) fn new(
         host: watch::Sender<Arc<HostState>>,
         view: Arc<Mutex<View>>,
+        guests: Records,
         tunnel: impl FnOnce(Waker) -> TunnelHost,
     ) -> Result<Self, KernelError> {
         let kernel = LinuxKernel::open(Interest { devices: Some(BTreeSet::new()), ..Interest::default() })?;
         let mut reconciler = Self {
             tunnel: tunnel(kernel.waker()),
+            guests,
             kernel,
             wanted: Wanted::default(),
             healer: Healer::default(),
@@ -158,6 +164,7 @@ impl Reconciler {
                 }
             }
             self.look_beside();
+            self.restore_ports();
             self.reconcile();
             self.bring_up_tunnel();
             for done in answers {
@@ -302,6 +309,27 @@ impl Reconciler {
         let heads = beside::heads(networks, self.kernel.mirror());
         let dirty = self.wanted.set_beside(heads);
         self.ordered.extend(dirty);
+    }
+
+    /// The table of host ports is the plugin's. It follows the attachments: when it does not, somebody has altered it.
+    fn restore_ports(&mut self) {
+        let altered = self.drifted.contains(&Key::Table(TableName::twill_cni()));
+        if self.held || !(self.all || altered) {
+            return;
+        }
+        match ports::restore(&self.guests) {
+            Ok(Restored::Stood) => {}
+            Ok(Restored::Done(step)) => {
+                tracing::info!("repaired: {step}");
+                self.journal.note(&step, unix_ms());
+                self.findings = Some(self.now() + QUIET);
+            }
+            Ok(Restored::Busy) => {
+                let soon = self.now() + QUIET;
+                self.wake = Some(self.wake.map_or(soon, |at| at.min(soon)));
+            }
+            Err(error) => tracing::warn!(%error, hint = error.details, "cannot restore the host ports of containers"),
+        }
     }
 
     /// Plans what is dirty, applies it, and notes what came of it.

@@ -266,10 +266,9 @@ impl Install {
         Ok(())
     }
 
-    /// The configuration says 1.0.0: containerd 1.6 and podman 4.3 know nothing newer. Ports are published by the reference's portmap,
-    /// where it is installed.
+    /// The configuration says 1.0.0: containerd 1.6 and podman 4.3 know nothing newer.
     fn conflist(&self, subnet_file: &Path) -> Value {
-        let mut plugin = json!({"type": PLUGIN, "capabilities": {"ips": true, "mac": true}});
+        let mut plugin = json!({"type": PLUGIN, "capabilities": {"ips": true, "mac": true, "portMappings": true}});
         if subnet_file != Path::new(SUBNET_FILE) {
             plugin["subnetFile"] = json!(subnet_file);
         }
@@ -278,11 +277,7 @@ impl Install {
             plugin["stateDir"] = json!(state);
             plugin["ipam"] = json!({"dataDir": state.join("networks")});
         }
-        let mut plugins = vec![plugin];
-        if self.at.bin_dir.join("portmap").exists() {
-            plugins.push(json!({"type": "portmap", "capabilities": {"portMappings": true}}));
-        }
-        json!({"cniVersion": "1.0.0", "name": "twill", "plugins": plugins})
+        json!({"cniVersion": "1.0.0", "name": "twill", "plugins": [plugin]})
     }
 }
 
