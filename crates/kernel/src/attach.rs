@@ -58,6 +58,13 @@ pub enum Failed {
     },
 }
 
+impl Failed {
+    /// What failed as well.
+    fn and(self, then: Failed) -> Failed {
+        Failed::And { first: Box::new(self), then: Box::new(then) }
+    }
+}
+
 /// What is looked at: links, addresses, routes, rules, and the sysctls of `want`.
 fn interest(want: &Desired) -> Interest {
     let sysctls = want.host.iter().filter_map(|(key, _)| match key {
@@ -72,26 +79,41 @@ fn open(want: &Desired) -> Result<LinuxKernel, KernelError> {
     LinuxKernel::open(interest(want))
 }
 
-/// Brings the calling thread's namespace to what is wanted, and gives the devices that were made. When somebody else is faster with a
-/// part of it, it is looked at anew.
+/// What was done in a namespace, so that it can be taken back.
+#[derive(Debug, Default)]
+struct Done(Vec<Op>);
+
+impl Done {
+    /// The step that takes `op` back.
+    fn note(&mut self, op: &Op) {
+        self.0.extend(match op {
+            Op::Create(object) => Some(Op::Delete(object.clone())),
+            Op::Delete(object) => Some(Op::Create(object.clone())),
+            Op::Update { from, to } => Some(Op::Update { from: to.clone(), to: from.clone() }),
+            Op::Recreate { .. } => None,
+        });
+    }
+}
+
+/// Brings the calling thread's namespace to what is wanted, and notes what was done. When somebody else is faster with a part of it, it
+/// is looked at anew.
 fn settle(
     kernel: &mut LinuxKernel,
+    done: &mut Done,
     want: impl Fn(&HostState) -> Result<Desired, Clash>,
-) -> Result<Vec<LinkName>, Failed> {
-    let mut made = Vec::new();
+) -> Result<(), Failed> {
     let mut tries = 0;
     loop {
         let plan = plan(&want(kernel.mirror())?, kernel.mirror(), Scope::All);
         let outcome = kernel.apply(&plan);
-        let done = plan.steps.iter().zip(&outcome.steps);
-        made.extend(done.filter(|(_, result)| result.is_ok()).filter_map(|(step, _)| created(&step.op)));
+        let worked = plan.steps.iter().zip(&outcome.steps).filter(|(_, result)| result.is_ok());
+        worked.for_each(|(step, _)| done.note(&step.op));
         tries += 1;
         match plan.steps.iter().zip(outcome.steps).find_map(|(step, result)| Some((step, result.err()?))) {
-            None => return Ok(made),
+            None => return Ok(()),
             Some((_, StepError::Refused { errno, .. })) if tries < TRIES && raced(errno) => kernel.read(Scope::All)?,
             Some((step, cause)) => {
-                let act = format!("{} {}", step.op.verb(), step.op.object());
-                return Err(undo(kernel, &made, Failed::Step { act, cause }));
+                return Err(Failed::Step { act: format!("{} {}", step.op.verb(), step.op.object()), cause });
             }
         }
     }
@@ -99,14 +121,9 @@ fn settle(
 
 /// Brings the calling thread's namespace to what is wanted.
 pub fn make(want: &Desired) -> Result<(), Failed> {
-    settle(&mut open(want)?, |_| Ok(want.clone())).map(|_| ())
-}
-
-fn created(op: &Op) -> Option<LinkName> {
-    match op {
-        Op::Create(Object::Link(link)) => Some(link.name),
-        _ => None,
-    }
+    let mut kernel = open(want)?;
+    let mut done = Done::default();
+    settle(&mut kernel, &mut done, |_| Ok(want.clone())).map_err(|failed| undo(&mut kernel, done, failed))
 }
 
 /// Answers that mean: the mirror was not the truth.
@@ -114,58 +131,99 @@ fn raced(errno: i32) -> bool {
     [libc::EEXIST, libc::ENOENT, libc::ENODEV].contains(&errno)
 }
 
-/// Takes the devices away that were made, but a bridge that somebody uses by now.
-fn undo(kernel: &mut LinuxKernel, made: &[LinkName], failed: Failed) -> Failed {
-    let mut failed = failed;
-    for name in made.iter().rev() {
-        let used = kernel.mirror().iter().any(|(_, o)| matches!(o, Object::Link(port) if port.master == Some(*name)));
-        if used {
-            continue;
-        }
-        if let Err(then) = delete(kernel, *name) {
-            failed = Failed::And { first: Box::new(failed), then: Box::new(then) };
+/// Takes back what was done, but of a bridge that somebody uses by now; gives everything that failed.
+fn undo(kernel: &mut LinuxKernel, done: Done, failed: Failed) -> Failed {
+    take_back(kernel, done).into_iter().fold(failed, Failed::and)
+}
+
+fn take_back(kernel: &mut LinuxKernel, done: Done) -> Vec<Failed> {
+    let mut failures = Vec::new();
+    for op in done.0.into_iter().rev().filter(|op| !matches!(op, Op::Create(Object::Link(_)))) {
+        let host = kernel.mirror();
+        let link = op.object().key().link();
+        let is_port_of = |o: &Object, name| matches!(o, Object::Link(port) if port.master == Some(name));
+        let used = link.is_some_and(|name| host.iter().any(|(_, o)| is_port_of(o, name)));
+        // What stood on a device went with it.
+        let gone = link.is_some_and(|name| host.link(name).is_none())
+            || matches!(op, Op::Delete(_)) && host.get(&op.object().key()).is_none();
+        if !used && !gone {
+            failures.extend(carry_out(kernel, op).err().map(|(failed, _)| failed));
         }
     }
-    failed
+    failures
 }
 
 /// Deletes a device; false when there is none.
 fn delete(kernel: &mut LinuxKernel, name: LinkName) -> Result<bool, Failed> {
     let Some(link) = kernel.mirror().link(name) else { return Ok(false) };
     let op = Op::Delete(Object::Link(Box::new(link.clone())));
-    let act = format!("{} {}", op.verb(), op.object());
-    let plan = Plan { steps: vec![Step { op, needs: Vec::new(), why: Why::NotWanted }] };
-    match kernel.apply(&plan).steps.into_iter().next() {
-        Some(Err(StepError::Refused { errno: libc::ENODEV, .. })) => Ok(false),
-        Some(Err(cause)) => Err(Failed::Step { act, cause }),
-        _ => Ok(true),
+    match carry_out(kernel, op) {
+        Err((_, StepError::Refused { errno: libc::ENODEV, .. })) => Ok(false),
+        done => done.map(|()| true).map_err(|(failed, _)| failed),
     }
 }
 
-/// Attaches a container to the calling thread's namespace. Gives the host as it then is. Whatever fails, nothing is left behind.
-pub fn attach(container: &Netns, request: &Request) -> Result<LinuxKernel, Failed> {
-    let forwarding = request.forwarding();
-    let mut host = open(&forwarding)?;
+/// One step; refused, in the kernel's words too.
+fn carry_out(kernel: &mut LinuxKernel, op: Op) -> Result<(), (Failed, StepError)> {
+    let act = format!("{} {}", op.verb(), op.object());
+    let plan = Plan { steps: vec![Step { op, needs: Vec::new(), why: Why::NotWanted }] };
+    let refused = kernel.apply(&plan).steps.into_iter().find_map(Result::err);
+    refused.map_or(Ok(()), |cause| Err((Failed::Step { act, cause: cause.clone() }, cause)))
+}
+
+/// A container that is attached.
+#[derive(Debug)]
+pub struct Attached {
+    /// The host as it then is.
+    pub host: LinuxKernel,
+    on_host: Done,
+    inside: (LinuxKernel, Done),
+}
+
+/// Attaches a container to the calling thread's namespace. Whatever fails, nothing is left behind.
+pub fn attach(container: &Netns, request: &Request) -> Result<Attached, Failed> {
+    let mut host = open(&request.forwarding())?;
     // Of this container, and not written down: what a killed attach has left. Its other end goes with it.
     delete(&mut host, request.host_device)?;
-    let mut inside = container.visit(|| {
-        let mut inside = open(&request.container_before())?;
-        if inside.mirror().link(request.ifname).is_some() {
-            return Err(Failed::NameTaken(request.ifname));
-        }
-        settle(&mut inside, |have| Ok(before(request, have)))?;
-        Ok(inside)
-    })??;
-    let made = settle(&mut host, |have| request.host_side(have))?;
-    let side = request.container_side();
-    let entered = container.visit(|| {
-        inside.read(Scope::All)?;
-        settle(&mut inside, |_| Ok(side.clone()))
-    });
-    let rest = entered.map_err(Failed::Enter).and_then(|settled| settled);
-    match rest.and_then(|_| settle(&mut host, |_| Ok(forwarding.clone()))) {
-        Ok(_) => Ok(host),
-        Err(failed) => Err(undo(&mut host, &made, failed)),
+    let inside = container.visit(|| open(&request.container_before()))??;
+    let mut attached = Attached { host, on_host: Done::default(), inside: (inside, Done::default()) };
+    match attached.make(container, request) {
+        Ok(()) => Ok(attached),
+        Err(failed) => Err(attached.take_back(container).err().into_iter().fold(failed, Failed::and)),
+    }
+}
+
+impl Attached {
+    fn make(&mut self, container: &Netns, request: &Request) -> Result<(), Failed> {
+        let Self { host, on_host, inside: (inside, in_it) } = self;
+        container.visit(|| {
+            if inside.mirror().link(request.ifname).is_some() {
+                return Err(Failed::NameTaken(request.ifname));
+            }
+            settle(inside, in_it, |have| Ok(before(request, have)))
+        })??;
+        settle(host, on_host, |have| request.host_side(have))?;
+        let side = request.container_side();
+        container.visit(|| {
+            inside.read(Scope::All)?;
+            settle(inside, in_it, |_| Ok(side.clone()))
+        })??;
+        // What forwards is not taken back: other containers may need it by now.
+        settle(host, &mut Done::default(), |_| Ok(request.forwarding()))
+    }
+
+    /// Takes back what was done, but a bridge that somebody uses by now; told is everything that failed.
+    pub fn take_back(self, container: &Netns) -> Result<(), Failed> {
+        let Self { mut host, on_host, inside: (mut inside, in_it) } = self;
+        let stale = host.read(Scope::All).err().map(Failed::from);
+        let mut failures: Vec<Failed> = stale.into_iter().chain(take_back(&mut host, on_host)).collect();
+        // A container that has ended has nothing to take back.
+        let emptied = container.visit(|| match inside.read(Scope::All) {
+            Err(error) => vec![error.into()],
+            Ok(()) => take_back(&mut inside, in_it),
+        });
+        failures.extend(emptied.unwrap_or_default());
+        failures.into_iter().reduce(Failed::and).map_or(Ok(()), Err)
     }
 }
 

@@ -74,13 +74,19 @@ fn attach(conf: &Conf, device: &Device, target: &Target) -> Result<Answer, CniEr
     let synced = synced.unwrap_or_else(|_| Err(std::io::Error::other("the thread that syncs panicked")));
     let synced = synced.act(|| format!("write {} to the disk", conf.state.display()));
     match (attached, all([published, synced])) {
-        (Ok(host), Ok(())) => Ok(answer(conf, device, (request, dns), &given, &host)),
+        (Ok(attached), Ok(())) => Ok(answer(conf, device, (request, dns), &given, &attached.host)),
         (attached, rest) => {
-            let back = if attached.is_ok() { take_away(request, &records) } else { Ok(()) };
-            let back = back.and_then(|()| undo(&record, &records));
-            all([attached.map(|_| ()), rest, back]).map(|()| Answer::default())
+            let attached =
+                attached.and_then(|attached| attached.take_back(&netns).map_err(|failed| refused(failed, &records)));
+            all([attached, rest, give_back(&record, &records)]).map(|()| Answer::default())
         }
     }
+}
+
+/// Addresses and file go back, unless the device that has them refuses to go: then DEL finds the file.
+fn give_back(record: &Attachment, records: &Records) -> Result<(), CniError> {
+    let devices = kernel::devices().map_err(|failed| refused(failed, records))?;
+    if devices.iter().any(|link| link.name == record.request.host_device) { Ok(()) } else { undo(record, records) }
 }
 
 /// The container's rules, as its file says.
@@ -94,10 +100,6 @@ fn publish(request: &Request, records: &Records) -> Result<(), CniError> {
 /// Everything that went wrong.
 pub(crate) fn all(results: impl IntoIterator<Item = Result<(), CniError>>) -> Result<(), CniError> {
     results.into_iter().filter_map(Result::err).reduce(CniError::and).map_or(Ok(()), Err)
-}
-
-fn take_away(request: &Request, records: &Records) -> Result<(), CniError> {
-    kernel::detach(request.host_device).map(|_| ()).map_err(|failed| refused(failed, records))
 }
 
 /// A second ADD is refused; what an ADD of an earlier boot, or one that was killed, has left is freed.
