@@ -277,3 +277,42 @@ fn the_udp_backends_mtu_follows_the_underlay_for_both_families() {
     becomes(1472);
     assert!(env(&site).contains("FLANNEL_IPV6_SUBNET=fd00:1:0:f::1/64"), "{}", env(&site));
 }
+
+#[test]
+fn a_family_that_overlaps_the_underlay_is_named_and_the_other_goes_on() {
+    for (network, bad, good) in [
+        (
+            r#""Network":"10.168.0.0/16","IPv6Network":"fd00:1::/48""#,
+            "10.168.0.0/16",
+            "FLANNEL_IPV6_NETWORK=fd00:1::/48",
+        ),
+        (r#""Network":"10.1.0.0/16","IPv6Network":"fd00:168::/48""#, "fd00:168::/48", "FLANNEL_NETWORK=10.1.0.0/16"),
+    ] {
+        let Some((site, _dir)) = site() else { return };
+        site.node.put("config", &format!(r#"{{{network},"EnableIPv6":true,"Backend":{{"Type":"vxlan"}}}}"#));
+        let _agent = site.node.agent("");
+        let finding = site.node.finding("network-overlap");
+        assert!(finding["evidence"].as_str().unwrap().contains(bad) && finding["fix"] != "", "{finding}");
+        let env = env(&site);
+        assert!(env.contains(good) && !env.contains(bad), "{env}");
+        assert_eq!(site.node.status()["state"], "running");
+        let table = site.node.host.run("nft list table inet twill");
+        assert!(!table.contains(bad), "{table}");
+    }
+}
+
+#[test]
+fn a_configured_mtu_that_leaves_ipv6_too_little_is_named_and_ipv4_goes_on() {
+    let Some((site, _dir)) = site() else { return };
+    site.node.put("config", &DUAL.replace(r#""vxlan""#, r#""vxlan","MTU":1349"#));
+    let _agent = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
+    let finding = site.node.finding("mtu-too-small");
+    let words = |key: &str| finding[key].as_str().unwrap().to_owned();
+    assert!(words("evidence").contains("1280") && words("fix").contains("Backend.MTU"), "{finding}");
+    assert!(env(&site).contains("FLANNEL_MTU=1299") && !env(&site).contains("IPV6"), "{}", env(&site));
+    site.node.put("config", &DUAL.replace(r#""vxlan""#, r#""vxlan","MTU":1350"#));
+    eventually("1350 is enough", || {
+        let now = env(&site);
+        if now.contains("FLANNEL_MTU=1280") && now.contains("IPV6") { Ok(()) } else { Err(now) }
+    });
+}

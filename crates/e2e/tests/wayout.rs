@@ -212,3 +212,74 @@ fn a_kernel_without_nf_tables_is_named_and_the_network_goes_on() {
     let out = site.arrives("eth0", "10.168.0.3");
     assert!(out.contains("IP 10.168.0.2 > 10.168.0.3: ICMP echo request"), "{out}");
 }
+
+/// The segment size that the first SYN announces which arrives at a device.
+fn announced(from: &Host, to: &str, at: &Host, device: &str) -> String {
+    eventually("a SYN arrives", || {
+        let mut command = at.command("tcpdump");
+        command.args(["-i", device, "-n", "-l", "-c", "1", "-Z", "root", "--immediate-mode", "-Q", "in"]);
+        let capture = command.arg("tcp[tcpflags] == tcp-syn");
+        let capture = capture.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        // Nobody listens: the SYN is what counts. Sent again and again, since tcpdump may be late.
+        let line =
+            format!("for n in 1 2 3 4 5 6 7 8; do timeout 1 sh -c 'busybox nc {to} 80 </dev/null'; sleep 0.1; done");
+        from.command("sh").args(["-c", &line]).stdin(Stdio::null()).output().unwrap();
+        let _ = kill_process(Pid::from_child(&capture), Signal::TERM);
+        let seen = String::from_utf8_lossy(&capture.wait_with_output().unwrap().stdout).into_owned();
+        let size = seen.split("mss ").nth(1).and_then(|rest| rest.split([',', ']']).next()).map(str::to_owned);
+        size.ok_or(seen)
+    })
+}
+
+#[test]
+fn a_syn_announces_what_the_tunnel_carries_where_that_is_asked_for() {
+    let Some((site, _dir)) = site() else { return };
+    if !installed("busybox") {
+        return;
+    }
+    let agent = site.node.agent("--subnet 10.1.15.0/24");
+    site.plug();
+    site.peer();
+    // A peer whose device is as large as its underlay, as some tools make it.
+    site.node.other.ip("link set eth0 mtu 1600");
+    site.node.other.ip("link set flannel.1 mtu 1500");
+    let both = || {
+        let out = announced(&site.container, "10.1.40.0", &site.node.other, "flannel.1");
+        (out, announced(&site.node.other, "10.1.15.2", &site.container, "eth0"))
+    };
+    site.arrives("flannel.1", "10.1.40.0");
+    assert_eq!(both(), ("1460".into(), "1460".into()), "the devices' own 1500 - 40");
+    assert_eq!(agent.end(Signal::TERM), Some(0));
+    let _agent = site.node.agent("--clamp-mss");
+    assert_eq!(both(), ("1410".into(), "1410".into()), "1450 - 40, both ways");
+}
+
+#[test]
+fn blackholes_of_others_for_the_own_subnet() {
+    let Some((site, _dir)) = site() else { return };
+    let host = &site.node.host;
+    // What flannel's --ip-blackhole-route leaves stands before the bridge's route, so that no container is reached.
+    host.ip("route add blackhole 10.1.15.0/24");
+    // What somebody else wrote is his.
+    host.ip("route add blackhole 10.1.15.0/24 proto static metric 50");
+    let _agent = site.node.agent("--subnet 10.1.15.0/24");
+    site.plug();
+    let routes = eventually("flannel's is gone", || {
+        let routes = host.run("ip -N route show 10.1.15.0/24");
+        let lines: Vec<String> = routes.lines().map(|line| line.trim().to_owned()).collect();
+        if lines.iter().any(|line| line.contains("proto 3")) || lines.len() != 3 { Err(routes) } else { Ok(lines) }
+    });
+    assert!(routes[0].starts_with("10.1.15.0/24 dev cni0"), "{routes:?}");
+    assert!(routes[1].starts_with("6 10.1.15.0/24 proto 4 metric 50"), "{routes:?}");
+    assert!(routes[2].starts_with("6 10.1.15.0/24 proto 116 metric 4294967295"), "{routes:?}");
+    site.peer();
+    site.arrives("flannel.1", "10.1.40.0");
+    let finding = site.node.finding("route-shadowed");
+    let fix = finding["fix"].as_str().unwrap();
+    assert_eq!(fix, "ip route del blackhole 10.1.15.0/24 proto static metric 50", "{finding}");
+    host.run(fix);
+    eventually("nothing is left to say", || {
+        let status = site.node.status();
+        if status["findings"] == serde_json::json!([]) { Ok(()) } else { Err(status) }
+    });
+}

@@ -18,6 +18,8 @@ pub struct Claim {
     pub protocol: Option<u8>,
     /// Boot-protocol routes inside these networks on our devices: what flannel left.
     pub networks: Vec<Prefix>,
+    /// Own subnets: a boot-protocol blackhole of one of them is what flannel left, which would take the place of the bridge's route.
+    pub subnets: Vec<Prefix>,
     /// nftables tables that Twill made (but that of the containers' ports, which follows their attachments), and rules that it put into the chains of others.
     pub firewall: bool,
     /// Tables and chains that flannel left.
@@ -51,7 +53,9 @@ impl Claim {
         }
         let on_our_device = entry.dev.is_some_and(|dev| self.devices.contains(&dev));
         let in_network = self.networks.iter().any(|network| network.covers(&route.key.dst));
-        self.protocol == Some(entry.protocol) || (entry.protocol == PROTO_BOOT && on_our_device && in_network)
+        let unused = entry.kind == RTN_BLACKHOLE && self.subnets.contains(&route.key.dst);
+        self.protocol == Some(entry.protocol)
+            || (entry.protocol == PROTO_BOOT && (on_our_device && in_network || unused))
     }
 
     /// True when the object with `key` could be ours by its key alone; a cheap filter before [`Claim::owns`].
@@ -64,6 +68,9 @@ impl Claim {
         }
     }
 }
+
+/// A route that drops.
+const RTN_BLACKHOLE: u8 = 6;
 
 /// NUD_PERMANENT and NUD_NOARP: a forwarding entry that was written, not learned.
 const NUD_STATIC: u16 = 0x80 | 0x40;

@@ -5,6 +5,7 @@ use std::ops::Bound;
 
 use crate::host::{HostState, Key, Object, Route, RouteKey, Rule, RuleKey, TABLE_LOCAL, TABLE_MAIN};
 use crate::net::{LinkName, Prefix};
+use crate::words::{protocol, route_kind};
 
 use super::{Claim, Desired, Finding};
 
@@ -144,7 +145,13 @@ fn removal(route: &Route) -> String {
     let dev = entry.and_then(|e| e.dev).map_or(String::new(), |dev: LinkName| format!(" dev {dev}"));
     let table = if table == TABLE_MAIN { String::new() } else { format!(" table {table}") };
     let metric = if metric == 0 { String::new() } else { format!(" metric {metric}") };
-    format!("ip {}route del {dst}{via}{dev}{table}{metric}", family(dst.addr()))
+    let (kind, proto) = match entry {
+        Some(entry) if entry.kind != 1 => {
+            (format!("{} ", route_kind(entry.kind)), format!(" proto {}", protocol(entry.protocol)))
+        }
+        _ => (String::new(), String::new()),
+    };
+    format!("ip {}route del {kind}{dst}{via}{dev}{table}{proto}{metric}", family(dst.addr()))
 }
 
 fn family(ip: IpAddr) -> &'static str {

@@ -26,6 +26,8 @@ pub(crate) struct Network {
     pub(crate) cx: Cx,
     /// The networks of all families that the config names.
     configured: Vec<Prefix>,
+    /// Those of them that are left out, since something on this host overlaps them.
+    pub(crate) overlapping: Vec<Prefix>,
     excluded: Vec<Prefix>,
     way_out: WayOut,
 }
@@ -53,7 +55,21 @@ impl Network {
             return Err(refusal);
         }
         let cx = Cx { networks, subnets: Vec::new(), underlay, macs: macs(&devices, host, state), node: state.node };
-        Ok(Self { backend, cx, configured: config.networks(), excluded: config.no_masq.clone(), way_out })
+        Ok(Self {
+            backend,
+            cx,
+            configured: config.networks(),
+            overlapping: Vec::new(),
+            excluded: config.no_masq.clone(),
+            way_out,
+        })
+    }
+
+    /// Does without these networks; false: none is left.
+    pub(crate) fn leave_out(&mut self, overlapping: &[Prefix]) -> bool {
+        self.overlapping = overlapping.to_vec();
+        self.cx.networks.retain(|network| !overlapping.contains(network));
+        !self.cx.networks.is_empty()
     }
 
     /// The networks that the config names, whether this host carries their family or not.
@@ -135,6 +151,7 @@ impl Network {
             devices,
             protocol: Some(PROTO_TWILL),
             networks: self.cx.networks.clone(),
+            subnets: self.cx.subnets.clone(),
             firewall: true,
             flannels_firewall: true,
         }

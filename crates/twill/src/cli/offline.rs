@@ -277,6 +277,7 @@ fn claim(state: &twill_core::state_file::State, have: &HostState) -> Claim {
         devices,
         protocol: Some(PROTO_TWILL),
         networks: state.networks.clone(),
+        subnets: Vec::new(),
         firewall: true,
         flannels_firewall: false,
     }

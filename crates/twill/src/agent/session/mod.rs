@@ -24,6 +24,7 @@ use twill_core::host::HostState;
 use twill_core::iface;
 use twill_core::lease::Lease;
 use twill_core::lease_set::LeaseSet;
+use twill_core::net::Prefix;
 use twill_core::reconcile::Finding;
 use twill_core::state_file::State;
 use twill_kernel::Waker;
@@ -184,31 +185,48 @@ impl Session {
                 }
             };
             self.show_ignored(&ignored);
-            let network = match Network::new(&config, chosen.underlay, &host, &self.state, self.settings.way_out) {
+            let mut network = match Network::new(&config, chosen.underlay, &host, &self.state, self.settings.way_out) {
                 Ok(network) => network,
                 Err(refusal) => {
                     self.wait_for(refusal.code, &refusal.message, &refusal.hint).await;
                     continue;
                 }
             };
-            if let Some(message) = self.clash(&network, &host) {
-                self.wait_for("network-overlap", &message, CLASH_FIX).await;
+            let clashes = self.clashes(&network, &host);
+            let overlapping: Vec<Prefix> = clashes.iter().map(|(prefix, _)| *prefix).collect();
+            if !network.leave_out(&overlapping) {
+                let message = clashes.first().map_or("", |(_, message)| message);
+                self.wait_for("network-overlap", message, CLASH_FIX).await;
                 continue;
             }
+            for (_, message) in &clashes {
+                tracing::warn!(code = "network-overlap", hint = CLASH_FIX, "{message}: the other family goes on");
+            }
+            self.show_clashes(&clashes);
             return Ok((Some(network), config));
         }
     }
 
-    /// What of this host overlaps the network.
-    fn clash(&self, network: &Network, host: &HostState) -> Option<String> {
+    /// Networks of the config that something on this host overlaps, and what.
+    fn clashes(&self, network: &Network, host: &HostState) -> Vec<(Prefix, String)> {
         let networks = network.configured();
         let devices: Vec<_> = networks.iter().flat_map(|n| network.backend.devices(&[*n])).collect();
-        let clash = config::overlaps(networks, host, &devices, &self.remembered()).into_iter().next()?;
-        Some(format!("the network {networks:?} overlaps what this host has: {clash}"))
+        let first = |prefix: &Prefix| {
+            let clash = config::overlaps(&[*prefix], host, &devices, &self.remembered()).into_iter().next()?;
+            Some((*prefix, format!("the network {prefix} overlaps what this host has: {clash}")))
+        };
+        networks.iter().filter_map(first).collect()
+    }
+
+    fn show_clashes(&self, clashes: &[(Prefix, String)]) {
+        match clashes.first() {
+            Some((_, message)) => self.find("network-overlap", "host", message, CLASH_FIX),
+            None => self.unfind("network-overlap"),
+        }
     }
 
     /// Subnets that were ours before.
-    fn remembered(&self) -> Vec<twill_core::net::Prefix> {
+    fn remembered(&self) -> Vec<Prefix> {
         let mut own = self.state.subnets.clone();
         own.extend(twill_core::flannel::subnet_env::subnets(&self.subnet_env()));
         own
@@ -450,9 +468,10 @@ impl Session {
             }
         };
         ["iface-missing", "iface-down", "iface-without-address"].iter().for_each(|code| self.unfind(code));
-        match self.clash(network, &host) {
-            Some(message) => self.find("network-overlap", "host", &message, CLASH_FIX),
-            None => self.unfind("network-overlap"),
+        let clashes = self.clashes(network, &host);
+        self.show_clashes(&clashes);
+        if network.overlapping.iter().any(|prefix| !clashes.iter().any(|(still, _)| still == prefix)) {
+            return Ok(Some(End::Again));
         }
         if chosen.underlay == network.cx.underlay {
             return Ok(None);
