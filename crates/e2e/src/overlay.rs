@@ -26,7 +26,7 @@ pub struct Overlay {
     store: Option<Daemon>,
     dir: PathBuf,
     /// Without root it holds the user namespace that the hosts stand in: it goes last.
-    _bed: Bed,
+    bed: Bed,
 }
 
 /// A host, its container and its agent.
@@ -50,7 +50,7 @@ impl Overlay {
         for site in &sites {
             site.host.ip(&format!("addr add 10.168.0.{}/24 dev eth0", site.number + 1));
         }
-        let mut overlay = Overlay { sites, store: None, dir: dir.to_owned(), _bed: bed };
+        let mut overlay = Overlay { sites, store: None, dir: dir.to_owned(), bed };
         overlay.start_store();
         let put = ["put", "/coreos.com/network/config", CONFIG];
         let out = overlay.etcdctl(&put);
@@ -60,13 +60,20 @@ impl Overlay {
 
     /// With both agents running and both containers reaching each other.
     pub fn running(bed: Bed, dir: &Path) -> Overlay {
+        let (overlay, ()) = Overlay::running_on(bed, dir, |_, _| ());
+        overlay.await_both_ways();
+        overlay
+    }
+
+    /// With both agents running, on an underlay that `change` has changed before.
+    pub fn running_on<T>(bed: Bed, dir: &Path, change: impl FnOnce(&Bed, &Overlay) -> T) -> (Overlay, T) {
         let mut overlay = Overlay::new(bed, dir);
+        let changed = change(&overlay.bed, &overlay);
         for number in [1, 2] {
             overlay.site_mut(number).start("");
             overlay.site(number).attach();
         }
-        overlay.await_both_ways();
-        overlay
+        (overlay, changed)
     }
 
     /// Waits until each container has an answer from the other.

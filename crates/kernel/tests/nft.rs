@@ -84,7 +84,8 @@ fn rule(nat: bool, to: Option<&'static str>) -> impl Strategy<Value = Rule> {
     };
     let end = prop_oneof![3 => last, 1 => special];
     let comment = proptest::option::of("[ -!#-~]{1,100}");
-    (proptest::collection::vec(comparison(), 0..4), any::<bool>(), end, comment).prop_map(
+    let compared = prop_oneof![4 => comparison(), 1 => member()];
+    (proptest::collection::vec(compared, 0..4), any::<bool>(), end, comment).prop_map(
         |(mut exprs, counted, end, comment)| {
             exprs.extend(counted.then_some(Expr::Counter));
             exprs.push(end);
@@ -99,20 +100,42 @@ fn led(mut to: SocketAddr) -> Rule {
     Rule::new([Expr::Counter, Expr::Dnat(to), Expr::Verdict(Verdict::Return)])
 }
 
+/// Two sets of addresses, one of each family, and a question for them.
+const SETS: [(&str, Field); 2] = [("peers", Field::SrcV4), ("six", Field::DstV6)];
+
+fn member() -> impl Strategy<Value = Expr> {
+    let masked = any::<Option<[u8; 16]>>();
+    (proptest::sample::select(SETS.to_vec()), masked, any::<bool>()).prop_map(|((set, field), mask, inside)| {
+        let mask = mask.map(|bytes| field.kind().read(&bytes[..field.kind().len()]).unwrap());
+        Expr::Member { load: Load { field, mask }, set: set.into(), inside }
+    })
+}
+
+fn sets() -> impl Strategy<Value = BTreeMap<Box<str>, Set>> {
+    let of = |v4| {
+        let address = any::<[u8; 16]>().prop_map(move |bytes| match v4 {
+            true => IpAddr::from(<[u8; 4]>::try_from(&bytes[..4]).unwrap()),
+            false => IpAddr::from(bytes),
+        });
+        proptest::collection::btree_set(address, 0..40).prop_map(move |elements| Set { v4, elements })
+    };
+    (of(true), of(false))
+        .prop_map(|sets| SETS.map(|(name, _)| name.into()).into_iter().zip(<[Set; 2]>::from(sets)).collect())
+}
+
 fn table() -> impl Strategy<Value = Table> {
     let rules = |nat, to| proptest::collection::vec(rule(nat, to), 0..6);
-    (rules(false, Some("inner")), rules(true, None), rules(false, None), -400..400i32, any::<bool>()).prop_map(
-        |(forward, leaving, inner, priority, drops)| {
-            let base = |kind, hook, priority| Some(Base { kind, hook, priority, drops });
-            let chains = [
-                ("forward", base(ChainKind::Filter, Hook::Forward, priority), forward),
-                ("leaving", base(ChainKind::Nat, Hook::Postrouting, priority.max(-199)), leaving),
-                ("inner", None, inner),
-            ];
-            let chains = chains.map(|(name, base, rules)| (name.into(), Chain { base, rules }));
-            Table { name: TableName::twill(), comment: Some(policy::TAG.into()), chains: chains.into() }
-        },
-    )
+    let all = (rules(false, Some("inner")), rules(true, None), rules(false, None), sets(), -400..400i32, any::<bool>());
+    all.prop_map(|(forward, leaving, inner, sets, priority, drops)| {
+        let base = |kind, hook, priority| Some(Base { kind, hook, priority, drops });
+        let chains = [
+            ("forward", base(ChainKind::Filter, Hook::Forward, priority), forward),
+            ("leaving", base(ChainKind::Nat, Hook::Postrouting, priority.max(-199)), leaving),
+            ("inner", None, inner),
+        ];
+        let chains = chains.map(|(name, base, rules)| (name.into(), Chain { base, rules }));
+        Table { name: TableName::twill(), comment: Some(policy::TAG.into()), sets, chains: chains.into() }
+    })
 }
 
 #[test]
@@ -138,6 +161,35 @@ proptest! {
     ) {
         prop_assert_eq!(codec::read(&codec::write(&rule)), rule);
     }
+}
+
+#[test]
+fn elements_change_and_the_rest_of_the_table_is_not_touched() {
+    in_namespace("elements_change_and_the_rest_of_the_table_is_not_touched", || {
+        let mut writer = kernel();
+        let at = "192.0.2.1:8285".parse().unwrap();
+        let mut table = Policy { socket: Some(at), ..Policy::default() }.table();
+        let mut with = |hosts: std::ops::Range<u32>| {
+            let elements = hosts.map(|n| IpAddr::from((0x0a00_0000 + n).to_be_bytes())).collect();
+            table.sets.get_mut(policy::PEERS).unwrap().elements = elements;
+            writer.changes(Some(std::time::Duration::ZERO)).unwrap();
+            apply(&mut writer, &table);
+            assert_eq!(table_of(kernel().mirror()), Some(&table));
+            assert!(table_of(writer.mirror()) == Some(&table));
+        };
+        with(0..3);
+        // A handle is never given twice: who replaces a rule gets another.
+        let handles = || run("nft -a list chain inet twill strangers");
+        let before = handles();
+        with(1..10_000);
+        with(9_000..9_002);
+        assert_eq!(handles(), before);
+        assert!(run("nft list set inet twill peers").contains("elements = { 10.0.35.40, 10.0.35.41 }"));
+        // Somebody else's change is seen, and repaired by the same step.
+        run("nft delete element inet twill peers { 10.0.35.40 }");
+        with(9_000..9_002);
+        assert_eq!(handles(), before);
+    });
 }
 
 #[test]
@@ -341,6 +393,7 @@ fn the_kernel_does_what_the_model_says() {
             let policy = Policy {
                 networks: sites.iter().map(|site| site.network).collect(),
                 subnets: sites.iter().map(|site| site.subnet).collect(),
+                socket: None,
                 excluded: sites.iter().filter(|_| excluded).map(|site| site.excluded).collect(),
                 tunnels: guarded.then_some(tunnel).into_iter().collect(),
                 outer: guarded.then_some("203.0.113.1:8472".parse().unwrap()).into_iter().collect(),

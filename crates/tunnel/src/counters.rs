@@ -9,8 +9,6 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use twill_packet::offload::Bad;
 
-use crate::peers::Peers;
-
 /// Why a packet was dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -106,8 +104,23 @@ pub struct Counters {
     pub(crate) calls: Calls,
     /// ICMP errors that were sent.
     pub(crate) answers: AtomicU64,
-    drops: [AtomicU64; Cause::ALL.len()],
+    drops: Drops,
     peers: Mutex<HashMap<String, Arc<PeerCounters>>>,
+}
+
+/// Dropped packets by cause.
+#[derive(Debug, Default)]
+pub(crate) struct Drops([AtomicU64; Cause::ALL.len()]);
+
+impl Drops {
+    fn add(&self, cause: Cause, packets: usize) {
+        add(&self.0[cause as usize], packets);
+    }
+
+    fn snapshot(&self) -> Vec<Dropped> {
+        let all = Cause::ALL.into_iter().zip(&self.0).map(|(cause, count)| Dropped { cause, packets: get(count) });
+        all.filter(|drop| drop.packets > 0).collect()
+    }
 }
 
 /// System calls of the pumps.
@@ -125,6 +138,8 @@ pub(crate) struct Calls {
 pub struct PeerCounters {
     pub(crate) out: Flow,
     pub(crate) into: Flow,
+    /// What was to go to it, or came from its address, and was dropped.
+    drops: Drops,
     /// Milliseconds of Unix time when the last packet came from it.
     pub(crate) seen_ms: AtomicU64,
 }
@@ -161,6 +176,18 @@ impl Flow {
 }
 
 impl PeerCounters {
+    /// All of it at one moment, for the peer with this lease and address.
+    pub(crate) fn snapshot(&self, lease: &str, host: IpAddr) -> PeerSnapshot {
+        PeerSnapshot {
+            lease: lease.to_owned(),
+            host,
+            sent: self.out.snapshot(),
+            received: self.into.snapshot(),
+            last_seen_ms: Some(get(&self.seen_ms)).filter(|ms| *ms != 0),
+            drops: self.drops.snapshot(),
+        }
+    }
+
     /// A packet came from this peer now.
     pub(crate) fn seen_now(&self) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
@@ -169,8 +196,12 @@ impl PeerCounters {
 }
 
 impl Counters {
-    pub(crate) fn drop(&self, cause: Cause, packets: usize) {
-        add(&self.drops[cause as usize], packets);
+    /// Counts what is dropped: for all, and for the peer that it would have gone to, or whose address it came from.
+    pub(crate) fn drop(&self, cause: Cause, packets: usize, peer: Option<&PeerCounters>) {
+        self.drops.add(cause, packets);
+        if let Some(peer) = peer {
+            peer.drops.add(cause, packets);
+        }
     }
 
     /// Gives each of these peers the counters of its name, and forgets all other names.
@@ -185,15 +216,7 @@ impl Counters {
         }
     }
 
-    pub(crate) fn snapshot(&self, peers: &Peers) -> Snapshot {
-        let drops = Cause::ALL.into_iter().zip(&self.drops).map(|(cause, count)| (cause, get(count)));
-        let peers = peers.iter().map(|peer| PeerSnapshot {
-            lease: peer.told.name.clone(),
-            host: peer.told.host,
-            sent: peer.counters.out.snapshot(),
-            received: peer.counters.into.snapshot(),
-            last_seen_ms: Some(get(&peer.counters.seen_ms)).filter(|ms| *ms != 0),
-        });
+    pub(crate) fn snapshot(&self, peers: Vec<PeerSnapshot>) -> Snapshot {
         Snapshot {
             calls: CallsSnapshot {
                 waits: get(&self.calls.waits),
@@ -203,8 +226,8 @@ impl Counters {
                 udp_receives: get(&self.calls.udp_receives),
             },
             icmp_errors: get(&self.answers),
-            drops: drops.filter(|(_, count)| *count > 0).map(|(cause, packets)| Dropped { cause, packets }).collect(),
-            peers: peers.collect(),
+            drops: self.drops.snapshot(),
+            peers,
         }
     }
 }
@@ -228,6 +251,20 @@ pub struct Snapshot {
     pub drops: Vec<Dropped>,
     /// For each peer.
     pub peers: Vec<PeerSnapshot>,
+}
+
+impl Snapshot {
+    /// Adds what somebody else dropped for this cause.
+    pub fn add_drops(&mut self, cause: Cause, packets: u64) {
+        match self.drops.iter_mut().find(|drop| drop.cause == cause) {
+            Some(drop) => drop.packets += packets,
+            None if packets == 0 => {}
+            None => {
+                self.drops.push(Dropped { cause, packets });
+                self.drops.sort_by_key(|drop| drop.cause);
+            }
+        }
+    }
 }
 
 /// Calls into the kernel by kind: each crosses between user and kernel space once, whatever it carries.
@@ -274,6 +311,8 @@ pub struct PeerSnapshot {
     pub received: FlowSnapshot,
     /// Unix time in milliseconds of the last packet from it; `None`: never.
     pub last_seen_ms: Option<u64>,
+    /// What was to go to it, or came from its address, and was dropped. Of several peers behind one address the first has them.
+    pub drops: Vec<Dropped>,
 }
 
 /// One direction of one peer.

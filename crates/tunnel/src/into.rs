@@ -52,7 +52,7 @@ impl Into {
             Err(error) if error.kind() == ErrorKind::Interrupted => return Ok(true),
             // What an ICMP error left on the socket; the next call goes on.
             Err(_) => {
-                shared.counters.drop(Cause::ReceiveFailed, 1);
+                shared.counters.drop(Cause::ReceiveFailed, 1, None);
                 return Ok(false);
             }
         }
@@ -69,13 +69,13 @@ impl Into {
     /// Hands what may pass of one message to the coalescer.
     fn check(&mut self, shared: &Shared, message: Incoming) {
         let host = message.from.ip().to_canonical();
-        let known = self.peers.knows(host);
+        let known = self.peers.at_host(host);
         let mut seen: Option<&Peer> = None;
         let (mut at, end) = (message.start, message.start + message.len);
         loop {
             let part = at..end.min(at + message.segment);
             let next = part.end;
-            let checked = if !known {
+            let checked = if known.is_none() {
                 Err(Cause::NotAPeer)
             } else if message.cut {
                 Err(Cause::Cut)
@@ -91,7 +91,7 @@ impl Into {
             });
             match passed {
                 Ok(inner) => self.coalescer.push(&self.buffer, part, inner),
-                Err(cause) => shared.counters.drop(cause, 1),
+                Err(cause) => shared.counters.drop(cause, 1, known.map(|peer| &*peer.counters)),
             }
             at = next;
             if at >= end {
@@ -125,7 +125,10 @@ impl Into {
             match written {
                 Ok(()) => self.count(item),
                 Err(error) if is_gone(&error) => return Err(Lost),
-                Err(_) => shared.counters.drop(Cause::DeviceRefused, item.packets),
+                Err(_) => {
+                    let peer = self.peers.of(item.src()).map(|peer| &*peer.counters);
+                    shared.counters.drop(Cause::DeviceRefused, item.packets, peer);
+                }
             }
         }
         Ok(())

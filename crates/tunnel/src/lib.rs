@@ -270,7 +270,7 @@ impl Shared {
 impl Gauge {
     /// What passed so far.
     pub fn counters(&self) -> Snapshot {
-        self.0.counters.snapshot(&self.0.current())
+        self.0.counters.snapshot(self.0.current().snapshots())
     }
 
     /// What the kernel grants.

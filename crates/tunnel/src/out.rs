@@ -76,7 +76,7 @@ impl Out {
             match tun.read(&mut header, &mut self.packet) {
                 Ok(len) => {
                     if let Err(cause) = self.take(shared, &header, len, icmp) {
-                        shared.counters.drop(cause, 1);
+                        shared.counters.drop(cause, 1, None);
                     }
                 }
                 Err(error) if is_gone(&error) => return Err(Lost),
@@ -161,31 +161,38 @@ impl Out {
     }
 
     fn send(&mut self, shared: &Shared, udp: &impl Udp, icmp: Option<&impl Icmp>) {
-        let failed = &mut self.failed;
-        failed.clear();
-        let calls = udp.send(&self.cut, &self.batch, &mut |n, error: io::Error| failed.push((n, error.raw_os_error())));
-        add(&shared.counters.calls.udp_sends, calls);
-        for (number, (message, note)) in self.batch.iter().zip(&self.notes).enumerate() {
-            if self.failed.iter().any(|(n, _)| *n == number) {
-                continue;
+        self.failed.clear();
+        let too_long = Some(Errno::MSGSIZE.raw_os_error());
+        let mut from = 0;
+        while from < self.batch.len() {
+            let failed = &mut self.failed;
+            let mut note = |n: usize, error: io::Error| failed.push((from + n, error.raw_os_error()));
+            let calls = udp.send(&self.cut, &self.batch[from..], &mut note);
+            add(&shared.counters.calls.udp_sends, calls);
+            // It goes in parts before what stands behind it: nothing overtakes anything.
+            match self.failed.last() {
+                Some(&(number, errno)) if number >= from && errno == too_long => {
+                    self.too_big(shared, number, (udp, icmp));
+                    from = number + 1;
+                }
+                _ => break,
             }
-            let flow = &self.peers.at(note.peer).counters.out;
-            flow.add(message.count(), message.len, note.super_packets, 1);
         }
-        for at in 0..self.failed.len() {
-            let (number, errno) = self.failed[at];
-            let message = self.batch[number];
-            if errno == Some(Errno::MSGSIZE.raw_os_error()) {
-                self.too_big(shared, &message, (udp, icmp));
-            } else {
-                shared.counters.drop(Cause::SendFailed, message.count());
+        for (number, (message, note)) in self.batch.iter().zip(&self.notes).enumerate() {
+            let counters = &self.peers.at(note.peer).counters;
+            match self.failed.iter().find(|(n, _)| *n == number) {
+                None => counters.out.add(message.count(), message.len, note.super_packets, 1),
+                Some((_, errno)) if *errno == too_long => {}
+                Some(_) => shared.counters.drop(Cause::SendFailed, message.count(), Some(counters)),
             }
         }
         shared.set_segments(udp.segments());
     }
 
     /// The path takes less than the device: what may be cut is cut, and of the rest the sender is told.
-    fn too_big(&mut self, shared: &Shared, message: &Outgoing, (udp, icmp): (&impl Udp, Option<&impl Icmp>)) {
+    fn too_big(&mut self, shared: &Shared, number: usize, (udp, icmp): (&impl Udp, Option<&impl Icmp>)) {
+        let message = self.batch[number];
+        let counters = &self.peers.at(self.notes[number].peer).counters;
         let outer = if message.to.is_ipv4() { 28 } else { 48 };
         let mtu = udp.path_mtu(message.to.ip()).map_or(0, |mtu| mtu.saturating_sub(outer));
         let (mut parts, mut lengths, mut told) = (Vec::new(), Vec::new(), false);
@@ -193,11 +200,16 @@ impl Out {
             let end = message.len.min(at + message.segment);
             let packet = &self.cut[message.start + at..message.start + end];
             let Ok(inner) = Inner::check(packet) else { continue };
-            // The last one of a run may be short enough, and has gone.
-            if packet.len() <= mtu || fragment(packet, &inner, mtu, &mut parts, &mut lengths) {
+            // The last one of a run may be short enough.
+            if packet.len() <= mtu {
+                parts.extend_from_slice(packet);
+                lengths.push(packet.len());
                 continue;
             }
-            shared.counters.drop(Cause::TooBig, 1);
+            if fragment(packet, &inner, mtu, &mut parts, &mut lengths) {
+                continue;
+            }
+            shared.counters.drop(Cause::TooBig, 1, Some(counters));
             let trouble = Trouble::TooBig { mtu: mtu.min(usize::from(u16::MAX)) as u16 };
             if let Some(icmp) = icmp.filter(|_| !told && mtu > 0 && self.answers.spend()) {
                 told =
@@ -216,6 +228,6 @@ impl Out {
         let mut lost = 0;
         let calls = udp.send(&parts, &batch, &mut |_, _| lost += 1);
         add(&shared.counters.calls.udp_sends, calls);
-        shared.counters.drop(Cause::SendFailed, lost);
+        shared.counters.drop(Cause::SendFailed, lost, Some(counters));
     }
 }

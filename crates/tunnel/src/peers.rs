@@ -1,13 +1,13 @@
 //! Who stands for which inner addresses.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use twill_core::backend::TunnelPeer;
 use twill_core::net::{Prefix, ip_to_bits};
 
-use crate::counters::{Counters, PeerCounters};
+use crate::counters::{Counters, PeerCounters, PeerSnapshot};
 
 /// All peers, for lookup by longest prefix: one step for each prefix length that occurs, however many peers there are.
 #[derive(Debug, Default)]
@@ -15,7 +15,8 @@ pub struct Peers {
     all: Vec<Peer>,
     /// By family and length, longest first.
     lengths: Vec<Level>,
-    hosts: HashSet<IpAddr>,
+    /// The first peer at each address.
+    hosts: HashMap<IpAddr, usize>,
 }
 
 #[derive(Debug)]
@@ -51,7 +52,7 @@ impl Peers {
             for subnet in &told.subnets {
                 new.level(subnet).nets.entry(ip_to_bits(subnet.addr())).or_insert(number);
             }
-            new.hosts.insert(told.host);
+            new.hosts.entry(told.host).or_insert(number);
             let to = SocketAddr::new(told.host, port);
             new.all.push(Peer { told, to, counters: Arc::default() });
         }
@@ -92,14 +93,14 @@ impl Peers {
         levels.filter_map(hit).next()
     }
 
-    /// All of them.
-    pub fn iter(&self) -> impl Iterator<Item = &Peer> {
-        self.all.iter()
+    /// The first peer whose datagrams may come from `host`; their port does not matter, behind a NAT it is any.
+    pub fn at_host(&self, host: IpAddr) -> Option<&Peer> {
+        self.hosts.get(&host).map(|number| self.at(*number))
     }
 
-    /// True when a datagram from `host` may be one of a peer's; its port does not matter, behind a NAT it is any.
-    pub fn knows(&self, host: IpAddr) -> bool {
-        self.hosts.contains(&host)
+    /// The counters of all of them at one moment.
+    pub fn snapshots(&self) -> Vec<PeerSnapshot> {
+        self.all.iter().map(|peer| peer.counters.snapshot(&peer.told.name, peer.told.host)).collect()
     }
 
     /// With the counters that these peers had before.
@@ -111,6 +112,8 @@ impl Peers {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn peer(name: &str, host: &str, subnets: &[&str]) -> TunnelPeer {
@@ -134,5 +137,55 @@ mod tests {
         assert_eq!(name("fd00::3"), Some("host"));
         assert_eq!(name("fd00::4"), Some("narrow"));
         assert_eq!(name("fd01::4"), Some("wide"));
+    }
+
+    /// The same answer by looking at everybody: of the longest prefixes that hold it the first one's.
+    fn slow(peers: &[TunnelPeer], inner: IpAddr) -> Option<usize> {
+        let all = peers.iter().enumerate().flat_map(|(n, peer)| peer.subnets.iter().map(move |subnet| (n, subnet)));
+        let holding = all.filter(|(_, subnet)| subnet.contains(inner));
+        // Of equals `max_by_key` takes the last: they come backwards.
+        holding.collect::<Vec<_>>().into_iter().rev().max_by_key(|(_, subnet)| subnet.len()).map(|(n, _)| n)
+    }
+
+    /// Addresses that lie close together, so that prefixes hold each other.
+    fn address() -> impl Strategy<Value = IpAddr> {
+        let near = proptest::array::uniform3(prop_oneof![Just(0u8), Just(1), Just(128), any::<u8>()]);
+        (near, any::<bool>()).prop_map(|([a, b, c], v4)| {
+            if v4 {
+                IpAddr::from([10, a, b, c])
+            } else {
+                let mut bytes = [0; 16];
+                (bytes[0], bytes[1], bytes[7], bytes[15]) = (0xfd, a, b, c);
+                IpAddr::from(bytes)
+            }
+        })
+    }
+
+    fn subnet() -> impl Strategy<Value = Prefix> {
+        (address(), any::<u8>()).prop_map(|(address, len)| {
+            let bits = if address.is_ipv4() { 32 } else { 128 };
+            Prefix::truncate(address, len % (bits + 1)).unwrap()
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn lookup_is_that_of_the_slow_twin(
+            subnets in proptest::collection::vec(proptest::collection::vec(subnet(), 0..4), 0..40),
+            asked in proptest::collection::vec(address(), 1..60),
+        ) {
+            let told: Vec<TunnelPeer> = subnets.into_iter().enumerate().map(|(n, subnets)| {
+                TunnelPeer { name: n.to_string(), host: IpAddr::from([192, 0, 2, (n % 7) as u8]), subnets }
+            }).collect();
+            let peers = Peers::new(told.clone(), 8285);
+            for inner in asked {
+                prop_assert_eq!(peers.position(inner), slow(&told, inner), "{}", inner);
+                prop_assert_eq!(peers.of(inner).map(|peer| peer.holds(inner)), slow(&told, inner).map(|_| true));
+            }
+            for host in (0..8).map(|n| IpAddr::from([192, 0, 2, n])) {
+                let first = told.iter().find(|peer| peer.host == host);
+                prop_assert_eq!(peers.at_host(host).map(|peer| &peer.told), first);
+            }
+        }
     }
 }

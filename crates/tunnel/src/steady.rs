@@ -245,7 +245,7 @@ fn no_packet_costs_an_allocation_on_real_devices() {
         end.store(true, Ordering::Release);
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
-    let counters = ends[0].0.counters.snapshot(&ends[0].0.current());
+    let counters = ends[0].0.counters.snapshot(ends[0].0.current().snapshots());
     let (sent, received) = (counters.peers[0].sent, counters.peers[0].received);
     assert!(sent.packets > 7000 && received.packets > 5000, "{counters:?}");
     assert_eq!(allocations, [0; 4], "out and into of both ends, {counters:?}");

@@ -78,7 +78,7 @@ impl End {
     }
 
     fn counters(&self) -> Snapshot {
-        self.shared.counters.snapshot(&self.shared.current())
+        self.shared.counters.snapshot(self.shared.current().snapshots())
     }
 }
 
@@ -305,6 +305,30 @@ fn a_narrow_path_is_told_to_who_forbids_cutting_and_others_are_cut() {
     let sent = a.send(Vnet::default(), &may_be_cut);
     assert!(sent.len() == 2 && sent.iter().all(|d| d.bytes.len() <= 1200));
     assert_eq!(b.receive(a.address, &payloads(&sent)).len(), 2);
+}
+
+#[test]
+fn what_is_cut_for_a_narrow_path_is_not_overtaken() {
+    let mut a = End::new(1, &[2], Offloads::ALL);
+    a.udp.set_path_mtu(Some(1228));
+    let plain = |len: usize| {
+        let mut packet = packet(1, 2, 17, &vec![len as u8; len]);
+        packet[6] = 0;
+        packet[10..12].copy_from_slice(&[0, 0]);
+        let sum = checksum::of(&packet[..20]);
+        packet[10..12].copy_from_slice(&sum.to_be_bytes());
+        packet
+    };
+    let lens = [100, 1400, 1400, 60, 1300, 1180, 1190, 10];
+    for len in lens {
+        a.tun.feed(&[&Vnet::default().emit()[..], &plain(len)].concat());
+    }
+    while a.out.round(&a.shared, (&a.tun, &a.udp, Some(&a.icmp)), usize::MAX).unwrap() {}
+    let sent: Vec<_> = std::iter::from_fn(|| a.udp.take()).map(|datagram| datagram.bytes).collect();
+    let order: Vec<u8> = sent.iter().map(|bytes| bytes[20]).collect();
+    let want: Vec<u8> = lens.iter().flat_map(|len| vec![*len as u8; if *len > 1180 { 2 } else { 1 }]).collect();
+    assert_eq!(order, want);
+    assert!(sent.iter().all(|bytes| bytes.len() <= 1200) && a.drops().is_empty());
 }
 
 #[test]

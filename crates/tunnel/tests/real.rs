@@ -6,6 +6,9 @@
 //! ```
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, clippy::disallowed_methods, reason = "a test")]
 
+#[path = "../../kernel/tests/common/mod.rs"]
+mod common;
+
 use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
@@ -18,31 +21,14 @@ use twill_kernel::udp::UdpSocket;
 use twill_tunnel::Tunnel;
 use twill_tunnel::peers::Peers;
 
-/// Runs `body` in a fresh network namespace: this test binary once more, inside `unshare`. Says `SKIP` where the system grants none.
-fn in_namespace(test: &str, body: impl FnOnce()) {
-    if std::env::var_os("TWILL_TEST_NAMESPACE").is_some() {
-        return body();
-    }
-    let user: &[&str] = if rustix::process::geteuid().is_root() { &[] } else { &["--user", "--map-root-user"] };
-    let proof = Command::new("unshare").args(user).args(["--net", "ip", "link", "set", "lo", "up"]).output().unwrap();
-    if !proof.status.success() {
-        return println!("SKIP: no network namespace: {}", String::from_utf8_lossy(&proof.stderr));
-    }
-    if let Err(error) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
-        return println!("SKIP: no TUN device may be made: open /dev/net/tun: {error}");
-    }
-    let mut again = Command::new("unshare");
-    again.args(user).arg("--net").arg(std::env::current_exe().unwrap()).args(["--exact", test, "--nocapture"]);
-    let done = again.env("TWILL_TEST_NAMESPACE", "1").output().unwrap();
-    let said = [done.stdout, done.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-    assert!(done.status.success(), "{}", said.join("\n"));
-}
+use common::run;
 
-fn run(line: &str) {
-    let mut words = line.split_whitespace();
-    let out = Command::new(words.next().unwrap()).args(words).output().unwrap();
-    let said = [out.stdout, out.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-    assert!(out.status.success(), "{line}: {}", said.join("\n"));
+/// As [`common::in_namespace`], where a TUN device may be made.
+fn in_namespace(test: &str, body: impl FnOnce()) {
+    match std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
+        Ok(_) => common::in_namespace(test, body),
+        Err(error) => println!("SKIP: no TUN device may be made: open /dev/net/tun: {error}"),
+    }
 }
 
 /// Opens device and socket of end `n` in the calling thread's namespace and starts the pumps.
@@ -92,6 +78,31 @@ fn stream(from: &Netns, to: &Netns, address: &str) {
     });
 }
 
+/// What goes no further is answered in both families: no peer stands for it, or the path to `peer` is narrower than the device.
+fn answers(peer: &str) {
+    let said = |line: &str| {
+        let mut words = line.split_whitespace();
+        let out = Command::new(words.next().unwrap()).args(words).output().unwrap();
+        assert!(!out.status.success(), "{line}");
+        String::from_utf8(out.stdout).unwrap()
+    };
+    for (nobody, word) in
+        [("10.1.77.7", "Destination Net Unreachable"), ("fd00:77::7", "Destination unreachable: No route")]
+    {
+        let text = said(&format!("ping -n -c 1 -W 5 {nobody}"));
+        assert!(text.contains(word), "{text}");
+    }
+    let (family, host) = if peer.contains(':') { ("-6", "128") } else { ("-4", "32") };
+    let (dev, mtu) = ("eth0", 1400);
+    run(&format!("ip {family} route replace {peer}/{host} dev {dev} mtu lock {mtu}"));
+    let inner = mtu - if family == "-6" { 48 } else { 28 };
+    let v4 = said("ping -n -c 1 -W 5 -M do -s 1400 10.1.2.1");
+    assert!(v4.contains(&format!("Frag needed and DF set (mtu = {inner})")), "{v4}");
+    let v6 = said("ping -n -c 1 -W 5 -M do -s 1380 fd00:2::1");
+    assert!(v6.contains(&format!("Packet too big: mtu={inner}")), "{v6}");
+    run(&format!("ip {family} route del {peer}/{host} dev {dev}"));
+}
+
 #[test]
 fn both_families_cross_inside_both_families() {
     in_namespace("both_families_cross_inside_both_families", || {
@@ -112,7 +123,7 @@ fn both_families_cross_inside_both_families() {
             "link set eth1 up",
             "link set lo up",
         ];
-        there.run(|| other.iter().for_each(|words| run(&format!("ip {words}")))).unwrap();
+        there.run(|| other.iter().for_each(|words| drop(run(&format!("ip {words}"))))).unwrap();
         let all = Offloads::ALL;
         for (outer, offloads) in [
             (["10.168.0.1", "10.168.0.2"], [all, all]),
@@ -134,6 +145,7 @@ fn both_families_cross_inside_both_families() {
                 assert!(sent.packets > 2 * sent.super_packets, "{sent:?}");
             }
             assert_eq!(counters.drops.iter().filter(|drop| drop.packets > 20).count(), 0, "{:?}", counters.drops);
+            answers(outer[1]);
             assert!(near.stop().is_some() && far.stop().is_some(), "the descriptors come back");
         }
     });

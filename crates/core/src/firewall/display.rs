@@ -26,7 +26,11 @@ impl fmt::Display for TableName {
 
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "table {} ({} chains, {} rules)", self.name, self.chains.len(), self.rules())
+        write!(f, "table {} ({} chains, {} rules", self.name, self.chains.len(), self.rules())?;
+        if !self.sets.is_empty() {
+            write!(f, ", {} peers' addresses", self.elements())?;
+        }
+        f.write_str(")")
     }
 }
 
@@ -131,6 +135,7 @@ impl fmt::Display for Expr {
                     None => write!(f, "{load} {op}{value}"),
                 }
             }
+            Expr::Member { load, set, inside } => write!(f, "{load} {}@{set}", if *inside { "" } else { "!= " }),
             Expr::Counter => f.write_str("counter"),
             Expr::Verdict(verdict) => write!(f, "{verdict}"),
             Expr::Masquerade { fully_random } => {

@@ -18,8 +18,8 @@ mod display;
 pub mod policy;
 pub mod published;
 
-use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -61,8 +61,20 @@ pub struct Table {
     pub name: TableName,
     /// What `nft` shows as `comment`: by this a table is known as ours.
     pub comment: Option<Box<str>>,
+    /// Sets of addresses by name; of others' tables they are not read.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sets: BTreeMap<Box<str>, Set>,
     /// Chains by name.
     pub chains: BTreeMap<Box<str>, Chain>,
+}
+
+/// Addresses of one family that rules ask for by the set's name: a lookup costs the same however many they are.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Set {
+    /// Of IPv4 addresses; else of IPv6.
+    pub v4: bool,
+    /// The addresses.
+    pub elements: BTreeSet<IpAddr>,
 }
 
 /// What tells two chains apart.
@@ -189,6 +201,15 @@ pub enum Expr {
         /// With what.
         value: Datum,
     },
+    /// `ip saddr @peers`, `ip saddr != @peers`.
+    Member {
+        /// What is looked at.
+        load: Load,
+        /// The set's name.
+        set: Box<str>,
+        /// It is in the set; else it is not.
+        inside: bool,
+    },
     /// Counts what comes by. Its figures are no part of the model.
     Counter,
     /// What happens to the packet.
@@ -259,6 +280,18 @@ impl Table {
     /// True for a table that Twill made.
     pub fn is_ours(&self) -> bool {
         self.comment.as_deref() == Some(policy::TAG)
+    }
+
+    /// True when nothing but the elements of sets tells the two apart.
+    pub fn differs_in_elements(&self, other: &Table) -> bool {
+        let kinds = |table: &Table| table.sets.iter().map(|(name, set)| (name.clone(), set.v4)).collect::<Vec<_>>();
+        (&self.name, &self.comment, &self.chains) == (&other.name, &other.comment, &other.chains)
+            && kinds(self) == kinds(other)
+    }
+
+    /// How many elements are in its sets.
+    pub fn elements(&self) -> usize {
+        self.sets.values().map(|set| set.elements.len()).sum()
     }
 
     /// How many rules are in it.

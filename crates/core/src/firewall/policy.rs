@@ -6,6 +6,7 @@
 //!   spoofed      input, filter           from the tunnel with a source in P: drop
 //!   clamp        forward, mangle         (option) a SYN through the tunnel announces no more than the route's MTU carries
 //!   forward      forward, filter         from the tunnel with a source in P, into the tunnel from C but not from P: drop
+//!   strangers    input, filter           (udp) to the tunnel's socket from no peer's address: drop, before the socket's queue
 //!   leaving      postrouting, srcnat     mark 0x4000: no; to P: no; P → C: no; C → excluded: no; C → elsewhere: yes; elsewhere → C: yes
 //! ```
 //! The order and the meaning of the last chain are flannel's (`pkg/trafficmngr/iptables/iptables.go`), for both families alike.
@@ -16,7 +17,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use super::build::{End, address, compare, family, from_device, is, marked, masked, multicast, to_device, within};
-use super::{Base, Chain, ChainKind, Cmp, Datum, Expr, Field, Hook, Rule, Table, TableName, Verdict};
+use super::{Base, Chain, ChainKind, Cmp, Datum, Expr, Field, Hook, Load, Rule, Set, Table, TableName, Verdict};
 use crate::net::{LinkName, Prefix};
 
 /// Comment of the table and of every rule that we put into the chains of others.
@@ -38,6 +39,11 @@ const TCP: u8 = 6;
 /// IPPROTO_UDP.
 const UDP: u8 = 17;
 
+/// The set of the peers' addresses on the underlay, and the chain that drops everybody else.
+pub const PEERS: &str = "peers";
+/// See [`PEERS`].
+pub const STRANGERS: &str = "strangers";
+
 /// What the table depends on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Policy {
@@ -51,6 +57,8 @@ pub struct Policy {
     pub tunnels: Vec<LinkName>,
     /// Where peers' datagrams come in on the underlay. Ours go from this address to the same port of a peer.
     pub outer: Vec<SocketAddr>,
+    /// The socket of a tunnel in user space: it hears peers and nobody else. Who they are is kept by element, see [`PEERS`].
+    pub socket: Option<SocketAddr>,
     /// Masquerade what leaves the network.
     pub masquerade: bool,
     /// Clamp TCP's segment size to the route's MTU.
@@ -72,8 +80,11 @@ impl Policy {
         add("spoofed", ChainKind::Filter, Hook::Input, FILTER, self.spoofed());
         add("clamp", ChainKind::Filter, Hook::Forward, MANGLE, self.clamp());
         add("forward", ChainKind::Filter, Hook::Forward, FILTER, self.forward());
+        add(STRANGERS, ChainKind::Filter, Hook::Input, FILTER, self.strangers());
         add("leaving", ChainKind::Nat, Hook::Postrouting, SRCNAT, self.masquerade());
-        Table { name: TableName::twill(), comment: Some(TAG.into()), chains }
+        let peers = |at: SocketAddr| (PEERS.into(), Set { v4: at.is_ipv4(), ..Set::default() });
+        let sets = self.socket.into_iter().map(peers).collect();
+        Table { name: TableName::twill(), comment: Some(TAG.into()), sets, chains }
     }
 
     fn subnet(&self, network: &Prefix) -> Option<&Prefix> {
@@ -131,6 +142,23 @@ impl Policy {
         rules
     }
 
+    /// A chain of the input hook sees packets whole, and before the socket's queue: junk takes no room there from peers.
+    fn strangers(&self) -> Vec<Rule> {
+        let rule = |at: SocketAddr| {
+            let v4 = at.is_ipv4();
+            let load = Load::from(address(End::Source, v4));
+            let to_it = [
+                family(v4),
+                is(address(End::Destination, v4), Datum::Ip(at.ip())),
+                is(Field::L4Proto, Datum::Byte(UDP)),
+                is(Field::DstPort, Datum::Port(at.port())),
+                Expr::Member { load, set: PEERS.into(), inside: false },
+            ];
+            ending(to_it, Verdict::Drop)
+        };
+        self.socket.into_iter().map(rule).collect()
+    }
+
     fn masquerade(&self) -> Vec<Rule> {
         if !self.masquerade {
             return Vec::new();
@@ -176,6 +204,7 @@ mod tests {
             excluded: vec!["192.0.2.0/24".parse().unwrap()],
             tunnels: vec!["flannel.1".parse().unwrap()],
             outer: vec!["10.168.0.2:8472".parse().unwrap()],
+            socket: None,
             masquerade: true,
             clamp: true,
         }
@@ -214,6 +243,16 @@ mod tests {
         assert_eq!(lines(&table, "forward")[..2], lines(&table, "spoofed"));
         assert_eq!(lines(&table, "forward").len(), 4);
         assert_eq!(lines(&table, "clamp").len(), 2);
+    }
+
+    #[test]
+    fn who_is_no_peer_is_dropped_at_the_tunnels_socket_alone() {
+        let table = Policy { socket: Some("10.168.0.2:8285".parse().unwrap()), ..policy() }.table();
+        assert_eq!(
+            lines(&table, "strangers"),
+            ["meta nfproto 2 ip daddr 10.168.0.2 meta l4proto 17 th dport 8285 ip saddr != @peers counter drop"]
+        );
+        assert!(table.sets["peers"].v4 && !policy().table().chains.contains_key("strangers"));
     }
 
     #[test]

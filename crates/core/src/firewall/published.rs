@@ -59,7 +59,9 @@ pub fn table<'a>(attached: impl IntoIterator<Item = &'a Request>) -> Option<Tabl
     add("loopback", base(ChainKind::Filter, Hook::Input, FILTER), guarded.into_iter().map(guard).collect());
     led.append(&mut beyond);
     add("leaving", base(ChainKind::Nat, Hook::Postrouting, SRCNAT), led);
-    (!chains.is_empty()).then(|| Table { name: TableName::twill_cni(), comment: Some(TAG.into()), chains })
+    let table =
+        |chains| Table { name: TableName::twill_cni(), comment: Some(TAG.into()), sets: BTreeMap::new(), chains };
+    (!chains.is_empty()).then(|| table(chains))
 }
 
 /// What of the table `want` the table `have` lacks, or has otherwise, as far as it is `request`'s: for people.

@@ -1,7 +1,10 @@
 //! What is wanted, by who wants it: the node's own base, and each peer. Full and incremental work are one code.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
+use crate::firewall::TableName;
+use crate::firewall::policy::PEERS;
 use crate::host::{HostState, Key, Object};
 
 use super::{Claim, Desired};
@@ -68,6 +71,22 @@ impl Wanted {
             self.desired.host.extend(objects);
         }
         dirty
+    }
+
+    /// Who may send to the tunnel's socket: the elements of the firewall's set of peers, where the base has one. Gives the key to look at
+    /// when they have changed.
+    pub fn set_members(&mut self, members: impl IntoIterator<Item = IpAddr>) -> Option<Key> {
+        let key = Key::Table(TableName::twill());
+        let Some(Object::Table(table)) = self.desired.host.get(&key) else { return None };
+        let set = table.sets.get(PEERS)?;
+        let elements: BTreeSet<IpAddr> = members.into_iter().filter(|ip| ip.is_ipv4() == set.v4).collect();
+        if set.elements == elements {
+            return None;
+        }
+        let mut table = table.clone();
+        table.sets.get_mut(PEERS)?.elements = elements;
+        self.desired.host.insert(Object::Table(table));
+        Some(key)
     }
 
     /// Packs what is kept, after bulk work.

@@ -4,11 +4,15 @@
 //! wire stream-send ADDR:PORT BYTES        wire stream-receive ADDR:PORT BYTES
 //! wire datagrams-send ADDR:PORT FROM TO   wire datagrams-receive ADDR:PORT FROM TO
 //! wire packet FROM:PORT TO:PORT HEX…      one datagram for each payload; `-` is an empty one
+//! wire flood FROM:PORT TO:PORT HEX        the same datagram over and over, until it is killed
+//! wire relay NEAR FAR OWN OTHER HARM       datagrams between a UDP port and the relay whose unix socket is OTHER; the way out does harm:
+//!                                         some of loss, double, reorder with commas between
 //! ```
 //! A receiver prints `ready` once it listens, and `same` once everything has come, in order and unchanged.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
 
 /// Datagrams and bytes that may be on their way: a receiver's queue takes so many.
@@ -25,15 +29,72 @@ fn main() {
         ["datagrams-receive", at, from, until] => datagrams_receive(at, from.parse().unwrap(), until.parse().unwrap()),
         ["packet", from, to, ref payloads @ ..] => {
             let socket = UdpSocket::bind(from).unwrap();
-            for hex in payloads {
-                let digit = |at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
-                let hex_len = if *hex == "-" { 0 } else { hex.len() };
-                let bytes: Vec<u8> = (0..hex_len).step_by(2).map(digit).collect();
-                socket.send_to(&bytes, to).unwrap();
+            for payload in payloads {
+                socket.send_to(&unhex(payload), to).unwrap();
             }
         }
+        ["flood", from, to, payload] => {
+            let (socket, bytes) = (UdpSocket::bind(from).unwrap(), unhex(payload));
+            say("ready");
+            loop {
+                // The other side's queue, or its refusal, is no matter here.
+                let _ = socket.send_to(&bytes, to);
+            }
+        }
+        ["relay", near, far, own, other, harm] => relay(near, far, own, other, harm),
         _ => panic!("wire: {words:?}"),
     }
+}
+
+/// A wire in two halves, one in each namespace.
+fn relay(near: &str, far: &str, own: &str, other: &str, harm: &str) {
+    let socket = UdpSocket::bind(near).unwrap();
+    let local = UnixDatagram::bind(own).unwrap();
+    let (from_far, to_far) = (socket.try_clone().unwrap(), local.try_clone().unwrap());
+    let far: SocketAddr = far.parse().unwrap();
+    std::thread::spawn(move || {
+        let mut buffer = vec![0; 1 << 16];
+        while let Ok(len) = to_far.recv(&mut buffer) {
+            // A host whose port is closed for a while is no matter.
+            let _ = socket.send_to(&buffer[..len], far);
+        }
+    });
+    say("ready");
+    let does = |what: &str| harm.split(',').any(|word| word == what);
+    let (loss, double, reorder) = (does("loss"), does("double"), does("reorder"));
+    let (mut random, mut buffer, mut held) = (Bytes(7), vec![0; 1 << 16], None::<(Vec<u8>, u8)>);
+    // The other half may not be there yet: that is a loss as well.
+    let pass = |bytes: &[u8]| drop(local.send_to(bytes, other));
+    while let Ok((len, from)) = from_far.recv_from(&mut buffer) {
+        let mut dice = [0; 3];
+        random.fill(&mut dice);
+        let one_in = |dice: u8, number: u8| dice.is_multiple_of(number);
+        if from != far || (loss && one_in(dice[0], 100)) {
+            continue;
+        }
+        if reorder && held.is_none() && one_in(dice[1], 30) {
+            held = Some((buffer[..len].to_vec(), 4));
+            continue;
+        }
+        pass(&buffer[..len]);
+        if double && one_in(dice[2], 50) {
+            pass(&buffer[..len]);
+        }
+        held = held.and_then(|(late, left)| {
+            if left == 0 {
+                pass(&late);
+                None
+            } else {
+                Some((late, left - 1))
+            }
+        });
+    }
+}
+
+/// `-` is nothing.
+fn unhex(hex: &str) -> Vec<u8> {
+    let digit = |at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
+    (0..hex.trim_start_matches('-').len()).step_by(2).map(digit).collect()
 }
 
 /// Bytes that look random and are always the same (xorshift64*, Vigna 2014).

@@ -1,12 +1,15 @@
 //! Messages → model.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use twill_core::firewall::{
-    Base, ChainKind, Cmp, Datum, Expr, Family, Field, Hook, Load, PayloadBase, Rule, TableName, Type, Verdict,
+    Base, ChainKind, Cmp, Datum, Expr, Family, Field, Hook, Load, PayloadBase, Rule, Set, TableName, Type, Verdict,
 };
 
-use super::uapi::{REG_VERDICT, UDATA_COMMENT, chain, data, fib, masq, maxseg, meta, nat, payload, rule, table};
+use super::uapi::{
+    COUNTER_PACKETS, REG_VERDICT, UDATA_COMMENT, chain, data, fib, lookup, masq, maxseg, meta, nat, payload, rule, set,
+    table,
+};
 use crate::netlink::wire::{attr, attrs, text};
 
 /// The attributes of a message, behind its nfgenmsg; and its family.
@@ -60,6 +63,38 @@ fn base(body: &[u8]) -> Option<Base> {
     })
 }
 
+/// A set's table and name, and itself without its elements where it is a plain one of addresses.
+pub(super) fn set(payload: &[u8]) -> Option<(TableName, Box<str>, Option<Set>)> {
+    let (family, body) = body(payload)?;
+    let of = TableName::new(family, text(attr(body, set::TABLE)?)?);
+    let v4 = match number(body, set::KEY_TYPE) {
+        Some(set::TYPE_V4) => Some(true),
+        Some(set::TYPE_V6) => Some(false),
+        _ => None,
+    };
+    let plain = number(body, set::FLAGS).unwrap_or(0) == 0;
+    let what = v4.filter(|_| plain).map(|v4| Set { v4, ..Set::default() });
+    Some((of, text(attr(body, set::NAME)?)?.into(), what))
+}
+
+/// The addresses that a message about elements names.
+pub(super) fn elements(payload: &[u8]) -> impl Iterator<Item = IpAddr> {
+    let list = body(payload).and_then(|(_, body)| attr(body, set::LIST_ELEMENTS)).unwrap_or_default();
+    attrs(list).filter(|(kind, _)| *kind == rule::ELEMENT).filter_map(|(_, element)| {
+        let key = attr(attr(element, set::ELEMENT_KEY)?, data::VALUE)?;
+        let v4 = || Some(IpAddr::from(<[u8; 4]>::try_from(key).ok()?));
+        v4().or_else(|| Some(IpAddr::from(<[u8; 16]>::try_from(key).ok()?)))
+    })
+}
+
+/// What the counters of a rule have seen, in packets.
+pub(super) fn counted(payload: &[u8]) -> u64 {
+    let list = body(payload).and_then(|(_, body)| attr(body, rule::EXPRESSIONS)).unwrap_or_default();
+    let raw = attrs(list).filter(|(kind, _)| *kind == rule::ELEMENT).filter_map(|(_, e)| Raw::new(e));
+    let packets = |raw: Raw<'_>| Some(u64::from_be_bytes(attr(raw.is("counter")?, COUNTER_PACKETS)?.try_into().ok()?));
+    raw.filter_map(packets).sum()
+}
+
 /// A rule's handle and content.
 pub(super) fn rule(payload: &[u8]) -> Option<(u64, Rule)> {
     let (_, body) = body(payload)?;
@@ -106,7 +141,7 @@ impl<'a> Raw<'a> {
     }
 }
 
-/// A load, perhaps a mask, and a comparison of the same register.
+/// A load, perhaps a mask, and a comparison of the same register or its lookup in a set.
 fn compared<'r, 'a>(rest: &'r [Raw<'a>]) -> Option<(Expr, &'r [Raw<'a>])> {
     let (first, mut rest) = rest.split_first()?;
     let (field, register) = load(first)?;
@@ -124,6 +159,17 @@ fn compared<'r, 'a>(rest: &'r [Raw<'a>]) -> Option<(Expr, &'r [Raw<'a>])> {
         rest = &rest[1..];
     }
     let (cmp, rest) = rest.split_first()?;
+    if let Some(found) = cmp.is("lookup") {
+        // With a register for the answer it is a map's.
+        let plain = number(found, lookup::SREG) == Some(register) && attr(found, lookup::DREG).is_none();
+        let inside = match number(found, lookup::FLAGS).unwrap_or(0) {
+            0 => true,
+            lookup::INVERTED => false,
+            _ => return None,
+        };
+        let set = text(attr(found, lookup::SET)?)?.into();
+        return plain.then_some((Expr::Member { load: Load { field, mask }, set, inside }, rest));
+    }
     let cmp = cmp.is("cmp").filter(|cmp| number(cmp, data::CMP_SREG) == Some(register))?;
     let op = match number(cmp, data::CMP_OP)? {
         0 => Cmp::Eq,

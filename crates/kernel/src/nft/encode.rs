@@ -1,13 +1,13 @@
 //! Model → messages.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use twill_core::firewall::{
-    Base, Chain, ChainKind, Cmp, Datum, Expr, Family, Field, Hook, Load, PayloadBase, Rule, Verdict,
+    Base, Chain, ChainKind, Cmp, Datum, Expr, Family, Field, Hook, Load, PayloadBase, Rule, Set, Verdict,
 };
 
 use super::uapi::{
-    REG, REG_NEXT, REG_VERDICT, UDATA_COMMENT, chain, data, fib, masq, maxseg, meta, nat, payload, rule,
+    REG, REG_NEXT, REG_VERDICT, UDATA_COMMENT, chain, data, fib, lookup, masq, maxseg, meta, nat, payload, rule, set,
 };
 use crate::netlink::wire::Writer;
 
@@ -58,6 +58,27 @@ pub(super) fn chain(w: &mut Writer, table: &str, name: &str, what: &Chain) {
     }
 }
 
+/// A set without its elements. `id` tells it from the other new ones of its transaction.
+pub(super) fn set(w: &mut Writer, table: &str, name: &str, what: &Set, id: u32) {
+    w.text(set::TABLE, table);
+    w.text(set::NAME, name);
+    number(w, set::FLAGS, 0);
+    number(w, set::KEY_TYPE, if what.v4 { set::TYPE_V4 } else { set::TYPE_V6 });
+    number(w, set::KEY_LEN, if what.v4 { 4 } else { 16 });
+    number(w, set::ID, id);
+}
+
+/// Elements of a set; as many as an attribute has room for.
+pub(super) fn elements(w: &mut Writer, table: &str, name: &str, elements: &[IpAddr]) {
+    w.text(set::LIST_TABLE, table);
+    w.text(set::LIST_SET, name);
+    w.nest(set::LIST_ELEMENTS, |w| {
+        for ip in elements {
+            w.nest(rule::ELEMENT, |w| w.nest(set::ELEMENT_KEY, |w| w.attr(data::VALUE, &Datum::Ip(*ip).bytes())));
+        }
+    });
+}
+
 /// A rule's expressions and comment.
 pub(super) fn rule(w: &mut Writer, what: &Rule) {
     w.nest(rule::EXPRESSIONS, |w| what.exprs.iter().for_each(|e| expr(w, e)));
@@ -80,6 +101,14 @@ fn expr(w: &mut Writer, expr: &Expr) {
         Expr::Match { load, op, value } => {
             self::load(w, load);
             compare(w, *op, &value.bytes());
+        }
+        Expr::Member { load, set, inside } => {
+            self::load(w, load);
+            element(w, "lookup", |w| {
+                w.text(lookup::SET, set);
+                number(w, lookup::SREG, REG);
+                number(w, lookup::FLAGS, if *inside { 0 } else { lookup::INVERTED });
+            });
         }
         Expr::Counter => element(w, "counter", |_| {}),
         Expr::Verdict(to) => element(w, "immediate", |w| {

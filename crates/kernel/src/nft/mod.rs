@@ -10,20 +10,24 @@ mod decode;
 mod encode;
 mod uapi;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::net::netlink;
 use twill_core::firewall::{
-    Base, Chain, ChainName, Expr, Family, Head, Rule, Table, TableName, Verdict, beside, policy,
+    Base, Chain, ChainName, Expr, Family, Head, Rule, Set, Table, TableName, Verdict, beside, policy,
 };
 use twill_core::host::Object;
 use twill_core::reconcile::{Op, StepError};
 
-use self::uapi::{BATCH_BEGIN, BATCH_END, GROUP, SUBSYSTEM, chain, msg, rule, table};
+use self::uapi::{BATCH_BEGIN, BATCH_END, GROUP, SUBSYSTEM, chain, msg, rule, set, table};
 use crate::netlink::socket::{Refusal, Socket};
 use crate::netlink::wire::{Writer, flag};
+
+/// Elements in one message: the attribute that holds them has a length of 16 bits.
+const ELEMENTS: usize = 1024;
 
 /// nftables of the namespace of the thread that opened it.
 #[derive(Debug)]
@@ -112,9 +116,33 @@ impl Nft {
                 let rules = rules.into_iter().map(|(_, rule)| rule).collect();
                 chains.insert(chain.clone(), Chain { base: bases.get(&chain).copied().flatten(), rules });
             }
-            tables.push(Table { name, comment, chains });
+            let sets = if name == TableName::twill() { self.sets(&name, &mut whole)? } else { BTreeMap::new() };
+            tables.push(Table { name, comment, sets, chains });
         }
         Ok(whole.then_some(tables))
+    }
+
+    /// The plain sets of addresses of a table.
+    fn sets(&mut self, table: &TableName, whole: &mut bool) -> io::Result<BTreeMap<Box<str>, Set>> {
+        let mut sets: BTreeMap<Box<str>, Set> = BTreeMap::new();
+        let fill = |w: &mut Writer| {
+            w.put(&header(encode::family(table.family)));
+            w.text(set::TABLE, &table.name);
+        };
+        *whole &= self.requests.dump(msg::GET_SET, fill, |m| {
+            let ours = decode::set(m.payload).filter(|(of, _, _)| of == table);
+            sets.extend(ours.and_then(|(_, name, what)| Some((name, what?))));
+        })?;
+        for (name, what) in &mut sets {
+            let fill = |w: &mut Writer| {
+                w.put(&header(encode::family(table.family)));
+                w.text(set::LIST_TABLE, &table.name);
+                w.text(set::LIST_SET, name);
+            };
+            *whole &=
+                self.requests.dump(msg::GET_ELEMENT, fill, |m| what.elements.extend(decode::elements(m.payload)))?;
+        }
+        Ok(sets)
     }
 
     /// The rules of a chain in order, each with its handle.
@@ -186,7 +214,12 @@ impl Nft {
                 batch.delete_chain(&left.at);
             }
             Op::Create(object) | Op::Update { to: object, .. } | Op::Recreate { to: object, .. } => match object {
-                Object::Table(new) => batch.replace(new),
+                Object::Table(new) => match op {
+                    Op::Update { from: Object::Table(old), .. } if new.differs_in_elements(old) => {
+                        batch.change_elements(old, new)
+                    }
+                    _ => batch.replace(new),
+                },
                 Object::Head(new) => {
                     batch.delete_rules(&new.at.table, &gone);
                     batch.insert_rules(new);
@@ -203,6 +236,19 @@ impl AsFd for Nft {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.monitor.as_fd()
     }
+}
+
+/// Packets that the counters of a chain's rules have seen, in the calling thread's namespace.
+pub fn counted(table: &TableName, chain: &str) -> io::Result<u64> {
+    let mut socket = Socket::open(Some(netlink::NETFILTER), 0)?;
+    let fill = |w: &mut Writer| {
+        w.put(&header(encode::family(table.family)));
+        w.text(rule::TABLE, &table.name);
+        w.text(rule::CHAIN, chain);
+    };
+    let mut packets = 0;
+    socket.dump(msg::GET_RULE, fill, |m| packets += decode::counted(m.payload))?;
+    Ok(packets)
 }
 
 /// struct nfgenmsg: family, version, resource.
@@ -247,6 +293,10 @@ impl<'a> Batch<'a> {
                 encode::comment(w, table::USERDATA, text);
             }
         });
+        for (id, (set, what)) in (1..).zip(&new.sets) {
+            self.message(msg::NEW_SET, flag::CREATE, *family, |w| encode::set(w, name, set, what, id));
+            self.elements(msg::NEW_ELEMENT, &new.name, set, &what.elements);
+        }
         // Chains first: rules may jump to any of them.
         for (chain, what) in &new.chains {
             self.message(msg::NEW_CHAIN, flag::CREATE, *family, |w| encode::chain(w, name, chain, what));
@@ -259,6 +309,24 @@ impl<'a> Batch<'a> {
                 w.text(rule::CHAIN, chain);
                 encode::rule(w, what);
             });
+        }
+    }
+
+    /// The same table with other elements: what is in both is not touched.
+    fn change_elements(&mut self, old: &Table, new: &Table) {
+        for (name, set) in &new.sets {
+            let had = old.sets.get(name).map(|set| &set.elements);
+            let had = had.unwrap_or(const { &BTreeSet::new() });
+            self.elements(msg::NEW_ELEMENT, &new.name, name, set.elements.difference(had));
+            self.elements(msg::DEL_ELEMENT, &new.name, name, had.difference(&set.elements));
+        }
+    }
+
+    fn elements<'e>(&mut self, kind: u16, of: &TableName, set: &str, elements: impl IntoIterator<Item = &'e IpAddr>) {
+        let all: Vec<IpAddr> = elements.into_iter().copied().collect();
+        for some in all.chunks(ELEMENTS) {
+            let flags = if kind == msg::NEW_ELEMENT { flag::CREATE } else { 0 };
+            self.message(kind, flags, of.family, |w| encode::elements(w, &of.name, set, some));
         }
     }
 

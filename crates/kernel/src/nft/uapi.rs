@@ -22,6 +22,11 @@ pub(super) mod msg {
     pub(in super::super) const NEW_RULE: u16 = of(6);
     pub(in super::super) const GET_RULE: u16 = of(7);
     pub(in super::super) const DEL_RULE: u16 = of(8);
+    pub(in super::super) const NEW_SET: u16 = of(9);
+    pub(in super::super) const GET_SET: u16 = of(10);
+    pub(in super::super) const NEW_ELEMENT: u16 = of(12);
+    pub(in super::super) const GET_ELEMENT: u16 = of(13);
+    pub(in super::super) const DEL_ELEMENT: u16 = of(14);
 }
 
 /// NFTA_TABLE_*.
@@ -52,6 +57,35 @@ pub(super) mod rule {
     pub(in super::super) const EXPR_NAME: u16 = 1;
     pub(in super::super) const EXPR_DATA: u16 = 2;
 }
+
+/// NFTA_SET_*, NFTA_SET_ELEM_LIST_*, NFTA_SET_ELEM_*.
+pub(super) mod set {
+    pub(in super::super) const TABLE: u16 = 1;
+    pub(in super::super) const NAME: u16 = 2;
+    pub(in super::super) const FLAGS: u16 = 3;
+    pub(in super::super) const KEY_TYPE: u16 = 4;
+    pub(in super::super) const KEY_LEN: u16 = 5;
+    pub(in super::super) const ID: u16 = 10;
+    /// What `nft` calls ipv4_addr and ipv6_addr.
+    pub(in super::super) const TYPE_V4: u32 = 7;
+    pub(in super::super) const TYPE_V6: u32 = 8;
+    pub(in super::super) const LIST_TABLE: u16 = 1;
+    pub(in super::super) const LIST_SET: u16 = 2;
+    pub(in super::super) const LIST_ELEMENTS: u16 = 3;
+    pub(in super::super) const ELEMENT_KEY: u16 = 1;
+}
+
+/// NFTA_LOOKUP_* and NFT_LOOKUP_F_INV.
+pub(super) mod lookup {
+    pub(in super::super) const SET: u16 = 1;
+    pub(in super::super) const SREG: u16 = 2;
+    pub(in super::super) const DREG: u16 = 3;
+    pub(in super::super) const FLAGS: u16 = 5;
+    pub(in super::super) const INVERTED: u32 = 1;
+}
+
+/// NFTA_COUNTER_PACKETS.
+pub(super) const COUNTER_PACKETS: u16 = 2;
 
 /// NFTNL_UDATA_TABLE_COMMENT and NFTNL_UDATA_RULE_COMMENT: how `nft` keeps a comment in the user data.
 pub(super) const UDATA_COMMENT: u8 = 0;

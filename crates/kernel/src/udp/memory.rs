@@ -74,7 +74,7 @@ impl Udp for MemoryUdp {
             let outer = if message.to.is_ipv4() { 28 } else { 48 };
             if state.path_mtu.is_some_and(|mtu| message.segment.min(message.len) + outer > mtu) {
                 failed(number, io::Error::from_raw_os_error(libc::EMSGSIZE));
-                continue;
+                break;
             }
             let single = bytes.is_empty().then_some(bytes);
             for part in single.into_iter().chain(bytes.chunks(message.segment.max(1))) {

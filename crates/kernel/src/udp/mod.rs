@@ -65,8 +65,9 @@ pub struct Incoming {
 
 /// A bound socket. Shared between the thread that sends and the one that receives.
 pub trait Udp {
-    /// Sends everything, in order; `failed` hears which of `batch` did not go (some of its segments may have) and why.
-    /// Gives the number of calls to the kernel.
+    /// Sends everything, in order; `failed` hears which of `batch` did not go (some of its segments may have) and why. One that is longer
+    /// than its path takes (`EMSGSIZE`) ends it, so that nothing overtakes what is to be cut: it is the last that `failed` hears of, and
+    /// what stands behind it was not sent. Gives the number of calls to the kernel.
     fn send(&self, buffer: &[u8], batch: &[Outgoing], failed: &mut dyn FnMut(usize, io::Error)) -> usize;
     /// Adds what is there to `out`, one message for each [`SLOT`] of the buffer at most; `WouldBlock` when there is nothing.
     fn recv(&self, buffer: &mut [u8], out: &mut Vec<Incoming>) -> io::Result<()>;
@@ -146,7 +147,7 @@ impl UdpSocket {
         if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(sent as usize) }
     }
 
-    /// Sends one message segment by segment; `Err` with the first failure.
+    /// Sends one message segment by segment; `Err` with the first failure. A segment that is too long ends it.
     fn send_apart(&self, buffer: &[u8], message: &Outgoing) -> (usize, io::Result<()>) {
         let (mut calls, mut result, mut sent) = (0, Ok(()), 0);
         loop {
@@ -164,6 +165,7 @@ impl UdpSocket {
                 match self.send_some(buffer, &some[at..count]) {
                     Ok(gone) => at += gone,
                     Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    Err(e) if is_too_long(&e) => return (calls, Err(e)),
                     Err(e) => {
                         at += 1;
                         if result.is_ok() {
@@ -182,13 +184,20 @@ impl UdpSocket {
 
 impl Udp for UdpSocket {
     fn send(&self, buffer: &[u8], batch: &[Outgoing], failed: &mut dyn FnMut(usize, io::Error)) -> usize {
-        let (mut at, mut calls) = (0, 0);
+        let (mut at, mut calls, mut too_long) = (0, 0, false);
+        let mut failed = |at: usize, e: io::Error| {
+            too_long |= is_too_long(&e);
+            failed(at, e);
+            too_long
+        };
         while at < batch.len() {
             let single = batch[at].len <= batch[at].segment;
             if !single && !self.segments() {
                 let (more, result) = self.send_apart(buffer, &batch[at]);
                 calls += more;
-                result.unwrap_or_else(|e| failed(at, e));
+                if result.is_err_and(|e| failed(at, e)) {
+                    break;
+                }
                 at += 1;
                 continue;
             }
@@ -205,11 +214,15 @@ impl Udp for UdpSocket {
                     }
                     let (more, result) = self.send_apart(buffer, &batch[at]);
                     calls += more;
-                    result.unwrap_or_else(|e| failed(at, e));
+                    if result.is_err_and(|e| failed(at, e)) {
+                        break;
+                    }
                     at += 1;
                 }
                 Err(e) => {
-                    failed(at, e);
+                    if failed(at, e) {
+                        break;
+                    }
                     at += 1;
                 }
             }
@@ -267,6 +280,10 @@ impl AsFd for UdpSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+fn is_too_long(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EMSGSIZE)
 }
 
 fn set(fd: &OwnedFd, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {

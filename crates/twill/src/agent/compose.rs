@@ -85,12 +85,15 @@ impl Network {
     /// The node's own objects: what the backend stands on, and the way out.
     pub(crate) fn base(&self) -> Result<HostState, Refusal> {
         let mut base = self.backend.base(&self.cx)?;
+        // Where it is refused the tunnel says so.
+        let tunnel = self.backend.tunnel(&self.cx).ok().flatten();
         let policy = Policy {
             networks: self.cx.networks.clone(),
             subnets: self.cx.subnets.clone(),
             excluded: self.excluded.clone(),
             tunnels: self.devices(),
             outer: self.outer(&base),
+            socket: tunnel.map(|tunnel| tunnel.local),
             masquerade: self.way_out.masquerade,
             clamp: self.way_out.clamp,
         };

@@ -24,7 +24,7 @@ use super::guests;
 use super::reconciler::Order;
 use super::session::Command;
 use super::tunnel::SharedGauge;
-use super::view::{Peers, TunnelView, View};
+use super::view::{self, Peers, TunnelView, View};
 use crate::output::Failure;
 
 /// What the handlers reach.
@@ -93,7 +93,8 @@ fn ended() -> Refused {
 
 async fn status(State(control): State<Control>) -> Answer {
     let mut view = control.view.lock().map_err(|_| ended())?.clone();
-    view.tunnel = control.gauge.lock().map_err(|_| ended())?.as_ref().map(TunnelView::of);
+    let gauge = control.gauge.lock().map_err(|_| ended())?.clone();
+    view.tunnel = gauge.map(|gauge| TunnelView::of(&gauge, view.guarded));
     let host = control.host.borrow().clone();
     view.findings.extend(guests::findings(&control.state_dir, &host, &view));
     answer(view)
@@ -105,7 +106,8 @@ async fn tunnel(State(control): State<Control>) -> Answer {
         let failure = Failure::new("no-tunnel", "no tunnel of the udp backend runs on this node");
         Refused(failure.hint("the counters of other backends are the kernel's: ip -s link; see also: twill status"))
     })?;
-    answer(gauge.counters())
+    let guarded = control.view.lock().map_err(|_| ended())?.guarded;
+    answer(view::counters(&gauge, guarded))
 }
 
 async fn peers(State(control): State<Control>) -> Answer {

@@ -17,6 +17,7 @@ use twill_cni::records::Records;
 use twill_core::backend::{Reach, TunnelSpec};
 use twill_core::firewall::TableName;
 use twill_core::firewall::beside::{self, LegacyForward};
+use twill_core::firewall::policy::STRANGERS;
 use twill_core::host::{HostState, Key, Object, PROTO_TWILL};
 use twill_core::reconcile::{
     Claim, Finding, Healer, Journal, Plan, Scope, Wanted, plan, shadowed, taken_tables, taken_tunnels,
@@ -88,6 +89,10 @@ pub(crate) struct Reconciler {
     legacy: (Vec<LegacyForward>, Duration),
     findings: Option<Duration>,
     trim: bool,
+    /// The tunnel's peers may have changed, or the table that names them.
+    members: bool,
+    /// What [`View`] says of the guard at the tunnel's socket.
+    guarded: bool,
     host: watch::Sender<Arc<HostState>>,
     view: Arc<Mutex<View>>,
 }
@@ -120,6 +125,8 @@ impl Reconciler {
             legacy: (Vec::new(), LEGACY),
             findings: None,
             trim: false,
+            members: false,
+            guarded: false,
             host,
             view,
         };
@@ -157,16 +164,18 @@ impl Reconciler {
             let mut answers = Vec::new();
             loop {
                 match orders.try_recv() {
-                    Ok(Order::End) => return,
+                    Ok(Order::End) => return self.tunnel.save(),
                     Ok(order) => self.on_order(order, &mut answers),
                     Err(TryRecvError::Empty) => break,
-                    Err(TryRecvError::Disconnected) => return,
+                    Err(TryRecvError::Disconnected) => return self.tunnel.save(),
                 }
             }
             self.look_beside();
             self.restore_ports();
+            self.admit();
             self.reconcile();
             self.bring_up_tunnel();
+            self.publish_guard();
             for done in answers {
                 // Whoever asked may have gone.
                 let _ = done.send(self.firewall_stands());
@@ -233,6 +242,7 @@ impl Reconciler {
         });
         let dirty: BTreeSet<Key> = dirty.collect();
         self.ordered.extend(dirty);
+        self.members = true;
         // A tunnel's peer has no object in the kernel whose coming would be told.
         let soon = if self.tunnel.peer_count() == before { QUIET } else { Duration::ZERO };
         self.findings = Some(self.now() + soon);
@@ -255,8 +265,7 @@ impl Reconciler {
                 self.wanted.set_claim(claim);
                 let dirty = self.wanted.set_base(base);
                 self.ordered.extend(dirty);
-                self.all = true;
-                self.settled = false;
+                (self.all, self.settled, self.members) = (true, false, true);
                 answers.push(done);
             }
             Order::Peers(peers) => self.on_peers(peers),
@@ -269,9 +278,7 @@ impl Reconciler {
             Order::TakeBack | Order::End => self.tunnel.take_back(),
             Order::Prune => {
                 self.tunnel.forget_remembered();
-                self.prune = true;
-                self.all = true;
-                self.settled = false;
+                (self.prune, self.all, self.settled, self.members) = (true, true, false, true);
             }
             Order::Hold(held) => {
                 self.held = held;
@@ -284,7 +291,7 @@ impl Reconciler {
                 names.iter().for_each(|name| drop(self.wanted.set_peer(name, Vec::new())));
                 self.wanted.set_base(HostState::new());
                 self.tunnel.clear();
-                (self.all, self.prune, self.settled) = (true, true, false);
+                (self.all, self.prune, self.settled, self.members) = (true, true, false, true);
                 answers.push(done);
             }
         }
@@ -329,6 +336,14 @@ impl Reconciler {
                 self.wake = Some(self.wake.map_or(soon, |at| at.min(soon)));
             }
             Err(error) => tracing::warn!(%error, hint = error.details, "cannot restore the host ports of containers"),
+        }
+    }
+
+    /// Whom the firewall lets through to the tunnel's socket: whoever the tunnel itself hears.
+    fn admit(&mut self) {
+        if std::mem::take(&mut self.members) {
+            let dirty = self.wanted.set_members(self.tunnel.hosts());
+            self.ordered.extend(dirty);
         }
     }
 
@@ -388,6 +403,18 @@ impl Reconciler {
         let have = self.kernel.mirror();
         let mut tables = self.wanted.desired().host.iter().filter(|(key, _)| matches!(key, Key::Table(_)));
         tables.all(|(key, want)| have.get(key).is_some_and(|have| want.satisfied_by(have)))
+    }
+
+    /// Tells whether nftables keeps strangers from the tunnel's socket.
+    fn publish_guard(&mut self) {
+        let table = self.kernel.mirror().get(&Key::Table(TableName::twill()));
+        let guarded =
+            matches!(table, Some(Object::Table(table)) if table.is_ours() && table.chains.contains_key(STRANGERS));
+        if guarded != std::mem::replace(&mut self.guarded, guarded)
+            && let Ok(mut view) = self.view.lock()
+        {
+            view.guarded = guarded;
+        }
     }
 
     fn is_ours(&self, key: &Key) -> bool {

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -87,7 +88,8 @@ impl TunnelHost {
         let (spec, tun, udp) = match (handed, kept, &self.spec) {
             (Some(Handed { spec, tun, udp }), _, _) => (spec, tun, udp),
             (None, (Some(tun), Some(udp)), Some(spec)) => (spec.clone(), tun, udp),
-            _ => return,
+            // Kept by somebody else, what nobody knows the use of would stand in the way.
+            _ => return release(),
         };
         match self.adopt(&spec, tun, udp) {
             Ok(tunnel) => {
@@ -95,7 +97,10 @@ impl TunnelHost {
                 self.started(tunnel, "the tunnel goes on");
             }
             // The device was deleted meanwhile, or another address is ours: it is opened anew.
-            Err(error) => tracing::warn!(%error, "take the tunnel over"),
+            Err(error) => {
+                tracing::warn!(%error, "take the tunnel over");
+                release();
+            }
         }
     }
 
@@ -151,6 +156,11 @@ impl TunnelHost {
     /// How many peers the tunnel reaches.
     pub(crate) fn peer_count(&self) -> usize {
         self.peers.len()
+    }
+
+    /// The peers' addresses on the underlay.
+    pub(crate) fn hosts(&self) -> impl Iterator<Item = IpAddr> {
+        self.peers.values().map(|peer| peer.host)
     }
 
     /// What keeps the tunnel from running.

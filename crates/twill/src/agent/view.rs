@@ -3,8 +3,10 @@
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
+use twill_core::firewall::TableName;
+use twill_core::firewall::policy::STRANGERS;
 use twill_core::reconcile::{Finding, Repair};
-use twill_tunnel::counters::{CallsSnapshot, Dropped, FlowSnapshot};
+use twill_tunnel::counters::{CallsSnapshot, Cause, Dropped, FlowSnapshot, Snapshot};
 use twill_tunnel::{Gauge, Means};
 
 /// The whole state, as `status` shows it.
@@ -32,6 +34,9 @@ pub(crate) struct View {
     pub(crate) tunnel: Option<TunnelView>,
     /// Peers that are programmed.
     pub(crate) peers: usize,
+    /// nftables keeps strangers from the tunnel's socket; shown in `tunnel`.
+    #[serde(skip)]
+    pub(crate) guarded: bool,
     /// What a person should know.
     pub(crate) findings: Vec<Finding>,
     /// Repairs of drift.
@@ -55,6 +60,8 @@ pub(crate) struct TunnelView {
     pub(crate) local: String,
     /// What the kernel grants.
     pub(crate) means: Means,
+    /// Who drops datagrams of strangers: `nftables` before the socket's queue, or the tunnel itself: `user-space`.
+    pub(crate) strangers: String,
     /// Packets and bytes on the wire, from and to all peers.
     pub(crate) sent: FlowSnapshot,
     pub(crate) received: FlowSnapshot,
@@ -67,12 +74,13 @@ pub(crate) struct TunnelView {
 }
 
 impl TunnelView {
-    pub(crate) fn of(gauge: &Gauge) -> Self {
-        let counters = gauge.counters();
+    pub(crate) fn of(gauge: &Gauge, guarded: bool) -> Self {
+        let counters = counters(gauge, guarded);
         Self {
             device: gauge.spec().device.to_string(),
             local: gauge.spec().local.to_string(),
             means: gauge.means(),
+            strangers: if guarded { "nftables" } else { "user-space" }.into(),
             sent: counters.peers.iter().map(|peer| peer.sent).sum(),
             received: counters.peers.iter().map(|peer| peer.received).sum(),
             calls: counters.calls,
@@ -80,6 +88,15 @@ impl TunnelView {
             drops: counters.drops,
         }
     }
+}
+
+/// The tunnel's counters, with the strangers' packets that nftables dropped before the tunnel could count them.
+pub(crate) fn counters(gauge: &Gauge, guarded: bool) -> Snapshot {
+    let mut counters = gauge.counters();
+    if guarded && let Ok(packets) = twill_kernel::nft::counted(&TableName::twill(), STRANGERS) {
+        counters.add_drops(Cause::NotAPeer, packets);
+    }
+    counters
 }
 
 /// The store as the agent sees it.

@@ -97,11 +97,16 @@ fn describe(view: &View) -> String {
 
 fn describe_tunnel(tunnel: &TunnelView) -> Vec<String> {
     let mut lines = vec![format!("tunnel    {} on UDP {}: {}", tunnel.device, tunnel.local, tunnel.means)];
+    let strangers = match tunnel.strangers.as_str() {
+        "nftables" => "dropped by nftables, before the socket's queue",
+        _ => "dropped by the tunnel itself: nftables has no table of Twill's here",
+    };
+    lines.push(format!("  strangers  {strangers}"));
     for (what, flow) in [("sent", tunnel.sent), ("received", tunnel.received)] {
-        lines.push(format!("  {what:<8}{} packets, {} bytes", flow.packets, flow.bytes));
+        lines.push(format!("  {what:<11}{} packets, {} bytes", flow.packets, flow.bytes));
     }
     let causes = tunnel.drops.iter().map(|drop| format!("{} {}", drop.cause, drop.packets)).collect::<Vec<_>>();
-    lines.push(format!("  dropped {}", if causes.is_empty() { "none".into() } else { causes.join(", ") }));
+    lines.push(format!("  dropped    {}", if causes.is_empty() { "none".into() } else { causes.join(", ") }));
     lines
 }
 

@@ -94,11 +94,14 @@ fn compute(settings: &Settings) -> anyhow::Result<Plan> {
     let mut wanted = Wanted::default();
     wanted.set_claim(network.claim(&state));
     wanted.set_base(network.base().map_err(refused)?);
+    let mut members = Vec::new();
     for name in leases.names().filter(|name| own.as_deref() != Some(*name)) {
         if let Some(Ok(reach)) = network.peer(&leases, name) {
+            members.extend(reach.tunnel.map(|peer| peer.host));
             wanted.set_peer(name, reach.objects);
         }
     }
+    wanted.set_members(members);
     let sysctls = wanted
         .desired()
         .host

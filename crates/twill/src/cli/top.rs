@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
-use twill_tunnel::counters::{FlowSnapshot, PeerSnapshot, Snapshot};
+use twill_tunnel::counters::{Dropped, FlowSnapshot, PeerSnapshot, Snapshot};
 
 use super::ask::Socket;
 use crate::output::{Format, Output, columns, print_text, to_terminal};
@@ -84,6 +84,7 @@ fn table(now: &Snapshot, since: Option<(&Snapshot, f64)>) -> String {
         format!("IN PKT{unit}"),
         format!("IN BIT{unit}"),
         "GRO".into(),
+        "DROPPED".into(),
         "LAST SEEN".into(),
     ];
     let head: Vec<&str> = head.iter().map(String::as_str).collect();
@@ -97,6 +98,7 @@ fn table(now: &Snapshot, since: Option<(&Snapshot, f64)>) -> String {
             short(received.packets as f64 / per),
             short(received.bytes as f64 * 8.0 / per),
             ratio(received.packets, received.super_packets),
+            causes(&peer.drops),
             seen(peer.last_seen_ms),
         ]
     });
@@ -104,10 +106,15 @@ fn table(now: &Snapshot, since: Option<(&Snapshot, f64)>) -> String {
     if left > 0 {
         lines.push(format!("and {left} quieter peers"));
     }
-    let drops = now.drops.iter().map(|drop| format!("{} {}", drop.cause, drop.packets)).collect::<Vec<_>>();
-    lines.push(format!("dropped   {}", if drops.is_empty() { "none".to_owned() } else { drops.join(", ") }));
+    lines.push(format!("dropped   {}", causes(&now.drops)));
     lines.push(format!("crossings {}", crossings(now)));
     lines.join("\n")
+}
+
+/// Dropped packets since the tunnel's start.
+fn causes(drops: &[Dropped]) -> String {
+    let causes = drops.iter().map(|drop| format!("{} {}", drop.cause, drop.packets)).collect::<Vec<_>>();
+    if causes.is_empty() { "none".to_owned() } else { causes.join(", ") }
 }
 
 /// Calls into the kernel for each packet and for each megabyte, since the tunnel's start.

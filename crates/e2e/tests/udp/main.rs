@@ -1,4 +1,9 @@
-//! The udp backend on real TUN devices and sockets, looked at from outside with `ip`, `tcpdump` and a stock `etcdctl`.
+//! The udp backend on real TUN devices and sockets, looked at from outside with `ip`, `nft`, `tcpdump` and a stock `etcdctl`.
+
+mod bad;
+mod strangers;
+mod switch;
+mod underlay;
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;

@@ -1,0 +1,129 @@
+//! What a peer, or whoever has taken its place, may send: nothing of it stops the tunnel, and all of it is counted.
+
+use super::*;
+
+/// Sends payloads from node 2's address, and not its tunnel's port, to node 1's tunnel.
+fn throw(net: &Overlay, payloads: &[String]) {
+    net.site(2).host.run(&format!("{WIRE} packet 10.168.0.3:5555 10.168.0.2:8285 {}", payloads.join(" ")));
+}
+
+/// Waits until a node has counted one more packet dropped by a cause.
+fn counted(site: &Site, cause: &str, before: u64) {
+    eventually(&format!("{cause} is counted"), || {
+        let now = site.dropped(cause);
+        if now > before { Ok(()) } else { Err((now, site.status().to_string())) }
+    });
+}
+
+/// The header's checksum, after a change.
+fn summed(packet: &mut [u8]) {
+    let header = usize::from(packet[0] & 15) * 4;
+    packet[10..12].copy_from_slice(&[0, 0]);
+    let sum: u32 = packet[..header].chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+    packet[10..12].copy_from_slice(&(!((sum & 0xffff) + (sum >> 16)) as u16).to_be_bytes());
+}
+
+const PEER: [u8; 4] = [100, 96, 2, 2];
+const OURS: [u8; 4] = [100, 96, 1, 2];
+
+#[test]
+fn odd_packets_pass_or_end_as_ip_says_and_each_peer_has_its_own_count() {
+    let Some((net, dir)) = running().filter(|_| installed("tcpdump")) else { return };
+    let (one, two) = (net.site(1), net.site(2));
+    let seen = dir.path().join("seen");
+    let mut listener = one.container.command("tcpdump");
+    listener.args(["-i", "eth0", "-l", "-nn", "-vv", "--immediate-mode", "udp"]).stderr(Stdio::piped());
+    let mut child = listener.stdout(std::fs::File::create(&seen).unwrap()).spawn().unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(said.any(|line| line.unwrap().contains("listening on")));
+    let _dump = Ends(child);
+    // TTL 0: nobody may send it.
+    throw(&net, &[inner(PEER, OURS, |p| (p[8] = 0, summed(p)).1)]);
+    counted(one, "no-hops", 0);
+    // TTL 1: ends in the next router, which is no fault of the tunnel's.
+    throw(&net, &[inner(PEER, OURS, |p| (p[8] = 1, summed(p)).1)]);
+    // Options (no operation, four times), both fragments of one datagram, and a wrong inner UDP checksum: all of it is for the receiver.
+    let options = inner(PEER, OURS, |p| {
+        p.splice(20..20, [1, 1, 1, 1]);
+        (p[0], p[3]) = (0x46, 33);
+        summed(p);
+    });
+    let first = inner(PEER, OURS, |p| {
+        (p[3], p[6]) = (28, 0x20);
+        p[25] = 16;
+        p.truncate(28);
+        summed(p);
+    });
+    let second = inner(PEER, OURS, |p| {
+        (p[3], p[7]) = (28, 1);
+        p.truncate(28);
+        summed(p);
+    });
+    let wrong = inner(PEER, OURS, |p| p[26..28].copy_from_slice(&[0x12, 0x34]));
+    throw(&net, &[options, first, second, wrong]);
+    eventually("they come out of the tunnel", || {
+        let text = std::fs::read_to_string(&seen).unwrap();
+        let all = ["options (NOP,NOP,NOP,NOP)", "offset 0, flags [+]", "offset 8, flags [none]", "bad udp cksum"];
+        let all = all.iter().all(|word| text.contains(word));
+        if all { Ok(()) } else { Err((text, one.status().to_string())) }
+    });
+    // IP in IP: a datagram to the tunnel itself, inside. It comes from no peer's address.
+    let before = one.dropped("not-a-peer");
+    let nested = inner(PEER, [10, 168, 0, 2], |p| {
+        p[22..24].copy_from_slice(&8285u16.to_be_bytes());
+        summed(p);
+    });
+    throw(&net, &[nested]);
+    counted(one, "not-a-peer", before);
+    // And with the peer's own outer address inside, which is no inner address of anybody.
+    throw(&net, &[inner([10, 168, 0, 3], [10, 168, 0, 2], |_| {})]);
+    counted(one, "wrong-source", 0);
+    // A peer that sends to itself gets it back, once, and drops it.
+    throw(&net, &[inner(PEER, PEER, |_| {})]);
+    counted(two, "wrong-source", 0);
+    assert_eq!(two.dropped("wrong-source"), 1);
+    // Whose it was stands with the peer, in both forms.
+    let (_, top) = one.twill("top --count 1 -o json");
+    let top: serde_json::Value = serde_json::from_str(&top.unwrap()).unwrap();
+    let drops = top["peers"][0]["drops"].as_array().unwrap();
+    let of = |cause: &str| drops.iter().find(|drop| drop["cause"] == cause).map(|drop| drop["packets"].clone());
+    assert_eq!((of("no-hops"), of("wrong-source"), of("not-a-peer")), (Some(json!(1)), Some(json!(1)), None), "{top}");
+    let shown = one.twill("top --count 1").1.unwrap();
+    let row = shown.lines().find(|line| line.starts_with("100.96.2.0-24")).unwrap();
+    assert!(row.contains("wrong-source 1, no-hops 1"), "{shown}");
+    net.await_both_ways();
+}
+
+/// Resident memory of a node's agent, in kB.
+fn memory(site: &Site) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", site.agent_pid().unwrap())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_flood_of_broken_datagrams_from_a_peers_address_takes_no_memory_and_good_ones_go_on() {
+    let Some((net, _dir)) = running() else { return };
+    let (one, two) = (net.site(1), net.site(2));
+    let broken = [
+        ("not-ip", inner(PEER, OURS, |p| p[0] = 0x55)),
+        ("wrong-source", inner([8, 8, 8, 8], OURS, |_| {})),
+        ("bad-length", inner(PEER, OURS, |p| p.extend([0; 1400]))),
+    ];
+    transfer(&two.container, &one.container, "100.96.1.2:7000", "stream", &["5000000"]);
+    let mut before = 0;
+    for (cause, payload) in &broken {
+        let mut flood = two.host.command(WIRE);
+        flood.args(["flood", "10.168.0.3:9999", "10.168.0.2:8285", payload]);
+        let (_flood, _lines) = until_ready(flood, "ready");
+        // The first of them warm what is grown once.
+        counted(one, cause, 1000);
+        before = before.max(memory(one));
+        transfer(&two.container, &one.container, "100.96.1.2:7000", "stream", &["3000000"]);
+        transfer(&one.container, &two.container, "100.96.2.2:7000", "stream", &["3000000"]);
+        counted(one, cause, 50_000);
+    }
+    let after = memory(one);
+    assert!(after < before + 4096, "{before} kB, then {after} kB");
+    net.await_both_ways();
+}

@@ -1,0 +1,63 @@
+//! An underlay that loses, doubles and reorders: a program between real devices of both hosts.
+//!
+//! ```text
+//!   node1 10.168.0.2 ─ eth1 ─ shim1 "10.168.0.3" ─ wire relay ══ unix sockets ══ wire relay ─ shim2 "10.168.0.2" ─ eth1 ─ node2 10.168.0.3
+//! ```
+//! Each host reaches the other's UDP port 8285 through its shim, which has the other's address, and everything else directly.
+
+use super::*;
+
+/// Puts a shim before each node's tunnel.
+fn shims(bed: &Bed, net: &Overlay) -> [Host; 2] {
+    [1u8, 2].map(|number| {
+        let host = &net.site(number).host;
+        let (own, other) = (number + 1, 4 - number);
+        let shim = bed.host(&format!("shim{number}"));
+        bed.wire(host, "eth1", &shim, "eth0");
+        for line in [
+            "sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.eth0.rp_filter=0 net.ipv4.conf.eth1.rp_filter=0",
+            &format!("ip route add 10.168.0.{other} dev eth1 src 10.168.0.{own} table 100"),
+            "ip rule add ipproto udp dport 8285 lookup 100",
+        ] {
+            host.run(line);
+        }
+        shim.ip(&format!("addr add 10.168.0.{other}/32 dev eth0"));
+        shim.ip(&format!("route add 10.168.0.{own} dev eth0"));
+        shim
+    })
+}
+
+/// Starts both relays, which do so much harm.
+fn relays(shims: &[Host; 2], dir: &Path, harm: &str) -> [Ends; 2] {
+    let path = |number: usize| dir.join(format!("relay{number}-{harm}")).to_string_lossy().into_owned();
+    [0usize, 1].map(|at| {
+        let (own, other) = (at + 2, 3 - at);
+        let (near, far) = (format!("10.168.0.{other}:8285"), format!("10.168.0.{own}:8285"));
+        let mut relay = shims[at].command(WIRE);
+        relay.args(["relay", &near, &far, &path(at), &path(1 - at), harm]);
+        until_ready(relay, "ready").0
+    })
+}
+
+#[test]
+fn over_a_wire_that_loses_doubles_and_reorders_every_byte_arrives() {
+    let Some((bed, dir)) = place() else { return };
+    let (net, shims) = Overlay::running_on(bed, dir.path(), shims);
+    let (one, two) = (net.site(1), net.site(2));
+    {
+        let _relays = relays(&shims, dir.path(), "loss,double,reorder");
+        net.await_both_ways();
+        transfer(&one.container, &two.container, "100.96.2.2:7000", "stream", &["5000000"]);
+        transfer(&two.container, &one.container, "100.96.1.2:7000", "stream", &["5000000"]);
+    }
+    // Only lossy: datagrams that arrive are in order.
+    let _relays = relays(&shims, dir.path(), "loss");
+    net.await_both_ways();
+    transfer(&one.container, &two.container, "100.96.2.2:7001", "datagrams", &["1", "1500"]);
+    transfer(&two.container, &one.container, "100.96.1.2:7001", "datagrams", &["1", "1500"]);
+    for site in [one, two] {
+        let drops = site.status()["tunnel"]["drops"].as_array().cloned().unwrap();
+        let bad = drops.iter().filter(|drop| drop["cause"] != "no-peer" && drop["cause"] != "send-failed");
+        assert_eq!(bad.count(), 0, "{drops:?}");
+    }
+}
