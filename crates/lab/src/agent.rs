@@ -1,9 +1,11 @@
 //! A host's agent: a real `twill agent` process, and what is done to it.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -33,6 +35,7 @@ pub(crate) fn start(
     dir: &LabDir,
     plan: &NodePlan,
     place: &Place,
+    notify: &Notify,
     children: &Children,
 ) -> Result<AgentProcess, LabError> {
     let name = &plan.name;
@@ -43,15 +46,18 @@ pub(crate) fn start(
     // Nothing of this machine's own settings is for the lab.
     let settings = folder.join("agent.toml");
     fs::write(&settings, "version = 1\n").act(|| format!("write {}", settings.display()))?;
-    let notify = Notify::bind(&folder.join("notify.sock")).act(|| format!("listen for the agent of {name}"))?;
     let store = spec.store_url().act(|| "plan the store".into())?;
-    let mut command = own_program()?;
+    let act = || format!("start the agent of {name}");
+    notify.begin();
+    let kept = Kept::of(notify).act(act)?;
+    let mut command = kept.command()?;
     command.arg("agent").arg("--config").arg(&settings).args(["--store", &store]).args(["--iface", "eth0"]);
     let subnets = [plan.subnet].into_iter().chain(plan.second.map(|second| second.subnet));
     command.args(["--subnet", &subnets.map(|subnet| subnet.to_string()).collect::<Vec<_>>().join(",")]);
     command.arg("--state-dir").arg(folder.join("state")).arg("--run-dir").arg(folder.join("run"));
     command.arg("--subnet-file").arg(&env).env("NOTIFY_SOCKET", notify.path());
-    let pid = children.spawn(&place.netns, &mut command, &log).act(|| format!("start the agent of {name}"))?;
+    let pid =
+        children.spawn(&place.netns, &mut command, &log, kept.0.map(|[(_, tun), (_, udp)]| [tun, udp])).act(act)?;
     let ready = |said: bool| if again { said } else { env.exists() };
     if !notify.wait(PATIENCE, || children.is_alive(pid), ready) {
         let said = fs::read_to_string(&log).unwrap_or_default();
@@ -60,6 +66,25 @@ pub(crate) fn start(
         return Err(LabError::new("agent-failed", format!("the agent of {name} is not ready: {last}")));
     }
     Ok(AgentProcess { pid, held: false })
+}
+
+/// What the agent before had in the descriptor store: a tunnel's two descriptors, or nothing of use.
+struct Kept(Option<[(String, OwnedFd); 2]>);
+
+impl Kept {
+    fn of(notify: &Notify) -> io::Result<Self> {
+        Ok(Self(<[_; 2]>::try_from(notify.kept()?).ok()))
+    }
+
+    /// This program, behind the one that puts the descriptors where they belong.
+    fn command(&self) -> Result<Command, LabError> {
+        let mut command = own_program()?;
+        if let Some([(first, _), (second, _)]) = &self.0 {
+            let program = command.get_program().to_owned();
+            command.args(["lab", "keep", &format!("{first}:{second}"), "--"]).arg(program);
+        }
+        Ok(command)
+    }
 }
 
 impl AgentProcess {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -62,12 +63,22 @@ impl Children {
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts a program in a namespace; what it says goes to `log`. Gives its PID.
-    pub(crate) fn spawn(&self, netns: &Netns, command: &mut Command, log: &Path) -> io::Result<u32> {
+    /// Starts a program in a namespace; what it says goes to `log`. It has `given` as its stdin and stdout, where there is something to
+    /// give. Gives its PID.
+    pub(crate) fn spawn(
+        &self,
+        netns: &Netns,
+        command: &mut Command,
+        log: &Path,
+        given: Option<[OwnedFd; 2]>,
+    ) -> io::Result<u32> {
         let log: File = OpenOptions::new().create(true).append(true).open(log)?;
         // The program has this lock as long as it lives: LabDir::silent.
         flock(&log, FlockOperation::LockShared)?;
-        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        match given {
+            Some([stdin, stdout]) => command.stdin(stdin).stdout(stdout).stderr(log),
+            None => command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log),
+        };
         // Held until the PID is known, so that the reaper cannot come first.
         let mut all = self.lock();
         if self.is_closed() {

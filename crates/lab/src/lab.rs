@@ -12,6 +12,7 @@ use crate::children::Children;
 use crate::error::{Act, LabError};
 use crate::home::LabDir;
 use crate::layout::{Backend, MOST_NODES, NodePlan, Spec, UNDERLAY};
+use crate::notify::Notify;
 use crate::proto::{AgentAct, AgentState, ContainerInfo, HostInfo, LabState, Progress};
 use crate::store;
 use crate::watch;
@@ -38,6 +39,8 @@ struct Host {
     place: Place,
     containers: Vec<Place>,
     agent: Option<AgentProcess>,
+    /// Where its agents say that they are ready, and leave what is to be kept.
+    notify: Notify,
 }
 
 impl Lab {
@@ -106,14 +109,16 @@ impl Lab {
         for part in ["state/attachments", "run"] {
             fs::create_dir_all(folder.join(part)).act(|| format!("make {}", folder.display()))?;
         }
-        Ok(Host { plan, place, containers, agent: None })
+        let act = || format!("listen for the agent of {}", plan.name);
+        let notify = Notify::bind(&folder.join("notify.sock")).act(act)?;
+        Ok(Host { plan, place, containers, agent: None, notify })
     }
 
     /// Its agent, and its containers on the bridge.
     fn bring_up(&self, host: &mut Host) -> Result<(), LabError> {
         let mut mtu = None;
         if self.spec.has_agents() {
-            let agent = agent::start(&self.spec, &self.dir, &host.plan, &host.place, &self.children)?;
+            let agent = agent::start(&self.spec, &self.dir, &host.plan, &host.place, &host.notify, &self.children)?;
             mtu = agent.mtu(&self.dir.node(&host.plan.name))?;
             host.agent = Some(agent);
         }
@@ -206,14 +211,21 @@ impl Lab {
             match act {
                 AgentAct::Hold => return agent.hold(&folder, &self.children),
                 AgentAct::Kill => agent.kill(&self.children)?,
-                AgentAct::Stop | AgentAct::Restart | AgentAct::Start => agent.stop(&self.children)?,
+                AgentAct::Stop => {
+                    agent.stop(&self.children)?;
+                    // As a service manager does with a unit that is stopped, and not with one that crashed or is restarted.
+                    host.notify.forget();
+                }
+                AgentAct::Restart | AgentAct::Start => agent.stop(&self.children)?,
             }
         }
         if start {
             return match host.agent.as_mut().filter(|agent| agent.is_alive(&self.children)) {
                 Some(agent) => agent.release(&folder),
                 None => {
-                    host.agent = Some(agent::start(&self.spec, &self.dir, &host.plan, &host.place, &self.children)?);
+                    let (spec, dir) = (&self.spec, &self.dir);
+                    let agent = agent::start(spec, dir, &host.plan, &host.place, &host.notify, &self.children)?;
+                    host.agent = Some(agent);
                     Ok(())
                 }
             };

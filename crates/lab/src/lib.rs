@@ -35,4 +35,5 @@ mod wiring;
 pub use error::LabError;
 pub use home::Home;
 pub use layout::{Backend, LabName, Scenario, Spec, StoreKind};
+pub use notify::become_with_kept;
 pub use proto::{AgentAct, AgentState, LabState, Request, ask};

@@ -59,7 +59,7 @@ pub(crate) fn start(
         }
     };
     command.env("NOTIFY_SOCKET", notify.path());
-    let pid = children.spawn(&underlay.netns, &mut command, &log).map_err(|error| missing(spec.store, &error))?;
+    let pid = children.spawn(&underlay.netns, &mut command, &log, None).map_err(|error| missing(spec.store, &error))?;
     Ok(StoreProcess { pid, notify, log, address, config: NetworkConfig::default_json(&networks, spec.backend.name()) })
 }
 
@@ -77,7 +77,8 @@ impl StoreProcess {
             let url = spec.store_url().act(|| "plan the store".into())?;
             let mut put = program("etcdctl");
             put.env("ETCDCTL_API", "3").args(["--endpoints", &url, "put", CONFIG_KEY, &self.config]);
-            let pid = children.spawn(&underlay.netns, &mut put, &self.log).map_err(|e| missing(spec.store, &e))?;
+            let pid =
+                children.spawn(&underlay.netns, &mut put, &self.log, None).map_err(|e| missing(spec.store, &e))?;
             if !children.wait(pid, PATIENCE) || !children.succeeded(pid) {
                 return Err(self.failed("etcdctl cannot write the network config"));
             }

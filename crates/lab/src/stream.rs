@@ -8,8 +8,9 @@ use twill_kernel::netns::Netns;
 
 use crate::error::{Act, LabError};
 
-/// Sends so many bytes from one place to another, whose address is `address`, and waits until they are there.
-pub fn carry(from: &Netns, to: &Netns, address: IpAddr, bytes: usize) -> Result<(), LabError> {
+/// Sends so many bytes from one place to another, whose address is `address`, and waits until they are there. Gives
+/// how many calls wrote them.
+pub fn carry(from: &Netns, to: &Netns, address: IpAddr, bytes: usize) -> Result<u64, LabError> {
     let listener = to.run(|| TcpListener::bind((address, 0)));
     let listener = listener.and_then(|bound| bound).act(|| format!("listen on {address}"))?;
     let at = listener.local_addr().act(|| format!("listen on {address}"))?;
@@ -19,20 +20,19 @@ pub fn carry(from: &Netns, to: &Netns, address: IpAddr, bytes: usize) -> Result<
         let drain = scope.spawn(move || io::copy(&mut &receiver, &mut io::sink()));
         let sent = send(&stream, bytes);
         let got = drain.join().unwrap_or_else(|_| Err(io::Error::other("the thread that receives panicked")));
-        sent.and(got)
+        got.and(sent)
     });
-    sent.map(drop).act(|| format!("send {bytes} bytes to {address}"))
+    sent.act(|| format!("send {bytes} bytes to {address}"))
 }
 
-fn send(mut stream: &TcpStream, bytes: usize) -> io::Result<()> {
+fn send(mut stream: &TcpStream, bytes: usize) -> io::Result<u64> {
     let chunk = [0x5a; 1 << 16];
-    let mut left = bytes;
+    let (mut left, mut calls) = (bytes, 0);
     while left > 0 {
-        let len = left.min(chunk.len());
-        stream.write_all(&chunk[..len])?;
-        left -= len;
+        left -= stream.write(&chunk[..left.min(chunk.len())])?;
+        calls += 1;
     }
     stream.shutdown(Shutdown::Write)?;
     // The other side closes once it has everything.
-    stream.read(&mut [0]).map(drop)
+    stream.read(&mut [0]).map(|_| calls)
 }

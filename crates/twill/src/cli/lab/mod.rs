@@ -1,5 +1,6 @@
 //! `twill lab`: whole networks on one machine.
 
+mod crossings;
 mod look;
 mod scenario;
 mod show;
@@ -11,7 +12,8 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand, ValueEnum};
 use twill_lab::layout::{Families, MOST_CONTAINERS, MOST_NODES};
 use twill_lab::{
-    AgentAct, Backend, Home, LabError, LabName, LabState, Request, Scenario, Spec, StoreKind, ask, enter, start,
+    AgentAct, Backend, Home, LabError, LabName, LabState, Request, Scenario, Spec, StoreKind, ask, become_with_kept,
+    enter, start,
 };
 
 use crate::output::{Failure, Output, USAGE, progress};
@@ -72,6 +74,8 @@ enum LabCommand {
     Supervise(Supervise),
     #[command(hide = true)]
     Inside(Words),
+    #[command(hide = true)]
+    Keep(Keep),
 }
 
 /// Which addresses.
@@ -202,6 +206,20 @@ struct Words {
     words: Vec<OsString>,
 }
 
+#[derive(Debug, Args)]
+struct Keep {
+    names: String,
+    #[command(flatten)]
+    words: Words,
+}
+
+impl Words {
+    fn cannot_run(&self, error: &std::io::Error) -> anyhow::Result<ExitCode> {
+        let program = self.words.first().map(|word| word.to_string_lossy().into_owned()).unwrap_or_default();
+        Err(Failure::new("cannot-run", format!("run {program}: {error}")).exit(127).into())
+    }
+}
+
 impl From<LabError> for Failure {
     fn from(error: LabError) -> Self {
         Failure { code: error.code(), message: error.message, hint: error.hint, exit: 1 }
@@ -229,11 +247,8 @@ impl Lab {
             LabCommand::Down(named) => down(&named)?,
             LabCommand::Supervise(it) if it.inner => return Ok(ended(start::supervise(&it.spec, it.user_namespace))),
             LabCommand::Supervise(it) => return Ok(ended(start::launch(&it.spec))),
-            LabCommand::Inside(it) => {
-                let error = enter::become_command(&it.words);
-                let program = it.words.first().map(|word| word.to_string_lossy().into_owned()).unwrap_or_default();
-                return Err(Failure::new("cannot-run", format!("run {program}: {error}")).exit(127).into());
-            }
+            LabCommand::Inside(it) => return it.cannot_run(&enter::become_command(&it.words)),
+            LabCommand::Keep(it) => return it.words.cannot_run(&become_with_kept(&it.names, &it.words.words)),
         }
         Ok(ExitCode::SUCCESS)
     }

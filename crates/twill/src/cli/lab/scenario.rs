@@ -5,12 +5,11 @@ use twill_core::net::{BadValue, LinkName};
 use twill_kernel::netns::Netns;
 use twill_lab::frames::{self, Seen};
 use twill_lab::layout::{STORE_PORT, UNDERLAY};
-use twill_lab::proto::ContainerInfo;
-use twill_lab::{Home, LabError, LabState, Scenario, enter, ping, stream};
+use twill_lab::proto::{ContainerInfo, HostInfo};
+use twill_lab::{Home, LabError, LabState, Scenario, enter, ping};
 use twill_packet::{Header, decode, ethernet, render};
-use twill_tunnel::counters::{FlowSnapshot, Snapshot};
 
-use crate::output::columns;
+use super::crossings::{self, End};
 
 /// One thing that a scenario shows.
 #[derive(Debug, Clone, Serialize)]
@@ -97,8 +96,8 @@ fn udp(state: &LabState) -> Result<Vec<Section>, LabError> {
     sections.push(table(&format!("the store's keys (port {STORE_PORT} of the underlay)"), &underlay, &keys)?);
     let values = ["leases", "--store", &store];
     sections.push(table("what their values say: the host that holds the subnet", &underlay, &values)?);
-    let run_dir = Home::open()?.lab(&state.spec.name).node("node1").join("run");
-    let run_dir = run_dir.to_string_lossy();
+    let folder = Home::open()?.lab(&state.spec.name).node("node1").join("run");
+    let run_dir = folder.to_string_lossy();
     let peers = ["peers", "--run-dir", &run_dir];
     sections.push(table("where the daemon of node1 sends each subnet's packets", &node, &peers)?);
     let containers: Vec<&ContainerInfo> = state.containers().collect();
@@ -119,7 +118,12 @@ fn udp(state: &LabState) -> Result<Vec<Section>, LabError> {
     let passed = seen.iter().filter(echo).map(|seen| format!("{:<9} {}", seen.device.as_str(), seen.says()));
     let lines = passed.chain([answered(second, &answer)]).collect();
     sections.push(Section { title: "the same, device by device on node1".into(), lines });
-    sections.push(crossings(&node, &run_dir, || stream::carry(&from, &to, second.address, BULK))?);
+    let there = host_of(state, second)?;
+    let other = enter::open(state, &there.name)?;
+    let here = host_of(state, first)?;
+    let near = End { host: &node, address: here.address, container: &from, inner: first.address };
+    let far = End { host: &other, address: there.address, container: &to, inner: second.address };
+    sections.push(crossings::section(&folder, &near, &far)?);
     Ok(sections)
 }
 
@@ -133,47 +137,9 @@ fn routes(node: &Netns) -> Result<Section, LabError> {
     Ok(Section { title: "routes of node1, as `ip route` prints them".into(), lines })
 }
 
-/// Bytes that are carried to see what they cost.
-const BULK: usize = 32 << 20;
-
-/// The source's crossings between user and kernel space, as the daemon of node1 counted them while `act` went on.
-fn crossings(node: &Netns, run_dir: &str, act: impl FnOnce() -> Result<(), LabError>) -> Result<Section, LabError> {
-    let count = || {
-        let text = enter::output(node, &["top", "--count", "1", "-o", "json", "--run-dir", run_dir])?;
-        serde_json::from_str::<Snapshot>(&text).map_err(|error| LabError::new("lab-failed", error.to_string()))
-    };
-    let before = count()?;
-    act()?;
-    let after = count()?;
-    let total = |now: &Snapshot| now.peers.iter().flat_map(|p| [p.sent, p.received]).sum::<FlowSnapshot>();
-    let (old, new) = (total(&before), total(&after));
-    let (packets, bytes) = ((new.packets - old.packets) as f64, (new.bytes - old.bytes) as f64);
-    let (b, a) = (before.calls, after.calls);
-    let rows = [
-        ("kernel → daemon", (a.tun_reads - b.tun_reads) + (a.udp_receives - b.udp_receives)),
-        ("daemon → kernel", (a.udp_sends - b.udp_sends) + (a.tun_writes - b.tun_writes)),
-        ("the daemon's waits", a.waits - b.waits),
-    ];
-    let cells = rows.iter().map(|(what, calls)| {
-        let calls = *calls as f64;
-        let source = if what.contains("wait") { "-" } else { "1" };
-        let each = format!("{:.3}", calls / packets.max(1.0));
-        [(*what).to_owned(), source.into(), each, format!("{:.1}", calls / (bytes / 1e6).max(1e-6)), "0".into()]
-    });
-    let application =
-        ["application → kernel".to_owned(), "1".into(), "the application's own".into(), "-".into(), "1".into()];
-    let head = ["CROSSING", "THE SOURCE: EACH PACKET", "MEASURED: EACH PACKET", "EACH MEGABYTE", "OVER VXLAN"];
-    let text = columns(&head, std::iter::once(application).chain(cells));
-    let note =
-        format!("{packets:.0} packets and {:.1} MB, both ways; over VXLAN no daemon stands in the path", bytes / 1e6);
-    let lines = text.lines().map(str::to_owned).chain([note]).collect();
-    Ok(Section { title: "crossings between user and kernel space on node1, while a stream passes".into(), lines })
-}
-
 /// The same datagram once more from node1, with a foreign VNI and with its own: what comes out of the other host's flannel.1.
 fn whose(state: &LabState, packet: &Seen, first: &ContainerInfo, last: &ContainerInfo) -> Result<Section, LabError> {
-    let host = state.hosts.iter().rfind(|host| host.containers.iter().any(|c| c.name == last.name));
-    let host = host.ok_or_else(|| LabError::new("lab-failed", format!("find the host of {}", last.name)))?;
+    let host = host_of(state, last)?;
     let (sender, receiver, answerer) =
         (enter::open(state, "node1")?, enter::open(state, &host.name)?, enter::open(state, &last.name)?);
     let (eth0, flannel) = (name("eth0")?, name("flannel.1")?);
@@ -218,6 +184,11 @@ fn answered(to: &ContainerInfo, answer: &Result<std::time::Duration, String>) ->
         Ok(rtt) => format!("{} answered within {} µs", to.name, rtt.as_micros()),
         Err(error) => format!("{} did not answer: {error}", to.name),
     }
+}
+
+fn host_of<'a>(state: &'a LabState, container: &ContainerInfo) -> Result<&'a HostInfo, LabError> {
+    let host = state.hosts.iter().rfind(|host| host.containers.iter().any(|c| c.name == container.name));
+    host.ok_or_else(|| LabError::new("lab-failed", format!("find the host of {}", container.name)))
 }
 
 fn ends<'a>(containers: &[&'a ContainerInfo]) -> Result<(&'a ContainerInfo, &'a ContainerInfo), LabError> {
