@@ -97,9 +97,14 @@ impl Runtime {
 
     /// Runs a command with a configuration on stdin.
     pub fn finish(&self, mut command: Command, conf: &Value) -> Result<Value, Value> {
+        self.finish_raw(&mut command, conf.to_string().as_bytes())
+    }
+
+    /// The same, with any bytes.
+    pub fn finish_raw(&self, command: &mut Command, stdin: &[u8]) -> Result<Value, Value> {
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         // A plugin that is killed does not read.
-        let _ = child.stdin.take().unwrap().write_all(conf.to_string().as_bytes());
+        let _ = child.stdin.take().unwrap().write_all(stdin);
         let out = child.wait_with_output().unwrap();
         let text = String::from_utf8(out.stdout).unwrap();
         let said = if text.is_empty() {

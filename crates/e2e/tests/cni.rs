@@ -225,7 +225,28 @@ fn bad_input_is_named_and_leaves_nothing_behind() {
         assert_eq!(runtime.everything(), before, "{says}");
         assert_eq!(a.json("link").as_array().unwrap().len(), 1, "{says}");
     };
+    let raw = |text: &str| {
+        let mut command = runtime.command(&bin("twill-cni"), &adds(&conf, "a", &netns_a));
+        let refused = runtime.finish_raw(command.env("CNI_COMMAND", "ADD"), text.as_bytes()).unwrap_err();
+        assert!(
+            refused["code"] == 6 && refused["msg"].as_str().unwrap().contains("network configuration"),
+            "{refused:#}"
+        );
+        assert_eq!(runtime.everything(), before, "{text:?}");
+    };
+    ["", "{", "{\"cniVersion\": \"1.0.0\", ", "[]", "\u{0}", "{\"cniVersion\": 1}"].into_iter().for_each(raw);
     refused(6, "expected", &adds(&json!("text"), "a", &netns_a));
+    refused(7, "name", &adds(&json!({"cniVersion": "1.0.0", "type": "twill-cni"}), "a", &netns_a));
+    refused(7, "type", &adds(&json!({"cniVersion": "1.0.0", "name": "net"}), "a", &netns_a));
+    refused(
+        7,
+        "no ranges",
+        &adds(
+            &json!({"cniVersion": "1.0.0", "name": "net", "type": "bridge", "ipam": {"type": "host-local"}}),
+            "a",
+            &netns_a,
+        ),
+    );
     refused(1, "9.9.9", &adds(&own(json!({"cniVersion": "9.9.9"})), "a", &netns_a));
     refused(7, "name", &adds(&own(json!({"name": ""})), "a", &netns_a));
     refused(7, "name", &adds(&own(json!({"name": "../up"})), "a", &netns_a));
@@ -255,6 +276,66 @@ fn bad_input_is_named_and_leaves_nothing_behind() {
         "10.99.0.1",
         &adds(&own(json!({"ipam": {"routes": [{"dst": "10.99.0.0/16", "gw": "10.99.0.1"}]}})), "a", &netns_a),
     );
+}
+
+/// The container's route is refused when everything else is done: what the kernel had before is there again.
+#[test]
+fn an_add_that_fails_late_leaves_sysctls_loopback_and_bridge_as_they_were() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let a = runtime.container("a");
+    a.ip("link set lo down");
+    runtime.host.ip("link add cni0 type bridge");
+    runtime.host.ip("addr add 10.9.9.1/24 dev cni0");
+    let sysctls = || a.run("sysctl net.ipv6.conf.all.disable_ipv6 net.ipv6.conf.default.disable_ipv6");
+    let flags = || link(&runtime.host, "cni0")["flags"].clone();
+    let state = || (sysctls(), a.json("addr"), flags(), runtime.everything());
+    let before = state();
+    assert!(before.0.contains("= 0"), "{}", before.0);
+    // IPv4 alone switches IPv6 off in the container.
+    let late = runtime.conf(
+        "1.0.0",
+        json!({"promiscMode": true, "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.8.0.0/24"}]],
+        "routes": [{"dst": "10.99.0.0/16", "gw": "10.99.0.1"}]}}),
+    );
+    let refused = runtime.try_verb("ADD", &late, "a", Some(&a)).unwrap_err();
+    assert!(refused["code"] == 100 && refused["msg"].as_str().unwrap().contains("10.99.0.1"), "{refused:#}");
+    assert_eq!(state(), before);
+    runtime.add(&runtime.conf("1.0.0", json!({})), "a", &a);
+    reaches(&a, "10.1.15.1");
+}
+
+#[test]
+fn a_device_that_refuses_to_go_is_told_and_remembered() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    if !twill_e2e::installed("setpriv") {
+        return;
+    }
+    let a = runtime.container("a");
+    let conf = runtime.conf("1.1.0", json!({}));
+    runtime.add(&conf, "a", &a);
+    let before = runtime.everything();
+    // Without the capability the kernel refuses.
+    let call = Call { verb: "DEL", conf: &conf, id: "a", netns: None, args: "" };
+    let without = |call: &Call<'_>| {
+        let mut command = runtime.command(std::path::Path::new("setpriv"), call);
+        command.args(["--bounding-set", "-net_admin", "--inh-caps", "-net_admin"]).arg(bin("twill-cni"));
+        runtime.finish(command, call.conf).unwrap_err()
+    };
+    let refused = without(&call);
+    let text = format!("{} {}", refused["msg"], refused["details"]);
+    assert!(
+        refused["code"] == 100 && text.contains("delete link veth") && text.contains("CAP_NET_ADMIN"),
+        "{refused:#}"
+    );
+    assert_eq!(runtime.everything(), before, "nothing is forgotten");
+    let mut gc = conf.clone();
+    gc["cni.dev/valid-attachments"] = json!([]);
+    let refused = without(&Call { verb: "GC", conf: &gc, ..call });
+    assert!(refused["msg"].as_str().unwrap().contains("delete link veth"), "{refused:#}");
+    assert_eq!(runtime.everything()["attachments"], before["attachments"]);
+    reaches(&a, "10.1.15.1");
+    runtime.del(&conf, "a", None);
+    assert_eq!((runtime.held(), runtime.attachments(), runtime.links().len()), (vec![], vec![], 2));
 }
 
 #[test]

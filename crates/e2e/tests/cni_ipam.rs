@@ -108,6 +108,33 @@ fn nothing_is_answered_before_it_is_on_the_disk() {
         assert!(synced < answered && entry < answered, "{calls}");
         runtime.del(&conf, "a", Some(&a));
     }
+    // DEL says nothing: its end is the answer, and the folders of what it removed are on the disk by then.
+    runtime.add(&conf, "a", &a);
+    let mut command = strace(&[
+        "-f",
+        "-y",
+        "-s",
+        "2000",
+        "-o",
+        trace.to_str().unwrap(),
+        "-e",
+        "trace=fsync,unlink,unlinkat,exit_group",
+    ]);
+    command.arg(bin("twill-cni"));
+    let call = Call { verb: "DEL", conf: &conf, id: "a", netns: Some(netns(&a)), args: "" };
+    runtime.finish(within(&runtime, command, &call), &conf).unwrap();
+    let calls = std::fs::read_to_string(&trace).unwrap();
+    let lines: Vec<&str> = calls.lines().collect();
+    let at = |what: &str, holds: &str| {
+        let found = lines.iter().position(|line| line.contains(what) && line.contains(holds));
+        found.unwrap_or_else(|| panic!("{what} {holds}: {calls}"))
+    };
+    for (file, folder) in [("networks/net/", "networks/net>"), ("a:eth0.json", "attachments>")] {
+        let removed = lines.iter().rposition(|line| line.contains("unlink") && line.contains(file));
+        let removed = removed.unwrap_or_else(|| panic!("unlink {file}: {calls}"));
+        let synced = at("fsync(", folder);
+        assert!(removed < synced && synced < at("exit_group", "(0)"), "{calls}");
+    }
 }
 
 fn strace(words: &[&str]) -> Command {
@@ -149,12 +176,16 @@ fn held_by(runtime: &Runtime, container: &Host, id: &str) {
 
 /// Kills at every system call: what is on a device stays held, and a DEL frees everything.
 fn kill_everywhere(verb: &str, beside: bool) {
+    kill_everywhere_with(verb, beside, json!({}));
+}
+
+fn kill_everywhere_with(verb: &str, beside: bool, more: Value) {
     let Some((runtime, _dir)) = runtime() else { return };
-    if !installed("strace") {
+    if !installed("strace") || !installed("nft") {
         return;
     }
     let (victim, other) = (runtime.container("victim"), runtime.container("other"));
-    let conf = runtime.conf("1.0.0", json!({}));
+    let conf = runtime.conf("1.0.0", more);
     let call = |verb, id, container: &Host| Call { verb, conf: &conf, id, netns: Some(netns(container)), args: "" };
     // The bridge is there, as on every host but for its first container.
     runtime.add(&conf, "victim", &victim);
@@ -173,6 +204,7 @@ fn kill_everywhere(verb: &str, beside: bool) {
         }
         runtime.del(&conf, "victim", Some(&victim));
         assert_eq!((runtime.held(), runtime.attachments()), (vec![], vec![]), "{verb} killed at call {n}");
+        assert_eq!(runtime.host.run("nft list tables"), "", "{verb} killed at call {n}");
         if ended {
             break;
         }
@@ -200,6 +232,21 @@ fn del_killed_at_every_system_call_doubles_no_address() {
 #[test]
 fn del_killed_at_every_system_call_beside_a_second_process_doubles_no_address() {
     kill_everywhere("DEL", true);
+}
+
+/// The same with a host port: no rule is left that leads to nobody.
+#[test]
+fn add_killed_at_every_system_call_leaves_no_host_port() {
+    kill_everywhere_with("ADD", false, published());
+}
+
+#[test]
+fn del_killed_at_every_system_call_leaves_no_host_port() {
+    kill_everywhere_with("DEL", false, published());
+}
+
+fn published() -> Value {
+    json!({"runtimeConfig": {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]}})
 }
 
 #[test]

@@ -89,9 +89,19 @@ impl Done {
         self.0.extend(match op {
             Op::Create(object) => Some(Op::Delete(object.clone())),
             Op::Delete(object) => Some(Op::Create(object.clone())),
-            Op::Update { from, to } => Some(Op::Update { from: to.clone(), to: from.clone() }),
+            Op::Update { from, to } => Some(Op::Update { from: to.clone(), to: as_wish(from) }),
             Op::Recreate { .. } => None,
         });
+    }
+}
+
+/// What was read, as what is wanted: there no word on a flag leaves it as it is.
+fn as_wish(was: &Object) -> Object {
+    match was {
+        Object::Link(link) => {
+            Object::Link(Box::new(Link { promisc: Some(link.promisc == Some(true)), ..(**link).clone() }))
+        }
+        other => other.clone(),
     }
 }
 
@@ -138,7 +148,10 @@ fn undo(kernel: &mut LinuxKernel, done: Done, failed: Failed) -> Failed {
 
 fn take_back(kernel: &mut LinuxKernel, done: Done) -> Vec<Failed> {
     let mut failures = Vec::new();
-    for op in done.0.into_iter().rev().filter(|op| !matches!(op, Op::Create(Object::Link(_)))) {
+    let back = done.0.into_iter().rev().filter(|op| !matches!(op, Op::Create(Object::Link(_))));
+    // Devices that were made go first: what stands on them goes along, and a bridge may then be nobody's.
+    let (devices, rest): (Vec<Op>, Vec<Op>) = back.partition(|op| matches!(op, Op::Delete(Object::Link(_))));
+    for op in devices.into_iter().chain(rest) {
         let host = kernel.mirror();
         let link = op.object().key().link();
         let is_port_of = |o: &Object, name| matches!(o, Object::Link(port) if port.master == Some(name));
