@@ -139,13 +139,11 @@ impl Site {
         let dir = dir.join(format!("node{number}"));
         std::fs::create_dir_all(&dir).unwrap();
         let (host, container) = (bed.host(&format!("node{number}")), bed.host(&format!("container{number}")));
-        bed.wire(&host, "veth1", &container, "eth0");
+        bed.wire(&host, "docker0", &container, "eth0");
         container.ip(&format!("addr add 100.96.{number}.2/24 dev eth0"));
-        host.ip("link add docker0 type bridge");
-        for (inside, device) in [(&host, "veth1"), (&host, "docker0"), (&container, "eth0")] {
-            inside.ip(&format!("link set {device} mtu 1472 up"));
+        for (inside, device) in [(&host, "docker0"), (&container, "eth0")] {
+            inside.ip(&format!("link set {device} mtu 1472"));
         }
-        host.ip("link set veth1 master docker0");
         Site { number, host, container, agent: None, dir }
     }
 
