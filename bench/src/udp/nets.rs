@@ -3,10 +3,10 @@
 //! ```text
 //!   container 100.96.1.2 ─ docker0 ─ flannel0 ─ agent ─ node1 ══ node2 ─ …            Twill, crates/e2e/src/overlay.rs
 //!
-//!   container 10.{2..5}.1.2 ─ br0 ─┬─ vxlan1 ─────────────┬─ host1 10.168.0.2 ══ 10.168.0.3 host2 ─ …
-//!                                  ├─ (a route) ──────────┤
-//!                                  ├─ naive0 ─ a thread ──┤
-//!                                  └─ many0 ─── a tunnel ─┘
+//!   container 10.{2..5}.1.2 ─ docker0 ─┬─ vxlan1 ─────────────┬─ host1 10.168.0.2 ══ 10.168.0.3 host2 ─ …
+//!                                      ├─ (a route) ──────────┤
+//!                                      ├─ naive0 ─ a thread ──┤
+//!                                      └─ many0 ─── a tunnel ─┘
 //! ```
 
 use std::net::Ipv4Addr;
@@ -118,10 +118,7 @@ impl Hand {
             let (host, container) = (&hosts[n], &containers[n]);
             host.ip(&format!("addr add 10.168.0.{}/24 dev eth0", 1 + own));
             host.run("sysctl -qw net.ipv4.ip_forward=1");
-            bed.wire(container, "eth0", host, "veth1");
-            host.ip("link add br0 type bridge");
-            host.ip("link set veth1 master br0");
-            host.ip("link set br0 up");
+            bed.wire(container, "eth0", host, "docker0");
             host.ip(&format!("link add vxlan1 address 02:00:00:00:00:{own} mtu 1450 type vxlan id 1 dev eth0 local 10.168.0.{} dstport 8472 nolearning", 1 + own));
             host.ip(&format!("addr add 10.2.{own}.0/32 dev vxlan1"));
             host.ip("link set vxlan1 up");
@@ -140,7 +137,7 @@ impl Hand {
             }
             // The route to 10.5 comes with its device.
             for (net, mtu) in ways.iter().map(|(net, mtu, _)| (*net, *mtu)).chain([(5, 1472)]) {
-                host.ip(&format!("addr add 10.{net}.{own}.1/24 dev br0"));
+                host.ip(&format!("addr add 10.{net}.{own}.1/24 dev docker0"));
                 container.ip(&format!("addr add 10.{net}.{own}.2/24 dev eth0"));
                 container.ip(&format!("route add 10.{net}.{peer}.0/24 via 10.{net}.{own}.1 mtu {mtu}"));
             }
