@@ -10,6 +10,7 @@ use twill_packet::offload::{Coalescer, Inner, Item, Merge};
 
 use crate::counters::{Cause, add};
 use crate::peers::{Peer, Peers};
+use crate::threads::work;
 use crate::{Lost, Shared, is_gone};
 
 /// Messages in one receive.
@@ -25,6 +26,8 @@ pub(crate) struct Into {
     flat: Vec<u8>,
     peers: Arc<Peers>,
     version: u64,
+    /// Bytes and packets carried so far, see [`crate::threads::work`].
+    pub(crate) work: u64,
 }
 
 impl Into {
@@ -36,6 +39,7 @@ impl Into {
             flat: Vec::with_capacity(2 * SLOT),
             peers: Arc::default(),
             version: 0,
+            work: 0,
         }
     }
 
@@ -56,6 +60,7 @@ impl Into {
                 return Ok(false);
             }
         }
+        self.work += work(self.messages.len(), self.messages.iter().map(|message| message.len).sum());
         self.coalescer.clear();
         for at in 0..self.messages.len() {
             self.check(shared, self.messages[at]);

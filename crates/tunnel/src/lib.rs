@@ -1,4 +1,4 @@
-//! The tunnel of the udp backend: two plain threads between a TUN device and a UDP socket.
+//! The tunnel of the udp backend: plain threads between a TUN device and a UDP socket.
 //!
 //! ```text
 //!   kernel ──▶ flannel0 ──read──▶ out: whose subnet? ──▶ send ──▶ UDP 8285 of that host
@@ -6,7 +6,7 @@
 //! ```
 //! - [`peers`]: who stands for which inner addresses, looked up by longest prefix and replaced as a whole
 //! - [`counters`]: what passed, for each peer, and what was dropped, by cause
-//! - `out`, `into`: the two directions
+//! - `out`, `into`: the two directions; `threads`: who runs them
 //!
 //! The payload is the bare inner packet, as flannel has it. TTL is never touched: the two hosts' kernels have done so.
 
@@ -18,6 +18,7 @@ pub mod peers;
 mod steady;
 #[cfg(test)]
 mod tests;
+mod threads;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,7 +26,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use twill_core::backend::TunnelSpec;
@@ -34,10 +35,11 @@ use twill_kernel::tun::{Offloads, Tun, TunDevice};
 use twill_kernel::udp::{Udp, UdpSocket};
 use twill_packet::offload::Merge;
 
-use crate::counters::{Counters, Snapshot, add};
+use crate::counters::{Counters, Snapshot};
 use crate::into::Into;
 use crate::out::Out;
 use crate::peers::Peers;
+use crate::threads::Ground;
 
 /// A running tunnel. Dropped, it ends and closes its descriptors; the device stays where it is persistent.
 #[derive(Debug)]
@@ -110,6 +112,8 @@ pub(crate) struct Shared {
     version: AtomicU64,
     /// Readable once the pumps are to end.
     stop: OwnedFd,
+    /// What both directions carried so far, see [`threads::work`].
+    pub(crate) work: AtomicU64,
     stopped: AtomicBool,
     /// Set by a pump that found its device gone.
     lost: AtomicBool,
@@ -139,28 +143,22 @@ impl Tunnel {
             segments: AtomicBool::new(udp.segments()),
             version: AtomicU64::new(1),
             stop: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            work: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
             lost: AtomicBool::new(false),
             on_loss: Box::new(on_loss),
         });
         let ends = Ends { tun: Arc::new(tun), udp: Arc::new(udp) };
         let mut tunnel = Tunnel { shared: Arc::clone(&shared), ends: None, threads: Vec::with_capacity(2) };
-        let (tun, udp, state) = (Arc::clone(&ends.tun), Arc::clone(&ends.udp), Arc::clone(&shared));
-        tunnel.thread("tunnel-out", move || {
-            let mut pump = Out::new();
-            // The first packet after a wait does not wait for others.
-            let mut reads = 1;
-            state.run(tun.as_fd(), || {
-                let more = pump.round(&state, (&*tun, &*udp, icmp.as_ref()), reads);
-                reads = if more == Ok(true) { usize::MAX } else { 1 };
-                more
-            });
-        })?;
-        let (tun, udp) = (Arc::clone(&ends.tun), Arc::clone(&ends.udp));
-        tunnel.thread("tunnel-in", move || {
-            let mut pump = Into::new(merge(tun.offloads()));
-            shared.run(udp.as_fd(), || pump.round(&shared, &*tun, &*udp));
-        })?;
+        let grounds = [(); 2].map(|()| Ground {
+            shared: Arc::clone(&shared),
+            tun: Arc::clone(&ends.tun),
+            udp: Arc::clone(&ends.udp),
+        });
+        let pumps = (Out::new(), Into::new(merge(ends.tun.offloads())));
+        let (carrier, helper) = threads::pair(grounds, icmp, pumps)?;
+        tunnel.thread("tunnel", move || carrier.run())?;
+        tunnel.thread("tunnel-helper", move || helper.run())?;
         tunnel.ends = Some(ends);
         Ok(tunnel)
     }
@@ -239,28 +237,13 @@ impl Shared {
         }
     }
 
-    /// A pump's life: a round for as long as there may be more, then a wait, until the tunnel ends or its device is gone.
-    fn run(&self, fd: BorrowedFd<'_>, mut round: impl FnMut() -> Result<bool, Lost>) {
-        let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(&self.stop, PollFlags::IN)];
-        loop {
-            add(&self.counters.calls.waits, 1);
-            // An interrupted wait is one that found nothing.
-            let _ = poll(&mut fds, None);
-            loop {
-                if self.stopped.load(Ordering::Acquire) {
-                    return;
-                }
-                match round() {
-                    Ok(true) => {}
-                    Ok(false) => break,
-                    Err(Lost) => return self.lose(),
-                }
-            }
-        }
+    /// The tunnel is to end.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
     }
 
     /// The device is gone: says so once.
-    fn lose(&self) {
+    pub(crate) fn lose(&self) {
         if !self.lost.swap(true, Ordering::AcqRel) {
             (self.on_loss)();
         }

@@ -11,6 +11,7 @@ use twill_packet::offload::{Inner, Trouble, Vnet, error_about, fragment, segment
 
 use crate::counters::{Cause, add};
 use crate::peers::Peers;
+use crate::threads::work;
 use crate::{Budget, Lost, Shared, is_gone};
 
 /// Room for the largest packet that a device hands over.
@@ -32,6 +33,8 @@ pub(crate) struct Out {
     peers: Arc<Peers>,
     version: u64,
     answers: Budget,
+    /// Bytes and packets carried so far, see [`crate::threads::work`].
+    pub(crate) work: u64,
 }
 
 /// What a message carries.
@@ -53,15 +56,15 @@ impl Out {
             peers: Arc::default(),
             version: 0,
             answers: Budget::default(),
+            work: 0,
         }
     }
 
-    /// Reads at most `reads` packets and sends them. True: there may be more.
+    /// Reads what is there, up to a bound, and sends it. True: there may be more.
     pub(crate) fn round(
         &mut self,
         shared: &Shared,
         (tun, udp, icmp): (&impl Tun, &impl Udp, Option<&impl Icmp>),
-        reads: usize,
     ) -> Result<bool, Lost> {
         if let Some((version, peers)) = shared.newer(self.version) {
             (self.version, self.peers) = (version, peers);
@@ -69,12 +72,13 @@ impl Out {
         self.batch.clear();
         self.notes.clear();
         self.cut.clear();
-        let mut more = true;
-        for _ in 0..reads.min(READS) {
+        let (mut more, mut reads) = (true, 0);
+        for _ in 0..READS {
             let mut header = [0; HEADER];
             add(&shared.counters.calls.tun_reads, 1);
             match tun.read(&mut header, &mut self.packet) {
                 Ok(len) => {
+                    reads += 1;
                     if let Err(cause) = self.take(shared, &header, len, icmp) {
                         shared.counters.drop(cause, 1, None);
                     }
@@ -94,6 +98,7 @@ impl Out {
         if !self.batch.is_empty() {
             self.send(shared, udp, icmp);
         }
+        self.work += work(reads, self.cut.len());
         Ok(more)
     }
 

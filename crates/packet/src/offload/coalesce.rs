@@ -11,6 +11,8 @@ use super::{Gso, Inner, Transport, Vnet};
 use crate::checksum::Sum;
 use crate::{bytes, ipv4};
 
+/// Packets of a batch for which there is room from the start: four messages, each of as many datagrams as the kernel merges or cuts.
+const ROOM: usize = 4 * 128;
 /// Flows that are looked at for a packet to join.
 const OPEN: usize = 32;
 /// Datagrams that the kernel cuts from one (UDP_MAX_SEGMENTS of older kernels).
@@ -78,7 +80,8 @@ pub struct Coalescer {
 impl Coalescer {
     /// Merges what `merge` allows.
     pub fn new(merge: Merge) -> Self {
-        Self { merge, ..Self::default() }
+        let (items, pieces) = (Vec::with_capacity(ROOM), Vec::with_capacity(ROOM));
+        Self { merge, items, pieces, open: Vec::with_capacity(OPEN) }
     }
 
     /// Forgets the batch.
