@@ -60,11 +60,12 @@ impl Out {
         }
     }
 
-    /// Reads what is there, up to a bound, and sends it. True: there may be more.
+    /// Reads at most `most` packets and sends them. True: there may be more.
     pub(crate) fn round(
         &mut self,
         shared: &Shared,
         (tun, udp, icmp): (&impl Tun, &impl Udp, Option<&impl Icmp>),
+        most: usize,
     ) -> Result<bool, Lost> {
         if let Some((version, peers)) = shared.newer(self.version) {
             (self.version, self.peers) = (version, peers);
@@ -73,7 +74,7 @@ impl Out {
         self.notes.clear();
         self.cut.clear();
         let (mut more, mut reads) = (true, 0);
-        for _ in 0..READS {
+        for _ in 0..most.min(READS) {
             let mut header = [0; HEADER];
             add(&shared.counters.calls.tun_reads, 1);
             match tun.read(&mut header, &mut self.packet) {

@@ -155,7 +155,7 @@ fn no_packet_costs_an_allocation() {
     let loops = Loops { from_kernel, from_wire: Vec::new(), next: Cell::new(0), passed: Cell::new(0) };
     let state = shared(1, 2);
     let mut out = Out::new();
-    let passed = rounds(&loops, || out.round(&state, (&loops, &loops, None::<&MemoryIcmp>)));
+    let passed = rounds(&loops, || out.round(&state, (&loops, &loops, None::<&MemoryIcmp>), usize::MAX));
     assert!(passed >= 50 * (42 + 46 + 100), "{passed}");
 
     // The same from the wire: what a peer would have cut, and what is dropped.
@@ -232,7 +232,7 @@ fn no_packet_costs_an_allocation_on_real_devices() {
         for (state, tun, udp) in &ends {
             threads.push(scope.spawn(move || {
                 let mut out = Out::new();
-                let mut round = || out.round(state, (tun, udp, None::<&MemoryIcmp>)).unwrap();
+                let mut round = || out.round(state, (tun, udp, None::<&MemoryIcmp>), usize::MAX).unwrap();
                 pump(tun.as_fd(), counted, end, &mut round)
             }));
             threads.push(scope.spawn(move || {

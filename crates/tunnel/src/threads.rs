@@ -113,12 +113,14 @@ impl Carrier {
     fn carry(&mut self) -> Result<(), Lost> {
         let mut look = Look::new(&self.ground.shared);
         while let Some((mut out, mut into)) = self.wait() {
-            let mut looks = 0;
+            // The first packet after a wait does not wait for others.
+            let (mut looks, mut most) = (0, 1);
             loop {
                 if self.ground.shared.is_stopped() {
                     return Ok(());
                 }
-                let (moved, more) = self.round(out, into)?;
+                let (moved, more) = self.round((out, most), into)?;
+                most = usize::MAX;
                 if self.into.is_some() && look.after(SOON, &self.ground.shared).is_some_and(|work| work > MUCH) {
                     self.hand_over();
                 }
@@ -139,7 +141,7 @@ impl Carrier {
     }
 
     /// A round of each direction that may have something. Whether anything moved, and whether there may be more.
-    fn round(&mut self, out: bool, into: bool) -> Result<(bool, bool), Lost> {
+    fn round(&mut self, (out, most): (bool, usize), into: bool) -> Result<(bool, bool), Lost> {
         let Ground { shared, tun, udp } = &self.ground;
         let (mut work, mut more) = (0, false);
         if into && let Some(pump) = &mut self.into {
@@ -150,7 +152,7 @@ impl Carrier {
         // What was handed to the kernel may have its answer by now.
         if out || work > 0 {
             let before = self.out.work;
-            more |= self.out.round(shared, (&**tun, &**udp, self.icmp.as_ref()))?;
+            more |= self.out.round(shared, (&**tun, &**udp, self.icmp.as_ref()), most)?;
             work += self.out.work - before;
         }
         shared.work.fetch_add(work, Ordering::Relaxed);
