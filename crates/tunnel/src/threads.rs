@@ -2,6 +2,7 @@
 //!
 //! While little passes, one thread carries both: what is answered at once (an echo, an acknowledgement) then wakes nobody else, and a
 //! waking costs more than the packet. While much passes, a second thread carries wire → device.
+//! Why, and what was measured: docs/decisions/0012-one-thread-carries-a-tunnel-until-much-passes.md.
 //!
 //! ```text
 //!   carrier: device → wire, wire → device ──(much passes)──▶ helper: wire → device
@@ -180,7 +181,7 @@ impl Carrier {
 
     fn hand_over(&mut self) {
         if let Some(into) = self.into.take() {
-            // A helper that is gone, after a panic, leaves both here.
+            // A helper that has ended, with its device, leaves both here.
             self.into = self.hand.send(into).err().map(|unsent| unsent.0);
         }
     }
