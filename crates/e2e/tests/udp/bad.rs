@@ -127,3 +127,46 @@ fn a_flood_of_broken_datagrams_from_a_peers_address_takes_no_memory_and_good_one
     assert!(after < before + 4096, "{before} kB, then {after} kB");
     net.await_both_ways();
 }
+
+/// What the lab asks of an agent: to repair nothing for a while.
+fn post(site: &Site, what: &str) {
+    let mut stream = std::os::unix::net::UnixStream::connect(site.file("run/twill.sock")).unwrap();
+    let request = format!("POST /v1/{what} HTTP/1.1\r\nHost: twill\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    std::io::Write::write_all(&mut stream, request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+}
+
+#[test]
+fn jumbo_packets_into_a_small_device_are_answered_with_its_mtu() {
+    let Some((net, _dir)) = running() else { return };
+    let (one, two) = (net.site(1), net.site(2));
+    for site in [one, two] {
+        site.host.ip("link set eth0 mtu 9000");
+        eventually("the device has followed the underlay", || {
+            let link = &site.host.json("link show flannel0")[0];
+            if link["mtu"] == 8972 { Ok(()) } else { Err((link.to_string(), site.log())) }
+        });
+    }
+    // Only node 2's container gets larger; node 1 keeps a device smaller than what comes.
+    two.host.ip("link set docker0 mtu 8972");
+    two.container.ip("link set eth0 mtu 8972");
+    post(one, "hold");
+    one.host.ip("link set flannel0 mtu 1000");
+    // The pumps begin anew with the device's size: the first one may find none.
+    eventually("who forbids cutting is told", || {
+        let out = two.container.try_run("ping -n -c 1 -W 1 -M do -s 8000 100.96.1.2");
+        let said = String::from_utf8(out.stdout).unwrap();
+        if said.contains("Frag needed and DF set (mtu = 1472)") { Ok(()) } else { Err((said, one.log(), two.log())) }
+    });
+    // What may be cut arrives, and its answer too, which the small device makes node 1 cut.
+    for size in [900, 1400, 8000, 60_000] {
+        let out = two.container.try_run(&format!("ping -n -c 1 -W 5 -M dont -s {size} 100.96.1.2"));
+        assert!(out.status.success(), "{size}: {}", String::from_utf8_lossy(&out.stdout));
+    }
+    transfer(&two.container, &one.container, "100.96.1.2:7000", "stream", &["3000000"]);
+    transfer(&one.container, &two.container, "100.96.2.2:7000", "stream", &["3000000"]);
+    post(one, "release");
+    net.await_both_ways();
+}
