@@ -70,11 +70,10 @@ impl Site {
         text(command)
     }
 
-    /// `twill cni install` into the host's folder, with the reference's portmap beside it.
+    /// `twill cni install` into the host's folder.
     fn install(&self, n: usize) {
         let home = self.home(n);
         std::fs::create_dir_all(home.join("bin")).unwrap();
-        std::os::unix::fs::symlink("/usr/lib/cni/portmap", home.join("bin/portmap")).unwrap();
         let words = format!("cni install --bin-dir {0}/bin --conf-dir {0}/net.d", home.display());
         eventually("the node is ready", || self.twill(n, &words));
     }
@@ -228,9 +227,6 @@ impl Drop for Containerd<'_> {
 fn podman_and_containerd_attach_by_the_plugin_reach_each_other_and_publish_ports() {
     let needs = ["podman", "runc", "containerd", "ctr", "busybox", "iptables"];
     let Some(site) = site(&needs) else { return };
-    if !Path::new("/usr/lib/cni/portmap").exists() {
-        return println!("SKIP: containernetworking-plugins is not installed");
-    }
     (0..2).for_each(|n| site.install(n));
     let podman = Podman::new(&site, 0, "cni");
     let first = podman.start(&["--publish", "8080:80"]);
@@ -287,8 +283,8 @@ fn podman_and_containerd_attach_by_the_plugin_reach_each_other_and_publish_ports
 #[test]
 fn podmans_own_network_is_made_by_the_printed_line_and_reaches_the_other_host() {
     let Some(site) = site(&["podman", "runc", "busybox", "iptables"]) else { return };
-    if !["/usr/lib/podman/netavark", "/usr/lib/cni/portmap"].iter().all(|path| Path::new(path).exists()) {
-        return println!("SKIP: netavark or containernetworking-plugins is not installed");
+    if !Path::new("/usr/lib/podman/netavark").exists() {
+        return println!("SKIP: netavark is not installed");
     }
     let own = Podman::new(&site, 0, "netavark");
     let line = site.twill(0, "cni podman").unwrap();
