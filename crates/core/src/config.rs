@@ -172,6 +172,7 @@ fn range(fields: &Fields<'_>, v4: bool) -> Result<Range, ConfigFault> {
         .map(|inet| inet.network())
         .filter(|n| n.is_v4() == v4)
         .ok_or_else(|| fault(&network_key, &text, allowed))?;
+    usable(network)?;
     let (usual, deepest) = if v4 { (24, 28) } else { (64, 124) };
     if network.len() > deepest {
         let allowed = if v4 { "a network of /28 or larger" } else { "a network of /124 or larger" };
@@ -197,6 +198,29 @@ fn range(fields: &Fields<'_>, v4: bool) -> Result<Range, ConfigFault> {
         return Err(fault(&key("SubnetMin"), min.addr(), "an address not above SubnetMax"));
     }
     Ok(Range { network, subnet_len, min, max })
+}
+
+/// Refuses a network with addresses that no container can have: this network, loopback, link-local, multicast, reserved (RFC 6890).
+pub(crate) fn usable(network: Prefix) -> Result<(), ConfigFault> {
+    const NEVER: [&str; 8] = [
+        "0.0.0.0/8",
+        "127.0.0.0/8",
+        "169.254.0.0/16",
+        "224.0.0.0/4",
+        "240.0.0.0/4",
+        "::1/128",
+        "fe80::/10",
+        "ff00::/8",
+    ];
+    if !NEVER.iter().any(|never| never.parse().is_ok_and(|never: Prefix| never.overlaps(&network))) {
+        return Ok(());
+    }
+    Err(if network.is_v4() {
+        let allowed = "a network outside 0.0.0.0/8, 127.0.0.0/8, 169.254.0.0/16, 224.0.0.0/4 and 240.0.0.0/4";
+        fault("Network", network, allowed)
+    } else {
+        fault("IPv6Network", network, "a network outside ::1, fe80::/10 and ff00::/8")
+    })
 }
 
 /// SubnetMin or SubnetMax: an address in the network, on a subnet's boundary.

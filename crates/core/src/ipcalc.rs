@@ -10,6 +10,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use serde::{Serialize, Serializer};
 
+use crate::config::{self, ConfigFault};
 use crate::net::{BadValue, Inet, Prefix, family_bits, ip_from_bits, ip_to_bits};
 
 /// What can be said of one address and its prefix.
@@ -222,6 +223,9 @@ pub enum PlanFault {
     /// Zero of something.
     #[error("a plan needs at least one node and one container")]
     Nothing,
+    /// No container can have an address in it.
+    #[error(transparent)]
+    Unusable(#[from] ConfigFault),
     /// Too small.
     #[error(
         "{network} is too small: {nodes} nodes with {containers} containers each need a network of /{needed} or larger"
@@ -252,6 +256,7 @@ pub fn plan(network: Prefix, nodes: u64, containers: u64) -> Result<NetworkPlan,
     if nodes == 0 || containers == 0 {
         return Err(PlanFault::Nothing);
     }
+    config::usable(network)?;
     let bits = network.bits();
     // Three addresses of a subnet are no container's: network (the tunnel device), bridge, broadcast (kept free in IPv6 too).
     let host_bits = ceil_log2(u128::from(containers) + 3).max(2);
@@ -348,7 +353,7 @@ mod tests {
 
         /// A plan holds what was asked, and its config is one that agents take.
         #[test]
-        fn a_plan_holds_what_was_asked(v4: bool, len in 0u8..=30, nodes in 1u64..5000, containers in 1u64..5000) {
+        fn a_plan_holds_what_was_asked(v4: bool, len in 5u8..=30, nodes in 1u64..5000, containers in 1u64..5000) {
             let network = if v4 { Prefix::truncate(ip("10.0.0.0"), len) } else { Prefix::truncate(ip("fd00::"), len * 4) }.unwrap();
             match plan(network, nodes, containers) {
                 Ok(p) => {

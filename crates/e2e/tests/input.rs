@@ -100,6 +100,57 @@ fn every_field_of_the_network_config_has_its_error() {
 }
 
 #[test]
+fn a_network_that_no_container_can_be_in_is_refused_wherever_it_is_named() {
+    let Some((node, dir)) = node() else { return };
+    let v4_allowed = "is not a network outside 0.0.0.0/8, 127.0.0.0/8, 169.254.0.0/16, 224.0.0.0/4 and 240.0.0.0/4";
+    let v6_allowed = "is not a network outside ::1, fe80::/10 and ff00::/8";
+    for network in [
+        "224.0.0.0/8",
+        "239.1.0.0/16",
+        "240.0.0.0/8",
+        "255.255.0.0/16",
+        "169.254.0.0/16",
+        "169.254.8.0/24",
+        "0.1.0.0/16",
+        "127.1.0.0/16",
+        "0.0.0.0/0",
+        "128.0.0.0/1",
+        "ff02::/64",
+        "fe80::/56",
+        "::/64",
+        "::/0",
+    ] {
+        let is_v6 = network.contains(':');
+        let (key, allowed) = if is_v6 { ("IPv6Network", v6_allowed) } else { ("Network", v4_allowed) };
+        let want = format!("network config: {key}: \"{network}\" {allowed}");
+        let config = if is_v6 {
+            v6(&format!(r#""IPv6Network":"{network}","#))
+        } else {
+            with(&format!(r#""Network":"{network}""#))
+        };
+        put_config(&node, config.as_bytes());
+        let bad = [("bad-config".to_owned(), want.clone())];
+        assert_eq!(findings(&node, ""), bad, "{network}");
+        assert_eq!(findings(&node, &format!("--serve-store --network {network}")), bad, "{network}");
+        let data = dir.path().join("refused");
+        for words in [
+            format!("agent --iface eth0 --serve-store 127.0.0.1:2380 --network {network}"),
+            format!("store serve --listen 127.0.0.1:2380 --data {} --network {network}", data.display()),
+            format!("ip plan --network {network} --nodes 1 --containers 1"),
+        ] {
+            let (code, err) = node.twill(&words);
+            let err = err.unwrap_err();
+            assert!(code == Some(1) && err.contains(&format!("error: {want}\nhint: ")), "{words}: {code:?} {err}");
+        }
+        assert!(!data.exists() && !node.file("state/store").exists(), "{network}: nothing is written");
+    }
+    let (code, err) = node.twill("store serve --listen 127.0.0.1:2380 --network 10.0.0.0/29");
+    assert!(code == Some(1) && err.unwrap_err().contains("\"10.0.0.0/29\" is not a network of /28 or larger"));
+    let (code, out) = node.twill("ip plan --network 223.255.0.0/16 --nodes 1 --containers 1");
+    assert!(code == Some(0), "the last one that is usable: {out:?}");
+}
+
+#[test]
 fn what_is_no_json_at_all_is_said_in_one_line_and_crashes_nothing() {
     let Some((node, _dir)) = node() else { return };
     let deep = |n: usize| [vec![b'['; n], vec![b']'; n]].concat();

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use tokio::net::TcpListener;
+use twill_core::config::NetworkConfig;
+use twill_core::net::Prefix;
 use twill_etcd::server::Server;
 use twill_store::{EtcdStore, StoreConfig, StoreError};
 
@@ -139,6 +141,17 @@ pub(crate) fn check_listen(listen: SocketAddr, insecure: bool) -> Result<(), Fai
     }
     tracing::warn!(%listen, "the store is open to everybody who reaches this address: nothing authenticates");
     Ok(())
+}
+
+/// The config that a fresh store gets, checked as every reader will.
+pub(crate) fn first_config(networks: &[Prefix], backend: &str) -> Result<(String, NetworkConfig), Failure> {
+    let text = NetworkConfig::default_json(networks, backend);
+    match NetworkConfig::parse(text.as_bytes()) {
+        Ok((config, _)) => Ok((text, config)),
+        Err(fault) => {
+            Err(Failure::new("bad-config", fault.to_string()).hint("name another network with --network PREFIX"))
+        }
+    }
 }
 
 /// Opens the data and the port.

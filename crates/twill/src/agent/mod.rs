@@ -25,7 +25,7 @@ use anyhow::Context;
 use tokio::sync::{mpsc, oneshot, watch};
 use twill_cni::records::Records;
 use twill_core::backend;
-use twill_core::config::{self, NetworkConfig};
+use twill_core::config;
 use twill_core::host::HostState;
 use twill_core::net::NodeId;
 use twill_core::state_file::State;
@@ -204,6 +204,7 @@ async fn serve_store(
     state: &State,
 ) -> anyhow::Result<()> {
     stores::check_listen(address, settings.insecure)?;
+    let (text, written) = stores::first_config(&[settings.network], "vxlan")?;
     let (server, listener) = stores::open(address, &settings.state_dir.join("store")).await?;
     tokio::spawn(async move {
         if let Err(error) = server.serve(listener, std::future::pending()).await {
@@ -212,8 +213,6 @@ async fn serve_store(
     });
     let store = settings.store.connect()?;
     if store.config().await.map_err(Failure::from)?.is_none() {
-        let text = NetworkConfig::default_json(&[settings.network], "vxlan");
-        let (written, _) = NetworkConfig::parse(text.as_bytes())?;
         // What an earlier run left is no stranger's.
         let devices = backend::build(&written.backend)
             .map_err(|refusal| Failure::new(refusal.code, refusal.message).hint(refusal.hint))?

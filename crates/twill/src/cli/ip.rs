@@ -74,6 +74,9 @@ impl Ip {
 fn refusal(fault: PlanFault) -> Failure {
     let (code, hint) = match &fault {
         PlanFault::Nothing => ("empty-plan", "ask for one node and one container or more".to_owned()),
+        PlanFault::Unusable(_) => {
+            ("bad-config", "take one for private use, such as --network 10.244.0.0/16".to_owned())
+        }
         PlanFault::TooSmall { network, needed, .. } => {
             ("network-too-small", format!("take a /{needed}, such as --network {}", wider(network, *needed)))
         }

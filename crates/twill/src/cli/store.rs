@@ -80,16 +80,19 @@ impl Serve {
     fn run(self) -> anyhow::Result<ExitCode> {
         output::log_to_stderr();
         stores::check_listen(self.listen, self.insecure)?;
+        let config = match self.network.as_slice() {
+            [] => None,
+            networks => Some(stores::first_config(networks, &self.backend)?.0),
+        };
         let data = self.data.unwrap_or_else(|| stores::state_dir().join("store"));
         crate::runtime()?.block_on(async {
             let (server, listener) = stores::open(self.listen, &data).await?;
-            if !self.network.is_empty() {
+            if let Some(config) = config {
                 let store = twill_store::EtcdStore::new(twill_store::StoreConfig {
                     endpoints: vec![format!("http://{}", self.listen)],
                     prefix: stores::PREFIX.into(),
                     ..Default::default()
                 })?;
-                let config = twill_core::config::NetworkConfig::default_json(&self.network, &self.backend);
                 let served = tokio::spawn(server.serve(listener, crate::terminated()));
                 store.create_config(config.as_bytes()).await?;
                 return served.await.context("the store's task ended")?.context("serve the store");
