@@ -196,6 +196,13 @@ pub struct Vxlan {
     pub outer: OuterHeader,
 }
 
+impl Vxlan {
+    /// True when it speaks IPv4 outside: its socket is of one family, without `local` of IPv4.
+    pub fn is_v4(&self) -> bool {
+        self.local.is_none_or(|ip| ip.is_ipv4())
+    }
+}
+
 /// Fixed values for a tunnel's outer IP header; 0 is the kernel's default for each (IFLA_VXLAN_TTL, _TOS, _DF).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OuterHeader {

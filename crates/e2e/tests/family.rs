@@ -219,6 +219,28 @@ fn the_lab_has_both_families_or_ipv6_alone() {
 }
 
 #[test]
+fn the_labs_explanation_arrives_in_both_families() {
+    let Some(_bed) = Bed::new() else { return };
+    let home = tempfile::tempdir().unwrap();
+    let twill = |words: &str| {
+        let mut command = std::process::Command::new(twill_e2e::bin("twill"));
+        let out = command.args(words.split(' ')).env("XDG_RUNTIME_DIR", home.path()).output().unwrap();
+        assert!(out.status.success(), "{words}: {}", String::from_utf8_lossy(&[out.stdout, out.stderr].concat()));
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let name = format!("both{}", std::process::id());
+    let lab: serde_json::Value = serde_json::from_str(&twill(&format!("lab up --ipv6 --name {name} -o json"))).unwrap();
+    let v6 = |n: usize| lab["nodes"][n]["containers"][0]["addresses"][1].as_str().unwrap().to_owned();
+    let named = "container-1 container-2".to_owned();
+    for (ends, device) in [(named, "flannel.1"), (format!("{} {}", v6(0), v6(1)), "flannel-v6.1")] {
+        let said = twill(&format!("lab explain {ends} --name {name}"));
+        let unwrapped = said.matches(&format!("are {device}'s: the frame is unwrapped")).count();
+        assert_eq!((said.matches("it arrives").count(), unwrapped), (2, 2), "{ends}, there and back: {said}");
+    }
+    twill(&format!("lab down --name {name}"));
+}
+
+#[test]
 fn lab_up_shows_the_addresses_of_both_families() {
     let Some(_bed) = Bed::new() else { return };
     let home = tempfile::tempdir().unwrap();

@@ -411,7 +411,7 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
             // Looked up for the refusals that a kernel has even for its own address (rp_filter).
             self.route(place, &packet, Some(link).filter(|_| !packet.src.is_some_and(|s| here.owns(s))))?;
             return match packet.inner {
-                Some(wrapped) => self.unwrap(here, place, *wrapped),
+                Some(wrapped) => self.unwrap(here, place, packet.dst.is_ipv4(), *wrapped),
                 None => self.arrive(place, link, packet.dst),
             };
         }
@@ -433,25 +433,31 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
         Ok(None)
     }
 
-    /// A UDP datagram with a frame inside: some VXLAN here must have its port and its VNI.
-    fn unwrap(&mut self, here: &PlaceFacts, place: &str, wrapped: Wrapped) -> Next {
+    /// A UDP datagram with a frame inside: some VXLAN here must have its family, its port and its VNI. The kernel has one socket for each
+    /// family and port, and looks for the VNI among the devices of that socket (drivers/net/vxlan/vxlan_core.c, vxlan_find_sock).
+    fn unwrap(&mut self, here: &PlaceFacts, place: &str, v4: bool, wrapped: Wrapped) -> Next {
         let Wrapped { vxlan: sent, frame } = wrapped;
+        let family = |v4: bool| if v4 { "IPv4" } else { "IPv6" };
         let mine = || here.links().filter_map(|l| if let LinkKind::Vxlan(v) = &l.kind { Some((l, v)) } else { None });
         let listed = || {
-            let all = mine().map(|(l, v)| format!("{} has port {} and VNI {}", l.name, v.port, v.vni));
-            let all = all.collect::<Vec<_>>();
+            let one = |(l, v): (&Link, &Vxlan)| {
+                let other = if v.is_v4() == v4 { String::new() } else { format!(" over {}", family(v.is_v4())) };
+                format!("{} has port {} and VNI {}{other}", l.name, v.port, v.vni)
+            };
+            let all = mine().map(one).collect::<Vec<_>>();
             if all.is_empty() { format!("{place} has no VXLAN device") } else { all.join(", ") }
         };
+        let hears = |v: &Vxlan| (v.port, v.is_v4()) == (sent.port, v4);
         // A VXLAN opens its socket when it comes up (drivers/net/vxlan/vxlan_core.c, vxlan_open).
-        if !mine().any(|(l, v)| v.port == sent.port && l.up) {
-            let down = mine().find(|(l, v)| v.port == sent.port && !l.up).map(|(l, _)| l.name);
+        if !mine().any(|(l, v)| hears(v) && l.up) {
+            let down = mine().find(|(l, v)| hears(v) && !l.up).map(|(l, _)| l.name);
             if let Some(link) = down {
                 return Err(stop(Code::LinkDown, place, format!("{link} is down")));
             }
-            let why = format!("nothing listens on UDP port {} ({})", sent.port, listed());
+            let why = format!("nothing listens on UDP port {} of {} ({})", sent.port, family(v4), listed());
             return Err(stop(Code::PortMismatch, place, why));
         }
-        let found = mine().find(|(l, v)| (v.port, v.vni) == (sent.port, sent.vni) && l.up);
+        let found = mine().find(|(l, v)| hears(v) && v.vni == sent.vni && l.up);
         let Some((device, _)) = found else {
             let why = format!("the packet carries VNI {}, which nothing here has ({})", sent.vni, listed());
             return Err(stop(Code::VniMismatch, place, why));

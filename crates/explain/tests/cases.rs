@@ -469,3 +469,37 @@ fn an_ipv6_underlay_carries_ipv4_containers() {
     let explanation = run(&facts, "container-1", "container-2", false);
     assert!(explanation.arrives() && explanation.to_string().contains("behind host fd00:168::3"), "{explanation}");
 }
+
+/// Two devices with one VNI and port, one for each family of the underlay: a packet's own family says whose it is.
+#[test]
+fn of_two_tunnels_with_one_port_the_outer_family_chooses() {
+    let mut facts = healthy();
+    for n in 1..=3u8 {
+        let place = facts.place_mut(&format!("node{n}")).unwrap();
+        place.addr("eth0", &format!("fd00:168::{}/64", n + 1));
+        // By name it stands before the other one.
+        place.add_link("flannel-v6.1", vxlan(&format!("fd00:168::{}", n + 1)), mac(0x60 + n));
+        for peer in (1..=3).filter(|p| *p != n) {
+            let (net, link) = (14 + peer, link_name("flannel-v6.1"));
+            let (vtep, tunnel_mac) = (format!("fd00:{net}::"), mac(0x60 + peer));
+            place.route(&format!("{vtep}/64"), Some(&vtep), "flannel-v6.1");
+            place.add_neigh("flannel-v6.1", &vtep, tunnel_mac, 0x80);
+            let dst = Few::One(ip(&format!("fd00:168::{}", peer + 1)));
+            let fdb = Fdb { link, mac: tunnel_mac, dst, port: None, permanent: true, special: false, state: 0x80 };
+            place.state.insert(Object::Fdb(fdb));
+        }
+    }
+    for (v6, device) in [(false, "flannel.1"), (true, "flannel-v6.1")] {
+        let explanation = run(&facts, "container-1", "container-2", v6);
+        assert!(explanation.arrives(), "{explanation}");
+        assert!(explanation.to_string().contains(&format!("are {device}'s: the frame is unwrapped")), "{explanation}");
+    }
+    // Without the tunnel of its family the packet finds no socket, whatever the other one listens to.
+    edit_link(&mut facts, "node2", "flannel.1", |l| {
+        if let LinkKind::Vxlan(v) = &mut l.kind {
+            v.local = Some(ip("fd00:168::3"));
+        }
+    });
+    let there = run(&facts, "container-1", "container-2", false).there;
+    assert!(matches!(there.verdict, Verdict::Stops { code: Code::PortMismatch, .. }), "{there}");
+}

@@ -7,7 +7,7 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::host::{Few, HostState, Key, Link, LinkKind, Object, PROTO_KERNEL, Route, RouteEntry, Vxlan};
+use crate::host::{Few, HostState, Key, Link, LinkKind, Object, PROTO_KERNEL, Route, RouteEntry};
 use crate::net::LinkName;
 
 use super::{Desired, Op, Plan, Scope, Step, StepId, Why, effect};
@@ -204,10 +204,9 @@ fn namesake<'a>(want: &Link, have: &'a HostState) -> Option<&'a Link> {
 /// Other devices that take the VNI and port of a wanted tunnel (drivers/net/vxlan/vxlan_core.c `vxlan_vni_in_use`).
 pub(super) fn same_tunnel<'a>(want: &Link, have: &'a HostState) -> Vec<&'a Link> {
     let LinkKind::Vxlan(wanted) = &want.kind else { return Vec::new() };
-    let v4 = |vxlan: &Vxlan| vxlan.local.is_none_or(|ip| ip.is_ipv4());
     let same = |link: &&Link| {
         matches!(&link.kind, LinkKind::Vxlan(found) if link.name != want.name
-        && (found.vni, found.port, v4(found)) == (wanted.vni, wanted.port, v4(wanted)))
+        && (found.vni, found.port, found.is_v4()) == (wanted.vni, wanted.port, wanted.is_v4()))
     };
     have.range(..Key::Sysctl("".into())).filter_map(|(_, object)| as_link(object)).filter(same).collect()
 }
