@@ -45,9 +45,19 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How often containers are looked for that have ended without a DEL.
 const SWEEP: Duration = Duration::from_secs(60);
 
+const NET_ADMIN: &str = "CAP_NET_ADMIN";
+/// Capabilities with their bits (include/uapi/linux/capability.h), and what they are for.
+const NEEDED: [(u32, &str, &str); 2] =
+    [(12, NET_ADMIN, "to make devices and routes"), (13, "CAP_NET_RAW", "to probe peers and capture frames")];
+/// How a process comes to them.
+const GRANT: &str = "run as root; or in the unit AmbientCapabilities=CAP_NET_ADMIN CAP_NET_RAW; or setcap cap_net_admin,cap_net_raw+ep on the twill binary";
+
 /// Runs the agent until it is told to end. Everything stays in the kernel.
 pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
     process::one_heap();
+    if let Some((_, failure)) = missing_capabilities().into_iter().find(|(name, _)| *name == NET_ADMIN) {
+        return Err(failure.into());
+    }
     let view = Arc::new(Mutex::new(View { state: "starting".into(), ..View::default() }));
     let (host_sender, host) = watch::channel(Arc::new(HostState::new()));
     let gauge = SharedGauge::default();
@@ -166,6 +176,17 @@ fn lock(settings: &Settings) -> anyhow::Result<files::Lock> {
             .hint("stop it first: systemctl stop twill; or take its place without loss: twill agent --takeover")
             .into()
     })
+}
+
+/// The capabilities that this process lacks, by name. Without the first the kernel refuses every step.
+pub(crate) fn missing_capabilities() -> Vec<(&'static str, Failure)> {
+    let have = process::effective_capabilities();
+    let missing = NEEDED.into_iter().filter(|(bit, ..)| have & (1 << bit) == 0);
+    let failure = |(_, name, what_for)| {
+        let failure = Failure::new("capability-missing", format!("this process lacks {name}, {what_for}"));
+        (name, failure.hint(GRANT))
+    };
+    missing.map(failure).collect()
 }
 
 /// Two daemons on one device would undo each other's work.

@@ -7,18 +7,14 @@ use serde::Serialize;
 use twill_core::config;
 use twill_core::iface;
 use twill_core::reconcile::Finding;
-use twill_kernel::{Interest, Kernel, LinuxKernel, process};
+use twill_kernel::{Interest, Kernel, LinuxKernel};
 
 use super::offline::parse_config;
 use crate::agent::compose::Network;
 use crate::agent::settings::Settings;
-use crate::agent::{load_state, refuse_beside_flannel};
+use crate::agent::{load_state, missing_capabilities, refuse_beside_flannel};
 use crate::output::{FINDINGS, Failure, Output};
 use crate::stores;
-
-/// CAP_NET_ADMIN and CAP_NET_RAW (include/uapi/linux/capability.h).
-const NEEDED: [(u32, &str, &str); 2] =
-    [(12, "CAP_NET_ADMIN", "to make devices and routes"), (13, "CAP_NET_RAW", "to probe peers and capture frames")];
 
 #[derive(Debug, Default, Serialize)]
 struct Check {
@@ -46,7 +42,9 @@ impl Check {
 /// Looks, prints, and exits with 3 when something is in the way.
 pub(crate) fn run(settings: &Settings, output: Output) -> anyhow::Result<ExitCode> {
     let mut check = Check::default();
-    capabilities(&mut check);
+    for (name, failure) in missing_capabilities() {
+        check.failure(name, &failure);
+    }
     if let Err(failure) = refuse_beside_flannel() {
         check.failure("host", &failure);
     }
@@ -101,20 +99,6 @@ pub(crate) fn run(settings: &Settings, output: Output) -> anyhow::Result<ExitCod
 fn finish(check: &Check, output: Output) -> anyhow::Result<ExitCode> {
     output.print(check, || describe(check))?;
     Ok(if check.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(FINDINGS) })
-}
-
-fn capabilities(check: &mut Check) {
-    let have = process::effective_capabilities();
-    for (bit, name, what_for) in NEEDED {
-        if have & (1 << bit) == 0 {
-            check.find(
-                "capability-missing",
-                name,
-                &format!("this process lacks {name}, {what_for}"),
-                "run as root, or grant it in the unit",
-            );
-        }
-    }
 }
 
 /// The config of the store; of a store that we are to serve ourselves, the one that we would write.
