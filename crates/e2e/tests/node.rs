@@ -138,6 +138,53 @@ fn check_names_the_capability_that_is_missing_and_the_network_that_overlaps() {
 }
 
 #[test]
+fn check_names_what_the_agent_would_stumble_over() {
+    let Some((node, _dir)) = node() else { return };
+    let named = |flags: &str| {
+        let check = node.twill_json(&format!("agent --check {flags}"));
+        let findings = check["findings"].as_array().unwrap().clone();
+        let text = |f: &Value, key: &str| f[key].as_str().unwrap().to_owned();
+        findings.iter().map(|f| (text(f, "code"), text(f, "evidence"), text(f, "fix"))).collect::<Vec<_>>()
+    };
+    // The store is to be served at another host's address.
+    for (there, is_here) in [
+        ("10.168.0.3:2399", false),
+        ("192.0.2.1:2399", false),
+        ("[fd00::7]:2399", false),
+        ("10.168.0.2:2399", true),
+        ("0.0.0.0:2399", true),
+    ] {
+        let found = named(&format!("--serve-store {there} --insecure"));
+        let want: &[&str] = if is_here { &[] } else { &["store-listen"] };
+        assert_eq!(found.iter().map(|f| f.0.as_str()).collect::<Vec<_>>(), want, "{there}: {found:?}");
+        assert!(is_here || found[0].1.contains(there), "{found:?}");
+    }
+    assert_eq!(named(""), [], "nothing is in the way");
+    // The network has a family that the underlay lacks.
+    node.host.run("sysctl -qw net.ipv6.conf.all.disable_ipv6=0");
+    let dual = r#"{"Network":"10.1.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:1::/48","Backend":{"Type":"vxlan"}}"#;
+    node.put("config", dual);
+    let found = named("");
+    assert!(found.len() == 1 && found[0].0 == "family-missing" && found[0].2.contains("ip -6 addr add"), "{found:?}");
+    node.host.ip("addr add fd00:168::2/64 dev eth0 nodad");
+    assert_eq!(named(""), [], "the family is there");
+    // Somebody's tunnel has our VNI and port, for one family or for the other; the way out works.
+    for (device, more) in [("stranger", ""), ("stranger6", "local fd00:168::2")] {
+        node.host.ip(&format!("link add {device} type vxlan id 1 dstport 8472 dev eth0 {more}"));
+        let found = named("");
+        assert!(found.len() == 1 && found[0].0 == "vni-taken" && found[0].1.contains(device), "{found:?}");
+        node.host.run(found[0].2.split(',').next().unwrap());
+        assert_eq!(named(""), [], "{device} is gone");
+    }
+    node.host.ip("link add stranger type vxlan id 2 dstport 8472 dev eth0");
+    assert_eq!(named(""), [], "another VNI is nobody's business");
+    node.host.ip("link del stranger");
+    // Our own device is no stranger.
+    let _agent = node.agent("");
+    assert_eq!(named(""), [], "beside a running agent");
+}
+
+#[test]
 fn an_agent_without_the_capability_says_so_and_takes_nothing() {
     let Some((node, dir)) = node() else { return };
     if !installed("setpriv") {

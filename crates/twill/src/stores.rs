@@ -143,6 +143,18 @@ pub(crate) fn check_listen(listen: SocketAddr, insecure: bool) -> Result<(), Fai
     Ok(())
 }
 
+/// Refuses an address that the kernel would not let us listen on: it is another host's.
+pub(crate) fn check_is_ours(listen: SocketAddr) -> Result<(), Failure> {
+    // Any port does, and a datagram socket keeps none from anybody.
+    match std::net::UdpSocket::bind(SocketAddr::new(listen.ip(), 0)) {
+        Err(error) if error.kind() == std::io::ErrorKind::AddrNotAvailable => {
+            let message = format!("listen on {listen}: {} is no address of this host", listen.ip());
+            Err(Failure::new("store-listen", message).hint("name an address of this host: ip addr shows them"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The config that a fresh store gets, checked as every reader will.
 pub(crate) fn first_config(networks: &[Prefix], backend: &str) -> Result<(String, NetworkConfig), Failure> {
     let text = NetworkConfig::default_json(networks, backend);

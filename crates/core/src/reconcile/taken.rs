@@ -6,8 +6,8 @@ use super::plan::same_tunnel;
 use super::{Desired, Finding};
 
 /// A finding for each wanted tunnel whose VNI and port another device has.
-pub fn taken_tunnels(want: &Desired, have: &HostState) -> Vec<Finding> {
-    let missing = want.host.iter().filter_map(|(key, object)| match object {
+pub fn taken_tunnels(want: &HostState, have: &HostState) -> Vec<Finding> {
+    let missing = want.iter().filter_map(|(key, object)| match object {
         Object::Link(link) if have.get(key).is_none() => Some(link),
         _ => None,
     });

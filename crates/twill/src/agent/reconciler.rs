@@ -442,7 +442,7 @@ impl Reconciler {
 
     fn publish_status(&mut self) {
         let mut findings = shadowed(self.wanted.desired(), self.kernel.mirror());
-        findings.extend(taken_tunnels(self.wanted.desired(), self.kernel.mirror()));
+        findings.extend(taken_tunnels(&self.wanted.desired().host, self.kernel.mirror()));
         findings.extend(taken_tables(self.wanted.desired(), self.kernel.mirror()));
         findings.extend(beside::early_drops(&self.wanted.desired().claim.networks, self.kernel.mirror()));
         if self.kernel.interest().firewall {

@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use serde::Serialize;
+use twill_core::backend::Cx;
 use twill_core::config;
 use twill_core::iface;
-use twill_core::reconcile::Finding;
+use twill_core::reconcile::{Finding, taken_tunnels};
 use twill_kernel::{Interest, Kernel, LinuxKernel};
 
 use super::offline::parse_config;
@@ -48,8 +49,12 @@ pub(crate) fn run(settings: &Settings, output: Output) -> anyhow::Result<ExitCod
     if let Err(failure) = refuse_beside_flannel() {
         check.failure("host", &failure);
     }
-    if let Some(Err(failure)) = settings.serve_store.map(|listen| stores::check_listen(listen, settings.insecure)) {
-        check.failure("store", &failure);
+    if let Some(listen) = settings.serve_store {
+        let verdicts = [stores::check_listen(listen, settings.insecure), stores::check_is_ours(listen)];
+        verdicts
+            .iter()
+            .filter_map(|verdict| verdict.as_ref().err())
+            .for_each(|failure| check.failure("store", failure));
     }
     let kernel = LinuxKernel::open(Interest::default())?;
     let host = kernel.mirror();
@@ -129,6 +134,14 @@ fn on_network(
     }
     if let Some(listen) = serves.filter(|listen| !listen.ip().is_loopback()) {
         check.ports.push(format!("tcp/{}", listen.port()));
+    }
+    for refusal in network.left_out(&network.cx.underlay) {
+        check.find(refusal.code, "node", &refusal.message, &refusal.hint);
+    }
+    // Which subnets it will be matters to no device: the whole networks stand for them.
+    let cx = Cx { subnets: network.cx.networks.clone(), ..network.cx.clone() };
+    if let Ok(base) = network.backend.base(&cx) {
+        check.findings.extend(taken_tunnels(&base, host));
     }
     let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
     for clash in config::overlaps(&config.networks(), host, &devices, &state.subnets) {
