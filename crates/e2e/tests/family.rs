@@ -301,6 +301,34 @@ fn the_udp_backends_mtu_follows_the_underlay_for_both_families() {
 }
 
 #[test]
+fn ipv6_turned_off_on_a_tunnel_device_is_turned_on_again() {
+    for (backend, device, own) in
+        [("udp", "flannel0", "fd00:1:0:f::/48"), ("vxlan", "flannel-v6.1", "fd00:1:0:f::/128")]
+    {
+        let Some((site, _dir)) = site() else { return };
+        let host = &site.node.host;
+        site.node.put("config", &DUAL.replace("vxlan", backend));
+        let _agent = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
+        let sysctl = |of: &str| format!("net/ipv6/conf/{of}/disable_ipv6");
+        let stands = |after: &str| {
+            eventually(&format!("after {after} {device} has IPv6"), || {
+                let off = String::from_utf8(host.try_run(&format!("sysctl -n {}", sysctl(device))).stdout).unwrap();
+                let shown = String::from_utf8(host.try_run(&format!("ip -6 addr show {device}")).stdout).unwrap();
+                let good = off.trim() == "0" && shown.contains(&format!("inet6 {own} "));
+                if good { Ok(()) } else { Err(format!("{off} {shown} {}", site.node.log("agent.log"))) }
+            });
+        };
+        stands("the start");
+        host.run(&format!("sysctl -qw {}=1", sysctl(device)));
+        stands("the sysctl");
+        // A new device has the namespace's default.
+        host.run(&format!("sysctl -qw {}=1", sysctl("default")));
+        host.ip(&format!("link del {device}"));
+        stands("a default without IPv6");
+    }
+}
+
+#[test]
 fn a_family_that_overlaps_the_underlay_is_named_and_the_other_goes_on() {
     for (network, bad, good) in [
         (

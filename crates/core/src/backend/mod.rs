@@ -128,6 +128,8 @@ fn forwarding(name: LinkName, v4: bool) -> Vec<Object> {
     list.push((of_device("forwarding"), "1"));
     if !v4 {
         list.push((of_device("accept_ra"), "0"));
+        // Where it is 1 the kernel refuses addresses and routes; sysctls are written before both.
+        list.push((of_device("disable_ipv6"), "0"));
     }
     list.into_iter().map(|(path, value)| Object::Sysctl { path: path.into(), value: value.into() }).collect()
 }
