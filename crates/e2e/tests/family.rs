@@ -325,6 +325,9 @@ fn ipv6_turned_off_on_a_tunnel_device_is_turned_on_again() {
         host.run(&format!("sysctl -qw {}=1", sysctl("default")));
         host.ip(&format!("link del {device}"));
         stands("a default without IPv6");
+        // Never an address before its sysctl.
+        let log = site.node.log("agent.log");
+        assert!(!log.contains("refused") && !log.contains("IPv6 is disabled"), "{log}");
     }
 }
 

@@ -159,6 +159,10 @@ impl Reconciler {
             if facts && changes.dirty.iter().chain(self.ordered.iter()).any(|k| !self.is_ours(k)) || changes.all {
                 self.publish_host();
             }
+            // With them go, or have gone, the sysctls that an address needs.
+            if changes.dirty.iter().any(|k| matches!(k, Key::Link(_) | Key::Addr(..)) && self.is_ours(k)) {
+                self.sysctls = Duration::ZERO;
+            }
             self.drifted.extend(changes.dirty);
             self.on_time();
             let mut answers = Vec::new();
