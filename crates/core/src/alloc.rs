@@ -90,7 +90,7 @@ fn wished(range: &Range, leases: &LeaseSet, me: &Me, own: Option<&LeaseKey>) -> 
         return Some(Err(format!("--subnet {wish} is not a /{len} between {min} and {max}")));
     }
     let ours = |held: &Prefix| own.is_some_and(|key| key.subnets().any(|subnet| subnet == *held));
-    let held = leases.subnets().find(|held| held.overlaps(&wish) && !ours(held));
+    let held = leases.held(range.subnet_len).find(|held| held.overlaps(&wish) && !ours(held));
     Some(held.map_or(Ok(wish), |held| Err(format!("--subnet {wish} is held by the lease of {held}"))))
 }
 
@@ -99,7 +99,7 @@ fn pick(range: &Range, leases: &LeaseSet, me: &Me, seed: u64) -> Result<Prefix, 
     if let Some(answer) = wished(range, leases, me, None) {
         return answer;
     }
-    let taken = |subnet: &Prefix| leases.subnets().find(|held| held.overlaps(subnet));
+    let taken = |subnet: &Prefix| leases.held(range.subnet_len).find(|held| held.overlaps(subnet));
     if let Some(old) = me.remembered.iter().find(|p| range.allows(p)).filter(|p| taken(p).is_none()) {
         return Ok(*old);
     }
@@ -108,7 +108,8 @@ fn pick(range: &Range, leases: &LeaseSet, me: &Me, seed: u64) -> Result<Prefix, 
     if free == 0 {
         let all = format!("no free subnet: all {} from {} to {} are leased", range.count(), range.min, range.max);
         // One key can hold the place of many.
-        let wide = leases.subnets().find(|held| held.len() < range.subnet_len && held.overlaps(&range.network));
+        let wide =
+            leases.held(range.subnet_len).find(|held| held.len() < range.subnet_len && held.overlaps(&range.network));
         return Err(match wide {
             None => all,
             Some(held) => format!("{all}; one lease alone holds {held}"),
@@ -134,7 +135,7 @@ fn gaps(range: &Range, leases: &LeaseSet) -> Vec<(u128, u128)> {
     let count = range.count();
     let end = range.max.last();
     for held in leases
-        .subnets()
+        .held(range.subnet_len)
         .filter(|h| h.is_v4() == range.network.is_v4() && h.last() >= range.min.addr() && h.addr() <= end)
     {
         let first = if held.addr() <= range.min.addr() { 0 } else { index(held.addr()) };
@@ -169,6 +170,29 @@ mod tests {
         RawLease { name: name.into(), value: value.into(), create_rev: rev, mod_rev: rev, etcd_lease: 1 }
     }
 
+    #[test]
+    fn a_wide_key_that_loses_or_cannot_be_read_takes_no_place() {
+        let config = config(r#"{"Network":"10.0.0.0/16","Backend":{"Type":"vxlan"}}"#);
+        let good =
+            r#"{"PublicIP":"10.9.0.9","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:09"}}"#;
+        let other = good.replace(":09", ":08");
+        for (wide, rev) in [("garbage", 1), ("garbage", 9), (other.as_str(), 9)] {
+            let mut leases = LeaseSet::default();
+            leases.put(raw("10.0.7.0-24", good, 5));
+            leases.put(raw("10.0.0.0-16", wide, rev));
+            leases.put(raw("10.0.8.0-24", "garbage", 5));
+            for seed in 0..600 {
+                let Choice::Create(key) = choose(&config, &leases, &me(1), seed) else { panic!("{wide} {rev}") };
+                let v4 = key.v4.unwrap().to_string();
+                assert!(v4 != "10.0.7.0/24" && v4 != "10.0.8.0/24", "{v4} is a key of the store");
+            }
+        }
+        // A wide one that wins holds all.
+        let mut leases = LeaseSet::default();
+        leases.put(raw("10.0.0.0-16", good, 1));
+        assert!(matches!(choose(&config, &leases, &me(1), 7), Choice::Refuse(_)));
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(200))]
         #[test]
@@ -181,7 +205,7 @@ mod tests {
             }
             let range = config.v4.unwrap();
             let walk: Vec<Prefix> = (0..range.count()).filter_map(|n| range.nth(n))
-                .filter(|s| !leases.subnets().any(|h| h.overlaps(s))).collect();
+                .filter(|s| !leases.held(24).any(|h| h.overlaps(s))).collect();
             match choose(&config, &leases, &me(1), seed) {
                 Choice::Create(key) => prop_assert!(walk.contains(&key.v4.unwrap())),
                 Choice::Refuse(_) => prop_assert!(walk.is_empty()),

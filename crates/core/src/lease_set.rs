@@ -16,6 +16,8 @@ use crate::net::{MacAddr, NodeId, Prefix};
 struct Entry {
     /// Subnets, when the key could be read.
     key: Option<LeaseKey>,
+    /// Key and value could be read: only then it can win.
+    readable: bool,
     macs: [Option<MacAddr>; 2],
     value: Box<[u8]>,
     create_rev: i64,
@@ -41,6 +43,7 @@ impl LeaseSet {
         let lease = Lease::parse(&raw).ok();
         let entry = Entry {
             key: raw.name.parse().ok(),
+            readable: lease.is_some(),
             macs: lease.as_ref().map_or([None; 2], Lease::vtep_macs),
             value: raw.value.into(),
             create_rev: raw.create_rev,
@@ -124,9 +127,10 @@ impl LeaseSet {
         answer
     }
 
-    /// What decides between two, with the name in the set's keeping.
+    /// What decides between two, with the name in the set's keeping; `None`: it cannot be read, and competes with nobody.
     fn age(&self, name: &str) -> Option<(i64, &str)> {
-        self.entries.get_key_value(name).map(|(name, entry)| (entry.create_rev, name.as_ref()))
+        let (name, entry) = self.entries.get_key_value(name)?;
+        entry.readable.then_some((entry.create_rev, name.as_ref()))
     }
 
     /// `names`, and all whose verdict hangs on theirs: younger ones that collide with them, and so on.
@@ -172,9 +176,12 @@ impl LeaseSet {
         self.entries.keys().map(AsRef::as_ref)
     }
 
-    /// All subnets that are held, in order.
-    pub fn subnets(&self) -> impl Iterator<Item = Prefix> + '_ {
-        self.by_subnet.iter().map(|(subnet, _)| *subnet)
+    /// What is not free for a subnet of this length, in order: what the winners hold, and every key that is no wider than that,
+    /// since the store has no place for a second one. A wide key that loses, or cannot be read, takes the place of nobody.
+    pub fn held(&self, len: u8) -> impl Iterator<Item = Prefix> + '_ {
+        let wins =
+            |name: &str| self.age(name).is_some() && self.beaten_by(name, &mut BTreeMap::new(), DEEPEST).is_none();
+        self.by_subnet.iter().filter(move |(subnet, name)| subnet.len() >= len || wins(name)).map(|(subnet, _)| *subnet)
     }
 
     /// True when a lease tells this MAC.

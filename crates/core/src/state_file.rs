@@ -10,6 +10,8 @@ use crate::net::{LinkName, MacAddr, NodeId, Prefix};
 const FORMAT: &str = "twill-state";
 const TUNNEL_FORMAT: &str = "twill-tunnel";
 const VERSION: u32 = 1;
+/// So many former subnets are remembered.
+const FORMER: usize = 16;
 
 /// The state file's content.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +28,12 @@ pub struct State {
     /// Own subnets.
     #[serde(default)]
     pub subnets: Vec<Prefix>,
+    /// Subnets that were ours and are no longer: bridges of container runtimes may still have them. The last ones.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub former: Vec<Prefix>,
+    /// The store whose leases were last taken as they are, by its cluster's identity.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store: Option<u64>,
     /// The networks that they lie in.
     #[serde(default)]
     pub networks: Vec<Prefix>,
@@ -45,8 +53,25 @@ pub enum BadState {
 impl State {
     /// A new node.
     pub fn new(node: NodeId, machine: String) -> Self {
-        let (devices, subnets, networks) = (BTreeMap::new(), Vec::new(), Vec::new());
-        Self { format: FORMAT.into(), version: VERSION, node, machine, devices, subnets, networks }
+        let (devices, subnets, former, networks) = (BTreeMap::new(), Vec::new(), Vec::new(), Vec::new());
+        let store = None;
+        Self { format: FORMAT.into(), version: VERSION, node, machine, devices, subnets, former, store, networks }
+    }
+
+    /// From now on these are the own subnets, and those before were.
+    pub fn hold(&mut self, subnets: Vec<Prefix>) {
+        let gone = std::mem::replace(&mut self.subnets, subnets);
+        self.former.extend(gone);
+        let (held, mut seen) = (&self.subnets, std::collections::BTreeSet::new());
+        self.former.reverse();
+        self.former.retain(|subnet| !held.contains(subnet) && seen.insert(*subnet));
+        self.former.truncate(FORMER);
+        self.former.reverse();
+    }
+
+    /// All subnets that are or were ours.
+    pub fn known(&self) -> impl Iterator<Item = Prefix> + '_ {
+        self.subnets.iter().chain(&self.former).copied()
     }
 
     /// Reads the file.

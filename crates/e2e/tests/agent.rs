@@ -223,6 +223,7 @@ fn a_bad_config_is_named_and_the_last_good_one_stays() {
     node.put("config", r#"{"Network":"10.1.0.0/16","Backend":{"Type":"host-gw"}}"#);
     let _agent = node.agent_at_once("--subnet 10.1.15.0/24");
     assert!(node.finding("backend-not-built")["evidence"].as_str().unwrap().contains("host-gw"));
+    assert_eq!(node.status()["store"]["state"], "up", "it has answered");
     node.put("config", r#"{"network":"10.1.0.0/16","Surprise":1,"Backend":{"type":"VXLAN","DirectRouting":true}}"#);
     node.await_peer(40, true);
     let ignored: Vec<String> =
@@ -238,6 +239,14 @@ fn a_bad_config_is_named_and_the_last_good_one_stays() {
         "{evidence}"
     );
     node.await_peer(40, true);
+    // Put right, it is no longer spoken of.
+    node.put("config", r#"{"Network":"10.1.0.0/16","Backend":{"Type":"host-gw"}}"#);
+    node.finding("backend-not-built");
+    node.put("config", twill_e2e::node::CONFIG);
+    eventually("nothing is left to say", || {
+        let findings = node.status()["findings"].take();
+        if findings == serde_json::json!([]) { Ok(()) } else { Err(findings) }
+    });
     // Another VNI: the device is made anew under its new name, and the old one goes.
     node.put("config", r#"{"Network":"10.1.0.0/16","Backend":{"Type":"vxlan","VNI":5,"Port":4789}}"#);
     eventually("flannel.5 is there and flannel.1 is gone", || {
@@ -275,7 +284,7 @@ fn a_listing_that_lacks_everybody_withdraws_nobody_until_it_is_accepted() {
     let Some((mut node, _dir)) = node() else { return };
     node.put_peer(40);
     node.put_peer(41);
-    let _agent = node.agent("--subnet 10.1.15.0/24");
+    let agent = node.agent("--subnet 10.1.15.0/24");
     node.await_peer(41, true);
     // Another store under the same address: other cluster, nothing in it.
     node.kill_store();
@@ -285,6 +294,18 @@ fn a_listing_that_lacks_everybody_withdraws_nobody_until_it_is_accepted() {
     node.finding("strange-listing");
     node.await_peer(40, true);
     node.await_peer(41, true);
+    // An agent that starts meanwhile knows them from the kernel alone: they are kept, listed and repaired all the same.
+    agent.end(Signal::TERM);
+    let _agent = node.agent_at_once("--subnet 10.1.15.0/24");
+    node.finding("strange-listing");
+    node.host.ip("route del 10.1.40.0/24");
+    node.await_peer(40, true);
+    node.host.ip("link del flannel.1");
+    node.await_peer(40, true);
+    node.await_peer(41, true);
+    let peers = node.twill_json("peers")["peers"].take();
+    assert_eq!(peers.as_array().unwrap().len(), 2, "{peers}");
+    assert!(peers[0]["fault"].as_str().unwrap().contains("kept as it stands"), "{peers}");
     assert_eq!(node.twill_json("resync --accept")["withdrawn"], 2);
     node.await_peer(40, false);
     node.await_peer(41, false);

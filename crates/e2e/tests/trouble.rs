@@ -142,6 +142,53 @@ fn an_address_that_no_host_can_have_is_not_told_to_others() {
 }
 
 #[test]
+fn a_broken_or_beaten_wide_key_keeps_no_node_from_joining() {
+    let Some((node, _dir)) = node() else { return };
+    node.put_peer(40);
+    for wide in [
+        "garbage",
+        r#"{"PublicIP":"10.168.0.9","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:09"}}"#,
+    ] {
+        node.put("subnets/10.1.0.0-16", wide);
+        let agent = node.agent_at_once("");
+        node.await_peer(40, true);
+        eventually("the node has a subnet", || {
+            let status = node.status();
+            if status["state"] == "running" { Ok(()) } else { Err((status.to_string(), node.log("agent.log"))) }
+        });
+        agent.end(Signal::TERM);
+        node.twill("clean").1.unwrap();
+    }
+}
+
+#[test]
+fn a_bridge_with_a_subnet_that_was_ours_keeps_nobody_from_starting() {
+    let Some((node, _dir)) = node() else { return };
+    node.put_peer(40);
+    let agent = node.agent("--subnet 10.1.15.0/24");
+    node.host.ip("link add docker0 type bridge");
+    node.host.ip("addr add 10.1.15.1/24 dev docker0");
+    node.host.ip("link set docker0 up");
+    // Somebody else has the subnet now, and the node another one.
+    let theirs =
+        r#"{"PublicIP":"10.168.0.15","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:0f"}}"#;
+    node.put("subnets/10.1.15.0-24", theirs);
+    let moved = || {
+        let status = node.status();
+        let moved = status["state"] == "running" && status["subnets"][0] != "10.1.15.0/24";
+        if moved { Ok(()) } else { Err((status.to_string(), node.log("agent.log"))) }
+    };
+    eventually("the node has another subnet", moved);
+    agent.end(Signal::TERM);
+    let _agent = node.agent_at_once("");
+    eventually("it runs again with docker's bridge as it was", moved);
+    node.host.ip("route del 10.1.40.0/24");
+    node.await_peer(40, true);
+    // What the bridge hides is named.
+    assert!(node.finding("route-shadowed")["evidence"].as_str().unwrap().contains("docker0"));
+}
+
+#[test]
 fn a_wide_lease_disturbs_no_peer_and_is_named_where_it_leaves_no_subnet() {
     let Some((node, _dir)) = node() else { return };
     let agent = node.agent("--subnet 10.1.15.0/24");
@@ -218,6 +265,19 @@ fn an_own_lease_that_is_deleted_or_overwritten_is_taken_again_or_given_up() {
     });
     node.await_peer(40, true);
     assert_eq!(node.host.json("link show flannel.1")[0]["ifindex"], index, "the device stays");
+    // Another MAC or backend written into it by hand would lead every peer astray: put right at once, the second time after a while.
+    let mine = before.clone().unwrap();
+    let mac = node.host.json("link show flannel.1")[0]["address"].as_str().unwrap().to_owned();
+    assert!(mine.contains(&mac), "{mine}");
+    node.put("subnets/10.1.15.0-24", &mine.replace(&mac, "02:aa:aa:aa:aa:aa"));
+    let is_back = || {
+        let now = lease(&node, "10.1.15.0-24");
+        if now == before { Ok(()) } else { Err((now, node.log("agent.log"))) }
+    };
+    eventually("the lease says again what is true", is_back);
+    node.put("subnets/10.1.15.0-24", &mine.replace("\"vxlan\"", "\"host-gw\""));
+    told(&node, "lease-altered", &["again and again"]);
+    eventually("the lease says again what is true", is_back);
     // Another node writes itself into it: the subnet is left to it, and it becomes a peer of the subnet that we take instead.
     let theirs = r#"{"PublicIP":"10.168.0.15","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:0f"}}"#;
     node.put("subnets/10.1.15.0-24", theirs);

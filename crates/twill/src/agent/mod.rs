@@ -238,7 +238,9 @@ async fn serve_store(
         let devices = backend::build(&written.backend)
             .map_err(|refusal| Failure::new(refusal.code, refusal.message).hint(refusal.hint))?
             .devices(&[settings.network]);
-        if let Some(clash) = config::overlaps(&[settings.network], host, &devices, &state.subnets).first() {
+        if let Some(clash) =
+            config::overlaps(&[settings.network], host, &devices, &state.known().collect::<Vec<_>>()).first()
+        {
             let message = format!("the network {} overlaps what this host has: {clash}", settings.network);
             return Err(Failure::new("network-overlap", message).hint("choose another with --network PREFIX").into());
         }

@@ -144,7 +144,7 @@ fn on_network(
         check.findings.extend(taken_tunnels(&base, host));
     }
     let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
-    for clash in config::overlaps(&config.networks(), host, &devices, &state.subnets) {
+    for clash in config::overlaps(&config.networks(), host, &devices, &state.known().collect::<Vec<_>>()) {
         check.find(
             "network-overlap",
             &format!("{:?}", config.networks()),

@@ -20,14 +20,14 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use twill_core::backend::Reach;
 use twill_core::config::{self, NetworkConfig};
-use twill_core::host::HostState;
+use twill_core::host::{Few, HostState, Key, Object, Route};
 use twill_core::iface;
-use twill_core::lease::Lease;
+use twill_core::lease::{Lease, LeaseKey};
 use twill_core::lease_set::LeaseSet;
-use twill_core::net::Prefix;
+use twill_core::net::{LinkName, Prefix};
 use twill_core::reconcile::Finding;
 use twill_core::state_file::State;
-use twill_kernel::Waker;
+use twill_kernel::{Interest, Kernel, LinuxKernel, Waker};
 use twill_store::{EtcdStore, Listing, RawConfig, StoreError, Swap, WatchEvent};
 
 use super::compose::Network;
@@ -42,8 +42,12 @@ const TTL: i64 = 86_400;
 const KEEPALIVE: Duration = Duration::from_secs(600);
 /// First and longest wait for a store that is away, or for anything else that waiting cures.
 const WAIT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+/// Our lease is put right at most this often.
+const CORRECTIONS: Duration = Duration::from_secs(10);
 /// Peers for each order: the reconciler works on some while others are being read.
 const BATCH: usize = 1000;
+/// What may be wrong with a config that was written while the node runs.
+const CONFIG_FINDINGS: [&str; 3] = ["bad-config", "config-missing", "backend-not-built"];
 const CLASH_FIX: &str = "choose another Network, or remove what clashes";
 /// A listing that lacks so many known peers, and more than half of them, withdraws nothing.
 const MISSING: usize = 10;
@@ -80,6 +84,8 @@ pub(crate) struct Session {
     faults: BTreeMap<String, Finding>,
     /// Leases that a strange listing lacked: kept until it is accepted.
     withheld: BTreeSet<String>,
+    /// Those of them that an earlier run knew: what stands in the kernel for them, kept as if their leases said so.
+    kept: BTreeMap<String, Vec<Object>>,
     seen: Option<(u64, i64)>,
     /// The first listing may prune what an earlier run left; a strange one may not.
     prune: bool,
@@ -87,6 +93,9 @@ pub(crate) struct Session {
     last_away: &'static str,
     /// What is waited for, by code and message.
     waiting: Option<(&'static str, String)>,
+    /// When our lease, altered by somebody, is to be put right, and when it last was.
+    correct: Option<Instant>,
+    corrected: Option<Instant>,
 }
 
 impl Session {
@@ -113,10 +122,13 @@ impl Session {
             leases: LeaseSet::default(),
             faults: BTreeMap::new(),
             withheld: BTreeSet::new(),
+            kept: BTreeMap::new(),
             seen: None,
             prune: true,
             last_away: "",
             waiting: None,
+            correct: None,
+            corrected: None,
         }
     }
 
@@ -150,7 +162,8 @@ impl Session {
         let concerned = self.take_listing(listing, &network);
         let Some(own) = self.acquire(&mut network, &config).await? else { return Ok(End::Again) };
         self.establish(&network, &own).await;
-        let all: BTreeSet<String> = self.leases.names().map(str::to_owned).chain(concerned).collect();
+        let kept = self.kept.keys().cloned();
+        let all: BTreeSet<String> = self.leases.names().map(str::to_owned).chain(concerned).chain(kept).collect();
         self.send_peers(&network, &own, all);
         if self.prune {
             self.order(Order::Prune);
@@ -172,7 +185,9 @@ impl Session {
                 }
             };
             self.show_underlay(&chosen);
-            let Some(raw) = self.store.config().await? else {
+            let raw = self.store.config().await?;
+            self.say_reached();
+            let Some(raw) = raw else {
                 let hint = "write one: etcdctl put PREFIX/config '{\"Network\":\"10.244.0.0/16\",\"Backend\":{\"Type\":\"vxlan\"}}'";
                 self.wait_for("config-missing", "the store has no network config", hint).await;
                 continue;
@@ -229,7 +244,7 @@ impl Session {
 
     /// Subnets that were ours before.
     fn remembered(&self) -> Vec<Prefix> {
-        let mut own = self.state.subnets.clone();
+        let mut own: Vec<Prefix> = self.state.known().collect();
         own.extend(twill_core::flannel::subnet_env::subnets(&self.subnet_env()));
         own
     }
@@ -247,7 +262,11 @@ impl Session {
             self.left_behind(network)
         };
         let lacking: Vec<String> = known.iter().filter(|name| !listed.contains(name.as_str())).cloned().collect();
-        let backwards = self.seen.is_some_and(|(cluster, rev)| cluster != listing.cluster_id || rev > listing.revision);
+        let other = |cluster| cluster != listing.cluster_id;
+        let backwards = match self.seen {
+            Some((cluster, revision)) => other(cluster) || revision > listing.revision,
+            None => self.state.store.is_some_and(other),
+        };
         let emptied = listed.is_empty() && !known.is_empty();
         let halved = lacking.len() >= MISSING && lacking.len() * 2 > known.len();
         let first = self.seen.is_none();
@@ -264,18 +283,32 @@ impl Session {
             }
             self.find("strange-listing", "leases", &evidence, "if this is right: twill resync --accept");
             self.prune &= !first;
+            if first {
+                self.kept = in_kernel(&lacking, &tunnels(network));
+            }
             self.withheld.extend(lacking);
             return listing.entries.into_iter().flat_map(|raw| self.leases.put(raw)).collect();
         }
         self.withheld.clear();
         self.unfind("strange-listing");
         self.prune = true;
-        self.leases.reset(listing.entries)
+        self.believe(listing.cluster_id);
+        let mut concerned = self.leases.reset(listing.entries);
+        concerned.extend(std::mem::take(&mut self.kept).into_keys());
+        concerned
+    }
+
+    /// From now on another store is a strange one.
+    fn believe(&mut self, cluster: u64) {
+        if self.state.store != Some(cluster) {
+            self.state.store = Some(cluster);
+            self.save();
+        }
     }
 
     /// Lease names of the peers that an earlier run left in the kernel and in its tunnel.
     fn left_behind(&self, network: &Network) -> Vec<String> {
-        let devices = network.cx.networks.iter().flat_map(|n| network.backend.devices(&[*n])).collect::<Vec<_>>();
+        let devices = tunnels(network);
         let Ok(kernel) = twill_kernel::LinuxKernel::open(twill_kernel::Interest {
             devices: Some(BTreeSet::new()),
             ..Default::default()
@@ -303,7 +336,7 @@ impl Session {
                 continue;
             }
             let reach = match network.peer(&self.leases, &name) {
-                None => Reach::default(),
+                None => Reach { objects: self.kept.get(&name).cloned().unwrap_or_default(), tunnel: None },
                 Some(Ok(reach)) => reach,
                 Some(Err(fault)) => {
                     let finding = Finding {
@@ -340,6 +373,7 @@ impl Session {
         let mut stream = self.store.watch(revision + 1).await?;
         let mut keepalive = tokio::time::interval_at(Instant::now() + KEEPALIVE, KEEPALIVE);
         loop {
+            let correct = self.correct;
             tokio::select! {
                 told = stream.next() => {
                     let (revision, events) = match told {
@@ -356,6 +390,14 @@ impl Session {
                 _ = keepalive.tick(), if own.etcd_lease != 0 => {
                     // A lease that has ended takes the key with it, and the watch says so.
                     self.store.keep_alive(own.etcd_lease).await?;
+                }
+                () = at(correct), if correct.is_some() => {
+                    self.correct = None;
+                    self.corrected = Some(Instant::now());
+                    match self.refresh(&network, own.clone()).await? {
+                        Some(lease) => own = lease,
+                        None => return Ok(End::Again),
+                    }
                 }
                 changed = self.host.changed() => {
                     if changed.is_err() {
@@ -388,6 +430,7 @@ impl Session {
                 if raw.name == own_name && raw.mod_rev <= own.mod_rev {
                     return None;
                 }
+                self.kept.remove(&raw.name);
                 self.leases.put(raw)
             }
             // Seen in an unbroken watch: always honoured.
@@ -396,12 +439,20 @@ impl Session {
                     return None;
                 }
                 self.withheld.remove(&name);
-                self.leases.delete(&name)
+                self.kept.remove(&name);
+                let mut concerned = self.leases.delete(&name);
+                concerned.insert(name);
+                concerned
             }
         };
         if concerned.contains(&own_name) {
             match self.leases.verdict(&own_name) {
-                Some(Ok(lease)) if self.still_mine(&lease, network) => *own = lease,
+                Some(Ok(lease)) if self.still_mine(&lease, network) => {
+                    if self.told(network, &lease) != lease.attrs {
+                        self.on_altered(&own_name);
+                    }
+                    *own = lease;
+                }
                 _ => {
                     tracing::warn!(
                         lease = own_name,
@@ -421,6 +472,22 @@ impl Session {
         lease.attrs.node.map_or_else(|| lease.is_at(&addresses), |node| node == self.state.node)
     }
 
+    /// Somebody has written something else into our lease: peers follow it, so it is put right. At once; if it goes on, somebody else
+    /// holds it to be theirs.
+    fn on_altered(&mut self, name: &str) {
+        let again = self.corrected.filter(|at| at.elapsed() < CORRECTIONS);
+        self.correct = Some(again.map_or_else(Instant::now, |at| at + CORRECTIONS));
+        match again {
+            None => tracing::warn!(lease = name, "our lease was altered in the store: put right"),
+            Some(_) => self.find(
+                "lease-altered",
+                &format!("own lease {name}"),
+                "somebody writes it again and again",
+                "find the other writer: a second agent with a copy of this node's state folder?",
+            ),
+        }
+    }
+
     fn on_config(&mut self, raw: Option<RawConfig>, config: &NetworkConfig) -> Option<End> {
         let Some(raw) = raw else {
             self.find(
@@ -433,8 +500,7 @@ impl Session {
         };
         match NetworkConfig::parse(&raw.value) {
             Ok((new, ignored)) => {
-                self.unfind("bad-config");
-                self.unfind("config-missing");
+                CONFIG_FINDINGS.iter().for_each(|code| self.unfind(code));
                 self.show_ignored(&ignored);
                 if new == *config {
                     return None;
@@ -510,10 +576,14 @@ impl Session {
                 let own_name = own.key.to_string();
                 let gone: Vec<String> =
                     std::mem::take(&mut self.withheld).into_iter().filter(|name| *name != own_name).collect();
-                let concerned: BTreeSet<String> = gone.iter().flat_map(|name| self.leases.delete(name)).collect();
+                let mut concerned: BTreeSet<String> = gone.iter().flat_map(|name| self.leases.delete(name)).collect();
+                concerned.extend(std::mem::take(&mut self.kept).into_keys());
                 self.send_peers(network, own, concerned);
                 self.unfind("strange-listing");
                 self.prune = true;
+                if let Some((cluster, _)) = self.seen {
+                    self.believe(cluster);
+                }
                 self.order(Order::Prune);
                 tracing::info!(peers = gone.len(), "the listing was accepted, what it lacks is withdrawn");
                 let _ = reply.send(gone.len());
@@ -527,7 +597,7 @@ impl Session {
                     return Ok(None);
                 }
                 tracing::info!(subnet = name, "given back");
-                self.state.subnets.clear();
+                self.state.hold(Vec::new());
                 let (done, cleared) = oneshot::channel();
                 self.order(Order::Clear(done));
                 let _ = cleared.await;
@@ -543,7 +613,8 @@ impl Session {
 
     fn peer_views(&self, network: &Network, own: &Lease) -> Vec<PeerView> {
         let own_name = own.key.to_string();
-        let names = self.leases.names().filter(|name| *name != own_name);
+        let kept = self.kept.keys().map(String::as_str);
+        let names = self.leases.names().filter(|name| *name != own_name).chain(kept);
         let view = |name: &str| {
             let lease = self.leases.lease(name).and_then(Result::ok);
             let attrs = lease.as_ref().map(|l| &l.attrs);
@@ -556,7 +627,10 @@ impl Session {
                 vtep: first.map(|s| s.addr()),
                 mac: attrs.and_then(|a| mac(&a.backend_data)),
                 node: attrs.and_then(|a| a.node).map(|n| n.to_string()),
-                fault: network.peer(&self.leases, name).and_then(Result::err).map(|f| f.reason),
+                fault: match network.peer(&self.leases, name) {
+                    None => Some("the store's listing lacks it: kept as it stands in the kernel".into()),
+                    Some(known) => known.err().map(|fault| fault.reason),
+                },
                 probe: None,
             }
         };
@@ -568,4 +642,42 @@ impl Session {
         let _ = self.orders.send(order);
         self.waker.wake();
     }
+}
+
+/// Ends at this moment.
+async fn at(moment: Option<Instant>) {
+    tokio::time::sleep_until(moment.unwrap_or_else(Instant::now)).await;
+}
+
+/// The tunnel devices of all families in use; the own subnets need not be known yet.
+fn tunnels(network: &Network) -> Vec<LinkName> {
+    network.cx.networks.iter().flat_map(|n| network.backend.devices(&[*n])).collect()
+}
+
+/// What stands in the kernel for these leases on these devices: routes with their neighbours and forwarding entries.
+fn in_kernel(names: &[String], devices: &[LinkName]) -> BTreeMap<String, Vec<Object>> {
+    let interest = Interest { devices: Some(devices.iter().copied().collect()), ..Interest::default() };
+    let Ok(kernel) = LinuxKernel::open(interest) else { return BTreeMap::new() };
+    let have = kernel.mirror();
+    let subnets = |name: &String| name.parse().map_or_else(|_| Vec::new(), |key: LeaseKey| key.subnets().collect());
+    let mut by_subnet = BTreeMap::<Prefix, Vec<Object>>::new();
+    for (_, object) in have.iter() {
+        let Object::Route(route) = object else { continue };
+        let Some(entry) = route.entries.as_slice().iter().find(|e| e.dev.is_some_and(|dev| devices.contains(&dev)))
+        else {
+            continue;
+        };
+        let (Some(dev), Some(via)) = (entry.dev, entry.via) else { continue };
+        let objects = by_subnet.entry(route.key.dst).or_default();
+        objects.push(Object::Route(Route { key: route.key, entries: Few::One(entry.clone()) }));
+        if let Some(Object::Neigh(neigh)) = have.get(&Key::Neigh(dev, via)) {
+            objects.push(Object::Neigh(neigh.clone()));
+            objects.extend(neigh.mac.and_then(|mac| have.get(&Key::Fdb(dev, mac))).cloned());
+        }
+    }
+    let kept = |name: &String| {
+        let objects = subnets(name).into_iter().flat_map(|subnet| by_subnet.remove(&subnet)).flatten().collect();
+        (name.clone(), objects)
+    };
+    names.iter().map(kept).collect()
 }

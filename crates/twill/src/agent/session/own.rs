@@ -6,7 +6,7 @@ use tokio::sync::oneshot;
 use twill_core::alloc::{self, Choice};
 use twill_core::config::NetworkConfig;
 use twill_core::flannel::subnet_env::SubnetEnv;
-use twill_core::lease::{Lease, LeaseKey, RawLease};
+use twill_core::lease::{Lease, LeaseAttrs, LeaseKey, RawLease};
 use twill_kernel::files;
 use twill_store::{StoreError, Swap};
 
@@ -43,7 +43,8 @@ impl Session {
                     tracing::info!(lease = name, "our lease no longer fits the config or lost a collision: given back");
                     self.store.delete(&name, lease.mod_rev).await?;
                     self.leases.delete(&name);
-                    self.state.subnets.retain(|s| !lease.key.subnets().any(|gone| gone == *s));
+                    let left = self.state.subnets.iter().filter(|s| !lease.key.subnets().any(|gone| gone == **s));
+                    self.state.hold(left.copied().collect());
                 }
                 Choice::Create(key) => {
                     network.take(&key, None);
@@ -93,9 +94,7 @@ impl Session {
         if etcd_lease != 0 && self.store.keep_alive(etcd_lease).await?.is_none() {
             etcd_lease = self.store.grant(TTL).await?;
         }
-        let mut attrs = network.backend.attrs(&network.cx);
-        attrs.node = Some(self.state.node);
-        attrs.twill_extra = lease.attrs.twill_extra.clone();
+        let attrs = self.told(network, &lease);
         if attrs == lease.attrs && etcd_lease == lease.etcd_lease {
             return Ok(Some(lease));
         }
@@ -116,6 +115,14 @@ impl Session {
         }
     }
 
+    /// What our lease is to say of us.
+    pub(super) fn told(&self, network: &Network, lease: &Lease) -> LeaseAttrs {
+        let mut attrs = network.backend.attrs(&network.cx);
+        attrs.node = Some(self.state.node);
+        attrs.twill_extra = lease.attrs.twill_extra.clone();
+        attrs
+    }
+
     fn put_own(&mut self, lease: &Lease) {
         let (name, value) = (lease.key.to_string(), lease.attrs.to_json());
         let (create_rev, mod_rev, etcd_lease) = (lease.create_rev, lease.mod_rev, lease.etcd_lease);
@@ -128,7 +135,7 @@ impl Session {
         for device in network.devices() {
             self.state.devices.insert(device, network.cx.mac(device));
         }
-        self.state.subnets = own.key.subnets().collect();
+        self.state.hold(own.key.subnets().collect());
         self.state.networks = network.cx.networks.clone();
         self.save();
         self.show_left_out(&network.left_out(&network.cx.underlay));

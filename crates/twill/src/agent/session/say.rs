@@ -10,7 +10,7 @@ use twill_store::StoreError;
 
 use super::super::compose::Network;
 use super::super::view::UnderlayView;
-use super::{Command, Session};
+use super::{CONFIG_FINDINGS, Command, Session};
 use crate::output::Failure;
 
 /// Waiting, and saying why.
@@ -71,9 +71,10 @@ impl Session {
         self.find(error.code(), "store", &message, error.hint());
     }
 
-    pub(super) fn say_up(&mut self, revision: i64) {
+    /// The store has answered.
+    pub(super) fn say_reached(&mut self) {
         self.last_away = "";
-        for code in ["store-away", "store-denied", "store-compacted", "config-missing", "bad-config"] {
+        for code in ["store-away", "store-denied", "store-compacted"] {
             self.unfind(code);
         }
         if let Ok(mut view) = self.view.lock() {
@@ -81,6 +82,14 @@ impl Session {
                 tracing::info!(endpoints = view.store.endpoints, "the store answers");
             }
             view.store.state = "up".into();
+        }
+    }
+
+    /// The store has listed all leases.
+    pub(super) fn say_up(&mut self, revision: i64) {
+        self.say_reached();
+        CONFIG_FINDINGS.iter().for_each(|code| self.unfind(code));
+        if let Ok(mut view) = self.view.lock() {
             view.store.revision = revision;
         }
     }
