@@ -55,9 +55,6 @@ const GRANT: &str = "run as root; or in the unit AmbientCapabilities=CAP_NET_ADM
 /// Runs the agent until it is told to end. Everything stays in the kernel.
 pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
     process::one_heap();
-    if let Some((_, failure)) = missing_capabilities().into_iter().find(|(name, _)| *name == NET_ADMIN) {
-        return Err(failure.into());
-    }
     let view = Arc::new(Mutex::new(View { state: "starting".into(), ..View::default() }));
     let (host_sender, host) = watch::channel(Arc::new(HostState::new()));
     let gauge = SharedGauge::default();
@@ -147,6 +144,9 @@ async fn sweep(attachments: PathBuf) {
 
 /// One agent for each state folder: the only one, or the next one, which has the tunnel running before the one before it has ended.
 fn take_the_place(settings: &Settings, reconciler: &mut Reconciler) -> anyhow::Result<files::Lock> {
+    if let Some((_, failure)) = missing_capabilities().into_iter().find(|(name, _)| *name == NET_ADMIN) {
+        return Err(failure.into());
+    }
     let before = if settings.takeover { handover::take(&settings.run_dir)? } else { None };
     let lock = match before {
         Some(handed) => {
