@@ -235,6 +235,9 @@ fn every_key_of_the_settings_file_has_its_error() {
         ("version = 1\nversion = 1", "duplicate key"),
         ("version = 1\nstore = 5", "invalid type: integer `5`, expected a sequence"),
         ("version = 1\nprefix = 5", "invalid type: integer `5`, expected a string"),
+        ("version = 1\nprefix = \"\"", "\"\" is not a key prefix like /coreos.com/network"),
+        ("version = 1\nprefix = \"/net/\"", "\"/net/\" is not a key prefix like /coreos.com/network"),
+        ("version = 1\niface = [\"\"]", "\"\" is not a device's name or address like eth0"),
         ("version = 1\nca = 5", "ca = 5"),
         ("version = 1\ncert = 5", "cert = 5"),
         ("version = 1\nkey = 5", "key = 5"),
@@ -259,6 +262,11 @@ fn every_key_of_the_settings_file_has_its_error() {
             assert!(err.contains(key) && err.contains("hint: docs/guide/settings.md"), "{line}: {err}");
         }
     }
+    std::fs::write(&file, "version = 1\nnetwork = \"10.1.0.0/16\"").unwrap();
+    let (code, err) = run(dir.path(), &["agent", "--check", "--config", file.to_str().unwrap()]);
+    let want =
+        "error: network 10.1.0.0/16 is for a store that this agent serves, and it serves none\nhint: add --serve-store";
+    assert!(code == 2 && err.starts_with(want), "as for the flag: {code} {err}");
     std::fs::write(&file, b"version = 1\nprefix = \"\xff\"").unwrap();
     assert_eq!(run(dir.path(), &["agent", "--config", file.to_str().unwrap()]).0, 1);
     assert!(run(dir.path(), &["agent", "--config", "/nowhere.toml"]).1.contains("/nowhere.toml is not there"));
@@ -276,6 +284,11 @@ fn every_flag_has_its_error() {
         ("--public-ip x", "'--public-ip <ADDR>': \"x\" is not an address like 192.0.2.11"),
         ("--subnet 10.1.1.1/24", "'--subnet <PREFIX>': \"10.1.1.1/24\" is not a network without host bits"),
         ("--prefix", "'--prefix <PREFIX>'"),
+        ("--prefix=", "'--prefix <PREFIX>': \"\" is not a key prefix like /coreos.com/network"),
+        ("--prefix /net/", "\"/net/\" is not a key prefix like /coreos.com/network"),
+        ("--prefix net", "\"net\" is not a key prefix like /coreos.com/network"),
+        ("--iface=", "'--iface <NAME|ADDR>': \"\" is not a device's name or address like eth0"),
+        ("--iface eth0,", "\"\" is not a device's name or address like eth0"),
         ("-o xml", "[possible values: table, json, yaml]"),
         ("--colour", "unexpected argument '--colour'"),
     ] {
@@ -304,6 +317,50 @@ fn every_flag_has_its_error() {
             code == 1 && err.starts_with("error: ") && err.contains(want) && err.contains("hint: "),
             "{words:?} {err}"
         );
+    }
+}
+
+#[test]
+fn a_certificate_or_key_that_cannot_be_used_is_named_with_its_flag_and_file() {
+    if !installed("openssl") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["a", "b"] {
+        let line = format!(
+            "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout {name}.key -subj /CN={name} -days 2 -out {name}.pem"
+        );
+        let out = Command::new("openssl").args(line.split_whitespace()).current_dir(dir.path()).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    }
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    std::fs::write(at("text"), "no certificate at all\n").unwrap();
+    std::fs::write(at("empty"), "").unwrap();
+    let torn = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+    std::fs::write(at("torn"), torn).unwrap();
+    let (a, key) = (at("a.pem"), at("a.key"));
+    let pair = |cert: &str, key: &str| vec!["--cert".to_owned(), cert.to_owned(), "--key".to_owned(), key.to_owned()];
+    let mut cases = vec![
+        (pair(&a, &at("b.key")), format!("--cert {a} and --key {}: ", at("b.key")), "the key that the certificate"),
+        (pair(&key, &key), format!("--cert {key}: no certificate in PEM is in it"), "BEGIN CERTIFICATE"),
+        (pair(&a, &a), format!("--key {a}: no private key in PEM is in it"), "BEGIN PRIVATE KEY"),
+    ];
+    for bad in ["text", "empty", "torn"] {
+        let bad = at(bad);
+        cases.push((pair(&bad, &key), format!("--cert {bad}: "), "BEGIN CERTIFICATE"));
+        cases.push((pair(&a, &bad), format!("--key {bad}: "), "BEGIN PRIVATE KEY"));
+        cases.push((vec!["--ca".into(), bad.clone()], format!("--ca {bad}: "), "BEGIN CERTIFICATE"));
+    }
+    for store in ["https://127.0.0.1:1", "http://127.0.0.1:1"] {
+        for (flags, want, way_out) in &cases {
+            let words: Vec<&str> =
+                ["leases", "--store", store].into_iter().chain(flags.iter().map(String::as_str)).collect();
+            let (code, err) = run(dir.path(), &words);
+            assert!(code == 1 && err.starts_with(&format!("error: {want}")), "{words:?} {err}");
+            assert!(err.contains("hint: ") && err.contains(way_out), "{words:?} {err}");
+        }
+        let (code, err) = run(dir.path(), &["leases", "--store", store, "--ca", &a, "--cert", &a, "--key", &key]);
+        assert!(code == 1 && err.contains("no store answers"), "good files are taken: {err}");
     }
 }
 

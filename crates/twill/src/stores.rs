@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use tokio::net::TcpListener;
 use twill_core::config::NetworkConfig;
-use twill_core::net::Prefix;
+use twill_core::net::{BadValue, Prefix};
 use twill_etcd::server::Server;
-use twill_store::{EtcdStore, StoreConfig, StoreError};
+use twill_store::{EtcdStore, StoreConfig, StoreError, pem};
 
 use crate::output::Failure;
 
@@ -24,7 +24,7 @@ pub(crate) struct StoreArgs {
     #[arg(long, value_name = "URLS", env = "TWILL_STORE", value_delimiter = ',')]
     pub(crate) store: Vec<String>,
     /// Key prefix [default: /coreos.com/network]
-    #[arg(long, value_name = "PREFIX", env = "TWILL_PREFIX")]
+    #[arg(long, value_name = "PREFIX", env = "TWILL_PREFIX", value_parser = key_prefix)]
     pub(crate) prefix: Option<String>,
     /// Certificate authority of the store (PEM)
     #[arg(long, value_name = "FILE", env = "TWILL_CA")]
@@ -75,9 +75,21 @@ impl StoreArgs {
         both(self.cert.is_some(), self.key.is_some(), "--cert and --key")?;
         both(self.user.is_some(), self.password_file.is_some(), "--user and --password-file")?;
         let identity = match (&self.cert, &self.key) {
-            (Some(cert), Some(key)) => Some((read(cert, "--cert")?, read(key, "--key")?)),
+            (Some(cert), Some(key)) => {
+                let (certificate, secret) = (read(cert, "--cert")?, read(key, "--key")?);
+                let (cert, key) = (format!("--cert {}", cert.display()), format!("--key {}", key.display()));
+                usable(&cert, pem::check_certificates(&certificate), CERTIFICATE)?;
+                usable(&key, pem::check_key(&secret), "name a file with a line -----BEGIN PRIVATE KEY-----")?;
+                let fit = pem::check_pair(&certificate, &secret);
+                usable(&format!("{cert} and {key}"), fit, "name the key that the certificate was made for")?;
+                Some((certificate, secret))
+            }
             _ => None,
         };
+        let ca = self.ca.as_ref().map(|path| read(path, "--ca")).transpose()?;
+        if let (Some(path), Some(authority)) = (&self.ca, &ca) {
+            usable(&format!("--ca {}", path.display()), pem::check_certificates(authority), CERTIFICATE)?;
+        }
         let user = match (&self.user, &self.password_file) {
             (Some(user), Some(file)) => {
                 let password =
@@ -89,12 +101,27 @@ impl StoreArgs {
         let config = StoreConfig {
             endpoints: if self.store.is_empty() { vec![ENDPOINT.into()] } else { self.store.clone() },
             prefix: self.prefix.clone().unwrap_or_else(|| PREFIX.into()),
-            ca: self.ca.as_ref().map(|path| read(path, "--ca")).transpose()?,
+            ca,
             identity,
             user,
         };
         EtcdStore::new(config).map_err(Failure::from)
     }
+}
+
+const CERTIFICATE: &str = "name a file with a line -----BEGIN CERTIFICATE-----";
+
+/// A verdict on files, with the flags that name them.
+fn usable(what: &str, verdict: Result<(), String>, hint: &str) -> Result<(), Failure> {
+    verdict.map_err(|reason| Failure::new("store-config", format!("{what}: {reason}")).hint(hint))
+}
+
+/// A key prefix as flannel writes it; another one would be keys that nobody finds.
+pub(crate) fn key_prefix(text: &str) -> Result<String, BadValue> {
+    if !text.starts_with('/') || text.ends_with('/') {
+        return Err(BadValue::new(text, "a key prefix like /coreos.com/network"));
+    }
+    Ok(text.to_owned())
 }
 
 impl From<StoreError> for Failure {

@@ -29,10 +29,10 @@ pub(crate) struct AgentArgs {
     #[arg(long)]
     insecure: bool,
     /// Network to configure where the served store has none [default: 10.244.0.0/16]
-    #[arg(long, value_name = "PREFIX", env = "TWILL_NETWORK", requires = "serve_store")]
+    #[arg(long, value_name = "PREFIX", env = "TWILL_NETWORK")]
     network: Option<Prefix>,
     /// Interface of the underlay, by name or address; repeat for a second choice
-    #[arg(long, value_name = "NAME|ADDR", env = "TWILL_IFACE", value_delimiter = ',')]
+    #[arg(long, value_name = "NAME|ADDR", env = "TWILL_IFACE", value_delimiter = ',', value_parser = interface)]
     iface: Vec<String>,
     /// Address that peers are told, when it is not the interface's own
     #[arg(long, value_name = "ADDR", env = "TWILL_PUBLIC_IP", value_delimiter = ',', value_parser = address)]
@@ -70,6 +70,7 @@ struct File {
     version: u32,
     #[serde(default)]
     store: Vec<String>,
+    #[serde(default, deserialize_with = "below")]
     prefix: Option<String>,
     ca: Option<PathBuf>,
     cert: Option<PathBuf>,
@@ -81,7 +82,7 @@ struct File {
     #[serde(default)]
     insecure: bool,
     network: Option<Prefix>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "interfaces")]
     iface: Vec<String>,
     #[serde(default, deserialize_with = "addresses")]
     public_ip: Vec<IpAddr>,
@@ -151,13 +152,19 @@ impl AgentArgs {
                 .hint("name the address at which the other nodes reach this one")
                 .exit(USAGE));
         }
+        let network = self.network.or(file.network);
+        if let (Some(network), None) = (network, serve_store) {
+            let message = format!("network {network} is for a store that this agent serves, and it serves none");
+            let hint = "add --serve-store, or leave it out: the store has the network";
+            return Err(Failure::new("bad-settings", message).hint(hint).exit(USAGE));
+        }
         let runtime_file =
             || if rustix::process::geteuid().is_root() { "/run/flannel".into() } else { stores::run_dir() };
         Ok(Settings {
             store,
             serve_store,
             insecure: self.insecure || file.insecure,
-            network: match self.network.or(file.network) {
+            network: match network {
                 Some(network) => network,
                 None => "10.244.0.0/16".parse().map_err(|e| Failure::new("bad-settings", format!("{e}")))?,
             },
@@ -183,6 +190,22 @@ pub(crate) fn address_and_port(text: &str) -> Result<SocketAddr, BadValue> {
 
 fn address(text: &str) -> Result<IpAddr, BadValue> {
     text.parse().map_err(|_| BadValue::new(text, "an address like 192.0.2.11"))
+}
+
+fn interface(text: &str) -> Result<String, BadValue> {
+    if text.trim().is_empty() {
+        return Err(BadValue::new(text, "a device's name or address like eth0 or 192.0.2.11"));
+    }
+    Ok(text.to_owned())
+}
+
+fn interfaces<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Vec<String>, D::Error> {
+    let texts = Vec::<String>::deserialize(d)?;
+    texts.iter().map(|text| interface(text).map_err(serde::de::Error::custom)).collect()
+}
+
+fn below<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Option<String>, D::Error> {
+    stores::key_prefix(&String::deserialize(d)?).map(Some).map_err(serde::de::Error::custom)
 }
 
 fn served_at<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Option<SocketAddr>, D::Error> {
