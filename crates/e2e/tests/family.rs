@@ -332,6 +332,61 @@ fn ipv6_turned_off_on_a_tunnel_device_is_turned_on_again() {
 }
 
 #[test]
+fn a_probe_asks_in_both_families_and_names_the_one_that_does_not_answer() {
+    let Some((site, _dir)) = site() else { return };
+    site.node.put("config", DUAL);
+    let _agent = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
+    site.peer();
+    site.peer6();
+    // The other host is one peer, not two.
+    site.node.delete("subnets/10.1.40.0-24");
+    site.node.delete("subnets/0.0.0.0-0&fd00:1:0:28::-64");
+    site.node.put(
+        "subnets/10.1.40.0-24&fd00:1:0:28::-64",
+        r#"{"PublicIP":"10.168.0.3","PublicIPv6":"fd00:168::3","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:28"},"BackendV6Data":{"VNI":1,"VtepMAC":"02:00:00:00:06:28"}}"#,
+    );
+    let expect = |v4: [bool; 2], v6: [bool; 2], verdict: &str| {
+        eventually(verdict, || {
+            let (code, said) = site.node.twill("peers --probe -o json");
+            let peers: serde_json::Value = serde_json::from_str(&said.unwrap_or_default()).unwrap_or_default();
+            let probe = &peers["peers"][0]["probe"];
+            let of = |family: &str, [underlay, overlay]: [bool; 2]| json!({"family": family, "underlay": underlay, "overlay": overlay});
+            let want = json!({"underlay": v4[0] && v6[0], "overlay": v4[1] && v6[1], "verdict": verdict,
+                "families": [of("IPv4", v4), of("IPv6", v6)]});
+            let code_is_right = code == Some(if v4[1] && v6[1] { 0 } else { 3 });
+            if code_is_right && *probe == want { Ok(()) } else { Err((code, peers)) }
+        });
+    };
+    expect([true; 2], [true; 2], "both answer");
+    let ways = site.node.twill_json("peers")["peers"][0]["ways"].take();
+    let way = |family: &str, address: &str, vtep: &str| json!({"family": family, "address": address, "vtep": vtep});
+    assert_eq!(ways, json!([way("IPv4", "10.168.0.3", "10.1.40.0"), way("IPv6", "fd00:168::3", "fd00:1:0:28::")]));
+    let closed = |rule: &str| {
+        site.node.other.try_run("nft delete table inet closed");
+        site.node.other.run("nft add table inet closed");
+        site.node.other.run("nft add chain inet closed in { type filter hook input priority 0 ; }");
+        site.node.other.run(&format!("nft add rule inet closed in {rule} drop"));
+    };
+    let port = "the host answers, the overlay does not: is the tunnel's UDP port open in both firewalls?";
+    closed("meta nfproto ipv6 udp dport 8472");
+    expect([true; 2], [true, false], &format!("IPv4: both answer; IPv6: {port}"));
+    closed("meta nfproto ipv4 udp dport 8472");
+    expect([true, false], [true; 2], &format!("IPv4: {port}; IPv6: both answer"));
+    closed("iifname eth0 icmpv6 type echo-request");
+    let echo = "the overlay answers; the host drops echo requests on the underlay";
+    expect([true; 2], [false, true], &format!("IPv4: both answer; IPv6: {echo}"));
+    // A peer's family that is not ours is none of our concern.
+    site.node.other.run("nft delete table inet closed");
+    site.node.put("config", r#"{"Network":"10.1.0.0/16","Backend":{"Type":"vxlan"}}"#);
+    drop(_agent);
+    let _agent = site.node.agent("--subnet 10.1.15.0/24");
+    eventually("the peer is one way", || {
+        let ways = site.node.twill_json("peers")["peers"][0]["ways"].take();
+        if ways == json!([way("IPv4", "10.168.0.3", "10.1.40.0")]) { Ok(()) } else { Err(ways) }
+    });
+}
+
+#[test]
 fn a_family_that_overlaps_the_underlay_is_named_and_the_other_goes_on() {
     for (network, bad, good) in [
         (

@@ -58,7 +58,7 @@ fn shapes_for_programs_are_as_documented() {
     assert_eq!(peers["peers"].as_array().unwrap().len(), 2, "{peers:#}");
     let peer = peers["peers"].as_array().unwrap().iter().find(|p| p["fault"].is_null()).unwrap();
     let want = json!({"lease": "text", "subnets": ["text"], "address": "text", "vtep": "text", "mac": "text",
-        "node": "null", "fault": "null"});
+        "ways": [{"family": "text", "address": "text", "vtep": "text"}], "node": "null", "fault": "null"});
     assert_eq!(shape(peer), want);
     let leases = node.twill_json("leases");
     let rows = leases["leases"].as_array().unwrap();

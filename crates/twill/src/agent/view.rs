@@ -136,6 +136,9 @@ pub(crate) struct PeerView {
     pub(crate) address: Option<IpAddr>,
     /// Its VTEP's address on the overlay.
     pub(crate) vtep: Option<IpAddr>,
+    /// Both addresses for each family that it shares with this node, IPv4 first.
+    #[serde(default)]
+    pub(crate) ways: Vec<WayView>,
     pub(crate) mac: Option<String>,
     pub(crate) node: Option<String>,
     /// Why it is not programmed.
@@ -145,12 +148,36 @@ pub(crate) struct PeerView {
     pub(crate) probe: Option<Probe>,
 }
 
+/// How packets of one family travel to a peer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct WayView {
+    /// Of the packets inside: `IPv4` or `IPv6`.
+    pub(crate) family: String,
+    /// The address on the underlay that they are sent to.
+    pub(crate) address: Option<IpAddr>,
+    /// The VTEP's address on the overlay.
+    pub(crate) vtep: IpAddr,
+}
+
 /// What a probe found.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Probe {
+    /// Answers in every family.
+    pub(crate) underlay: bool,
+    /// Answers in every family.
+    pub(crate) overlay: bool,
+    /// The same for each family.
+    #[serde(default)]
+    pub(crate) families: Vec<FamilyProbe>,
+    pub(crate) verdict: String,
+}
+
+/// What a probe found of one family.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FamilyProbe {
+    pub(crate) family: String,
     pub(crate) underlay: bool,
     pub(crate) overlay: bool,
-    pub(crate) verdict: String,
 }
 
 /// `plan`.

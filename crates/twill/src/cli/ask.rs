@@ -1,5 +1,6 @@
 //! Commands that ask the running agent: `status`, `peers`, `resync`, `leave`.
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::agent::control;
-use crate::agent::view::{PeerView, Peers, Probe, TunnelView, View};
+use crate::agent::view::{FamilyProbe, PeerView, Peers, Probe, TunnelView, View, WayView};
 use crate::output::{FINDINGS, Failure, Output, columns};
 use crate::{probe, stores};
 
@@ -119,7 +120,7 @@ fn clock(unix_ms: u64) -> String {
 /// Show the peers; with --probe ask each of them.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  twill peers\n  twill peers --probe      which of underlay and overlay answers; exit 3 when one does not"
+    after_help = "Examples:\n  twill peers\n  twill peers --probe      which of underlay and overlay answers, in each family; exit 3 when an overlay does not"
 )]
 pub(crate) struct PeersArgs {
     /// Ask each peer through the overlay and on the underlay
@@ -156,26 +157,49 @@ fn peers_table(peers: &[PeerView]) -> String {
     columns(&["SUBNET", "ADDRESS", "VTEP MAC", "STATE"], peers.iter().map(row))
 }
 
-/// One echo each way to every peer, all at once.
+/// One echo each way to every peer in every family, all at once.
 fn probe_all(peers: &mut [PeerView]) -> anyhow::Result<()> {
-    let targets =
-        peers.iter().filter(|p| p.fault.is_none()).flat_map(|p| [p.address, p.vtep]).flatten().collect::<Vec<_>>();
+    let asked = peers.iter().filter(|p| p.fault.is_none()).flat_map(ways);
+    let targets = asked.flat_map(|way| [way.address, Some(way.vtep)]).flatten().collect::<Vec<_>>();
     let answered = probe::echo(&targets, Duration::from_secs(1)).map_err(|e| {
         Failure::new("probe-refused", format!("open a ping socket: {e}"))
             .hint("run as root, or allow it: sysctl net.ipv4.ping_group_range='0 2147483647'")
     })?;
     for peer in peers.iter_mut().filter(|p| p.fault.is_none()) {
-        let answers = |ip: Option<std::net::IpAddr>| ip.is_some_and(|ip| answered.contains(&ip));
-        let (underlay, overlay) = (answers(peer.address), answers(peer.vtep));
-        let verdict = match (underlay, overlay) {
-            (true, true) => "both answer",
-            (true, false) => "the host answers, the overlay does not: is the tunnel's UDP port open in both firewalls?",
-            (false, true) => "the overlay answers; the host drops echo requests on the underlay",
-            (false, false) => "neither answers: is the host up?",
+        let answers = |ip: IpAddr| answered.contains(&ip);
+        let found = |way: &WayView| FamilyProbe {
+            family: way.family.clone(),
+            underlay: way.address.is_some_and(answers),
+            overlay: answers(way.vtep),
         };
-        peer.probe = Some(Probe { underlay, overlay, verdict: verdict.into() });
+        peer.probe = Some(judge(ways(peer).iter().map(found).collect()));
     }
     Ok(())
+}
+
+/// The ways to a peer. An older agent names none, nor has a peer one that shares no family with us: its first address is asked.
+fn ways(peer: &PeerView) -> Vec<WayView> {
+    let family = |vtep: IpAddr| if vtep.is_ipv4() { "IPv4" } else { "IPv6" }.to_owned();
+    let first = peer.vtep.filter(|_| peer.ways.is_empty());
+    let first = first.map(|vtep| WayView { family: family(vtep), address: peer.address, vtep });
+    peer.ways.iter().cloned().chain(first).collect()
+}
+
+/// One word for all families when all answer, else one for each.
+fn judge(families: Vec<FamilyProbe>) -> Probe {
+    let verdict = |found: &FamilyProbe| match (found.underlay, found.overlay) {
+        (true, true) => "both answer",
+        (true, false) => "the host answers, the overlay does not: is the tunnel's UDP port open in both firewalls?",
+        (false, true) => "the overlay answers; the host drops echo requests on the underlay",
+        (false, false) => "neither answers: is the host up?",
+    };
+    let (underlay, overlay) = (families.iter().all(|f| f.underlay), families.iter().all(|f| f.overlay));
+    let verdict = match families.as_slice() {
+        [one] => verdict(one).to_owned(),
+        _ if underlay && overlay => "both answer".to_owned(),
+        several => several.iter().map(|f| format!("{}: {}", f.family, verdict(f))).collect::<Vec<_>>().join("; "),
+    };
+    Probe { underlay, overlay, families, verdict }
 }
 
 /// Accept a strange listing of the store.

@@ -12,6 +12,7 @@ mod own;
 mod say;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -33,7 +34,7 @@ use twill_store::{EtcdStore, Listing, RawConfig, StoreError, Swap, WatchEvent};
 use super::compose::Network;
 use super::reconciler::Order;
 use super::settings::Settings;
-use super::view::{PeerView, View};
+use super::view::{PeerView, View, WayView};
 use crate::output::Failure;
 
 /// flannel's time to live of a lease, in seconds.
@@ -620,11 +621,21 @@ impl Session {
             let attrs = lease.as_ref().map(|l| &l.attrs);
             let first = lease.as_ref().and_then(|l| l.key.subnets().next());
             let mac = |data: &Option<serde_json::Value>| Some(data.as_ref()?.get("VtepMAC")?.as_str()?.to_owned());
+            let way = |subnet: Prefix| {
+                let public = attrs.map(|a| (a.public_ip.map(IpAddr::V4), a.public_ipv6.map(IpAddr::V6)));
+                WayView {
+                    family: if subnet.is_v4() { "IPv4" } else { "IPv6" }.into(),
+                    address: public.and_then(|(v4, v6)| if network.backend.over_v4(subnet.is_v4()) { v4 } else { v6 }),
+                    vtep: subnet.addr(),
+                }
+            };
+            let shared = |subnet: &Prefix| network.cx.subnets.iter().any(|ours| ours.is_v4() == subnet.is_v4());
             PeerView {
                 lease: name.to_owned(),
                 subnets: lease.iter().flat_map(|l| l.key.subnets()).map(|s| s.to_string()).collect(),
                 address: attrs.and_then(|a| a.public_ip.map(Into::into).or(a.public_ipv6.map(Into::into))),
                 vtep: first.map(|s| s.addr()),
+                ways: lease.iter().flat_map(|l| l.key.subnets()).filter(shared).map(way).collect(),
                 mac: attrs.and_then(|a| mac(&a.backend_data)),
                 node: attrs.and_then(|a| a.node).map(|n| n.to_string()),
                 fault: match network.peer(&self.leases, name) {
