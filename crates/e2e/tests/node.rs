@@ -190,28 +190,40 @@ fn an_agent_without_the_capability_says_so_and_takes_nothing() {
     if !installed("setpriv") {
         return;
     }
-    let mut command = node.host.command("setpriv");
-    command.args(["--bounding-set", "-net_admin", "--inh-caps", "-net_admin"]).arg(bin("twill"));
-    command.args(["agent", "--iface", "eth0"]);
-    for (flag, name) in [("--state-dir", "state"), ("--run-dir", "run"), ("--subnet-file", "subnet.env")] {
-        command.arg(flag).arg(dir.path().join(name));
+    let mut cases = vec![("setpriv", vec!["--bounding-set", "-net_admin", "--inh-caps", "-net_admin"])];
+    // All capabilities, and none of them over a network that belongs to the users above.
+    if node.host.try_run("unshare --user --map-root-user true").status.success() {
+        cases.push(("unshare", vec!["--user", "--map-root-user"]));
+    } else {
+        println!("SKIP: no user namespace can be made here");
     }
-    // An agent that went on would never end.
-    let log = dir.path().join("agent.log");
-    let agent = twill_e2e::node::spawn(command, &log);
-    eventually("the agent says so", || {
-        let said = node.log("agent.log");
-        if said.contains("error: this process lacks CAP_NET_ADMIN") { Ok(()) } else { Err(said) }
-    });
-    assert_eq!(agent.wait(), Some(1));
-    let said = node.log("agent.log");
-    let hint = said.split("hint: ").nth(1).unwrap_or_default();
-    assert!(said.lines().count() == 2, "one error with its way out: {said}");
-    for word in ["run as root", "setcap", "AmbientCapabilities=CAP_NET_ADMIN CAP_NET_RAW"] {
-        assert!(hint.contains(word), "{said}");
+    for (wrapper, words) in cases {
+        let log = format!("{wrapper}.log");
+        let mut command = node.host.command(wrapper);
+        command.args(words).arg(bin("twill")).args(["agent", "--iface", "eth0"]);
+        for (flag, name) in [("--state-dir", "state"), ("--run-dir", "run"), ("--subnet-file", "subnet.env")] {
+            command.arg(flag).arg(dir.path().join(name));
+        }
+        // An agent that went on would never end.
+        let agent = twill_e2e::node::spawn(command, &dir.path().join(&log));
+        eventually("the agent says so", || {
+            let said = node.log(&log);
+            if said.contains("error: this process lacks CAP_NET_ADMIN over its network namespace") {
+                Ok(())
+            } else {
+                Err(said)
+            }
+        });
+        assert_eq!(agent.wait(), Some(1), "{wrapper}");
+        let said = node.log(&log);
+        let hint = said.split("hint: ").nth(1).unwrap_or_default();
+        assert!(said.lines().count() == 2, "one error with its way out: {said}");
+        for word in ["run as root", "setcap", "AmbientCapabilities=CAP_NET_ADMIN CAP_NET_RAW"] {
+            assert!(hint.contains(word), "{said}");
+        }
+        assert_eq!(node.leases(), [], "no lease");
+        assert!(!node.file("subnet.env").exists() && !node.file("state").exists(), "no file");
     }
-    assert_eq!(node.leases(), [], "no lease");
-    assert!(!node.file("subnet.env").exists() && !node.file("state").exists(), "no file");
 }
 
 /// Starts the first host's agent with the store inside, in its own folders.

@@ -1,9 +1,12 @@
 //! This process and others: memory, capabilities, who else runs here.
 
-#![allow(unsafe_code, reason = "mallopt, malloc_trim, prctl and inherited descriptors have no safe wrapper")]
+#![allow(
+    unsafe_code,
+    reason = "mallopt, malloc_trim, prctl, NS_GET_USERNS and inherited descriptors have no safe wrapper"
+)]
 
 use std::fs;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -38,6 +41,20 @@ pub fn effective_capabilities() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let bits = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     bits.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0)
+}
+
+/// The effective capabilities over our network namespace: none where its owner is a user namespace above ours (`ns_get_owner`).
+pub fn network_capabilities() -> u64 {
+    let Ok(network) = fs::File::open("/proc/self/ns/net") else { return effective_capabilities() };
+    // SAFETY: NS_GET_USERNS takes no argument; the descriptor is open.
+    let owner = unsafe { libc::ioctl(network.as_raw_fd(), libc::NS_GET_USERNS) };
+    if owner < 0 {
+        let above = std::io::Error::last_os_error().raw_os_error() == Some(libc::EPERM);
+        return if above { 0 } else { effective_capabilities() };
+    }
+    // SAFETY: the kernel has just opened it for us.
+    drop(unsafe { OwnedFd::from_raw_fd(owner) });
+    effective_capabilities()
 }
 
 /// PIDs of other programs named `name` in our network namespace.

@@ -180,10 +180,13 @@ fn lock(settings: &Settings) -> anyhow::Result<files::Lock> {
 
 /// The capabilities that this process lacks, by name. Without the first the kernel refuses every step.
 pub(crate) fn missing_capabilities() -> Vec<(&'static str, Failure)> {
-    let have = process::effective_capabilities();
+    let have = process::network_capabilities();
     let missing = NEEDED.into_iter().filter(|(bit, ..)| have & (1 << bit) == 0);
     let failure = |(_, name, what_for)| {
-        let failure = Failure::new("capability-missing", format!("this process lacks {name}, {what_for}"));
+        let failure = Failure::new(
+            "capability-missing",
+            format!("this process lacks {name} over its network namespace, {what_for}"),
+        );
         (name, failure.hint(GRANT))
     };
     missing.map(failure).collect()
