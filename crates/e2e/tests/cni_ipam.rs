@@ -80,18 +80,13 @@ fn nothing_is_answered_before_it_is_on_the_disk() {
     let a = runtime.container("a");
     let conf = runtime.conf("1.0.0", json!({}));
     let trace = runtime.file("trace");
-    for (verb, file) in [("ADD", "10.1.15.2"), ("ADD", "a:eth0.json")] {
-        let mut command = strace(&[
-            "-f",
-            "-y",
-            "-s",
-            "2000",
-            "-o",
-            trace.to_str().unwrap(),
-            "-e",
-            "trace=fsync,write,linkat,link,rename,renameat",
-        ]);
+    let traced = |calls: &str| {
+        let mut command = strace(&["-f", "-y", "-s", "2000", "-o", trace.to_str().unwrap(), "-e", calls]);
         command.arg(bin("twill-cni"));
+        command
+    };
+    for (verb, file) in [("ADD", "10.1.15.2"), ("ADD", "a:eth0.json")] {
+        let command = traced("trace=fsync,write,linkat,link,rename,renameat");
         let call = Call { verb, conf: &conf, id: "a", netns: Some(netns(&a)), args: "" };
         runtime.finish(within(&runtime, command, &call), &conf).unwrap();
         let calls = std::fs::read_to_string(&trace).unwrap();
@@ -110,17 +105,7 @@ fn nothing_is_answered_before_it_is_on_the_disk() {
     }
     // DEL says nothing: its end is the answer, and the folders of what it removed are on the disk by then.
     runtime.add(&conf, "a", &a);
-    let mut command = strace(&[
-        "-f",
-        "-y",
-        "-s",
-        "2000",
-        "-o",
-        trace.to_str().unwrap(),
-        "-e",
-        "trace=fsync,unlink,unlinkat,exit_group",
-    ]);
-    command.arg(bin("twill-cni"));
+    let command = traced("trace=fsync,unlink,unlinkat,exit_group");
     let call = Call { verb: "DEL", conf: &conf, id: "a", netns: Some(netns(&a)), args: "" };
     runtime.finish(within(&runtime, command, &call), &conf).unwrap();
     let calls = std::fs::read_to_string(&trace).unwrap();

@@ -30,21 +30,7 @@ fn shared(own: u8, peer: u8) -> Shared {
     let counters = Counters::default();
     let peers = Peers::new([told(peer, [127, 0, 0, peer])], 8285).counted(&counters);
     let local = SocketAddr::from(([127, 0, 0, own], 8285));
-    Shared {
-        spec: TunnelSpec { device: "flannel0".parse().unwrap(), mtu: 1472.try_into().unwrap(), local },
-        counters,
-        tun: Offloads::ALL,
-        merges: true,
-        answers: true,
-        segments: AtomicBool::new(true),
-        peers: Mutex::new(Arc::new(peers)),
-        version: AtomicU64::new(1),
-        stop: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
-        work: AtomicU64::new(0),
-        stopped: AtomicBool::new(false),
-        lost: AtomicBool::new(false),
-        on_loss: Box::new(|| {}),
-    }
+    crate::tests::shared(local, counters, peers, Offloads::ALL)
 }
 
 /// A device and a wire whose queues hold the same again and again, and that remember only how much passed.

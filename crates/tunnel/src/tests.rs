@@ -28,26 +28,31 @@ fn told(n: u8) -> TunnelPeer {
     TunnelPeer { name: format!("10.1.{n}.0-24"), host: format!("10.0.0.{n}").parse().unwrap(), subnets }
 }
 
+/// What the pumps of one end share, with nobody who waits for them.
+pub(crate) fn shared(local: SocketAddr, counters: Counters, peers: Peers, tun: Offloads) -> Shared {
+    Shared {
+        spec: TunnelSpec { device: "flannel0".parse().unwrap(), mtu: 1472.try_into().unwrap(), local },
+        counters,
+        tun,
+        merges: true,
+        answers: true,
+        segments: AtomicBool::new(true),
+        peers: Mutex::new(Arc::new(peers)),
+        version: AtomicU64::new(1),
+        stop: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
+        work: AtomicU64::new(0),
+        stopped: AtomicBool::new(false),
+        lost: AtomicBool::new(false),
+        on_loss: Box::new(|| {}),
+    }
+}
+
 impl End {
     fn new(n: u8, peers: &[u8], offloads: Offloads) -> End {
         let address: SocketAddr = format!("10.0.0.{n}:8285").parse().unwrap();
         let counters = Counters::default();
         let peers = Peers::new(peers.iter().map(|n| told(*n)), 8285).counted(&counters);
-        let shared = Shared {
-            spec: TunnelSpec { device: "flannel0".parse().unwrap(), mtu: 1472.try_into().unwrap(), local: address },
-            counters,
-            tun: offloads,
-            merges: true,
-            answers: true,
-            segments: AtomicBool::new(true),
-            peers: Mutex::new(Arc::new(peers)),
-            version: AtomicU64::new(1),
-            stop: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
-            work: AtomicU64::new(0),
-            stopped: AtomicBool::new(false),
-            lost: AtomicBool::new(false),
-            on_loss: Box::new(|| {}),
-        };
+        let shared = shared(address, counters, peers, offloads);
         End {
             address,
             shared,
