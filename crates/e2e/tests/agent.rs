@@ -303,6 +303,16 @@ fn a_listing_that_lacks_everybody_withdraws_nobody_until_it_is_accepted() {
     node.host.ip("link del flannel.1");
     node.await_peer(40, true);
     node.await_peer(41, true);
+    // Nor does listing the same once more withdraw them.
+    node.kill_store();
+    node.finding("store-away");
+    node.start_store();
+    eventually("the store is back", || {
+        let status = node.status();
+        if status["store"]["state"] == "up" && status["state"] == "running" { Ok(()) } else { Err(status.to_string()) }
+    });
+    node.finding("strange-listing");
+    node.await_peer(40, true);
     let peers = node.twill_json("peers")["peers"].take();
     assert_eq!(peers.as_array().unwrap().len(), 2, "{peers}");
     assert!(peers[0]["fault"].as_str().unwrap().contains("kept as it stands"), "{peers}");

@@ -165,7 +165,8 @@ fn a_broken_or_beaten_wide_key_keeps_no_node_from_joining() {
 fn a_bridge_with_a_subnet_that_was_ours_keeps_nobody_from_starting() {
     let Some((node, _dir)) = node() else { return };
     node.put_peer(40);
-    let agent = node.agent("--subnet 10.1.15.0/24");
+    node.agent("--subnet 10.1.15.0/24").end(Signal::TERM);
+    let agent = node.agent("");
     node.host.ip("link add docker0 type bridge");
     node.host.ip("addr add 10.1.15.1/24 dev docker0");
     node.host.ip("link set docker0 up");

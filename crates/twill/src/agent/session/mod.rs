@@ -6,8 +6,9 @@
 //!      └───────────┴── waits and tries again, the data path stays ───┘
 //! ```
 //!
-//! [`own`]: the own lease and what stands on it; [`say`]: waiting, and what `status` shows.
+//! [`listing`]: which listings are believed; [`own`]: the own lease and what stands on it; [`say`]: waiting, and what `status` shows.
 
+mod listing;
 mod own;
 mod say;
 
@@ -21,15 +22,15 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use twill_core::backend::Reach;
 use twill_core::config::{self, NetworkConfig};
-use twill_core::host::{Few, HostState, Key, Object, Route};
+use twill_core::host::{HostState, Object};
 use twill_core::iface;
-use twill_core::lease::{Lease, LeaseKey};
+use twill_core::lease::Lease;
 use twill_core::lease_set::LeaseSet;
-use twill_core::net::{LinkName, Prefix};
+use twill_core::net::Prefix;
 use twill_core::reconcile::Finding;
 use twill_core::state_file::State;
-use twill_kernel::{Interest, Kernel, LinuxKernel, Waker};
-use twill_store::{EtcdStore, Listing, RawConfig, StoreError, Swap, WatchEvent};
+use twill_kernel::Waker;
+use twill_store::{EtcdStore, RawConfig, StoreError, Swap, WatchEvent};
 
 use super::compose::Network;
 use super::reconciler::Order;
@@ -50,8 +51,6 @@ const BATCH: usize = 1000;
 /// What may be wrong with a config that was written while the node runs.
 const CONFIG_FINDINGS: [&str; 3] = ["bad-config", "config-missing", "backend-not-built"];
 const CLASH_FIX: &str = "choose another Network, or remove what clashes";
-/// A listing that lacks so many known peers, and more than half of them, withdraws nothing.
-const MISSING: usize = 10;
 
 /// What users ask of a running agent.
 pub(crate) enum Command {
@@ -252,80 +251,6 @@ impl Session {
 
     fn subnet_env(&self) -> String {
         std::fs::read_to_string(&self.settings.subnet_file).unwrap_or_default()
-    }
-
-    /// Takes a listing in. One that is strange withdraws nothing until it is accepted.
-    fn take_listing(&mut self, listing: Listing, network: &Network) -> BTreeSet<String> {
-        let listed: BTreeSet<&str> = listing.entries.iter().map(|e| e.name.as_str()).collect();
-        let known: Vec<String> = if self.seen.is_some() {
-            self.leases.names().map(str::to_owned).collect()
-        } else {
-            self.left_behind(network)
-        };
-        let lacking: Vec<String> = known.iter().filter(|name| !listed.contains(name.as_str())).cloned().collect();
-        let other = |cluster| cluster != listing.cluster_id;
-        let backwards = match self.seen {
-            Some((cluster, revision)) => other(cluster) || revision > listing.revision,
-            None => self.state.store.is_some_and(other),
-        };
-        let emptied = listed.is_empty() && !known.is_empty();
-        let halved = lacking.len() >= MISSING && lacking.len() * 2 > known.len();
-        let first = self.seen.is_none();
-        self.seen = Some((listing.cluster_id, listing.revision));
-        if !lacking.is_empty() && (backwards || emptied || halved) {
-            let evidence = format!(
-                "the store lists {} leases and lacks {} of {} known ones",
-                listed.len(),
-                lacking.len(),
-                known.len()
-            );
-            if !self.has_found("strange-listing", &evidence) {
-                tracing::warn!("{evidence}: nothing is withdrawn until `twill resync --accept`");
-            }
-            self.find("strange-listing", "leases", &evidence, "if this is right: twill resync --accept");
-            self.prune &= !first;
-            if first {
-                self.kept = in_kernel(&lacking, &tunnels(network));
-            }
-            self.withheld.extend(lacking);
-            return listing.entries.into_iter().flat_map(|raw| self.leases.put(raw)).collect();
-        }
-        self.withheld.clear();
-        self.unfind("strange-listing");
-        self.prune = true;
-        self.believe(listing.cluster_id);
-        let mut concerned = self.leases.reset(listing.entries);
-        concerned.extend(std::mem::take(&mut self.kept).into_keys());
-        concerned
-    }
-
-    /// From now on another store is a strange one.
-    fn believe(&mut self, cluster: u64) {
-        if self.state.store != Some(cluster) {
-            self.state.store = Some(cluster);
-            self.save();
-        }
-    }
-
-    /// Lease names of the peers that an earlier run left in the kernel and in its tunnel.
-    fn left_behind(&self, network: &Network) -> Vec<String> {
-        let devices = tunnels(network);
-        let Ok(kernel) = twill_kernel::LinuxKernel::open(twill_kernel::Interest {
-            devices: Some(BTreeSet::new()),
-            ..Default::default()
-        }) else {
-            return Vec::new();
-        };
-        let on_ours = |dst: &twill_core::host::Route| {
-            dst.entries.first().is_some_and(|e| e.via.is_some() && e.dev.is_some_and(|d| devices.contains(&d)))
-        };
-        let routes = twill_kernel::Kernel::mirror(&kernel).iter().filter_map(|(_, o)| match o {
-            twill_core::host::Object::Route(r) if on_ours(r) => Some(r.key.dst),
-            _ => None,
-        });
-        let tunnel = super::tunnel::remembered(&super::tunnel::path(&self.settings.state_dir));
-        let tunnel = tunnel.into_iter().flat_map(|memory| memory.peers).map(|peer| peer.name);
-        routes.map(|dst| format!("{}-{}", dst.addr(), dst.len())).chain(tunnel).collect()
     }
 
     /// Tells the reconciler what these leases want.
@@ -658,37 +583,4 @@ impl Session {
 /// Ends at this moment.
 async fn at(moment: Option<Instant>) {
     tokio::time::sleep_until(moment.unwrap_or_else(Instant::now)).await;
-}
-
-/// The tunnel devices of all families in use; the own subnets need not be known yet.
-fn tunnels(network: &Network) -> Vec<LinkName> {
-    network.cx.networks.iter().flat_map(|n| network.backend.devices(&[*n])).collect()
-}
-
-/// What stands in the kernel for these leases on these devices: routes with their neighbours and forwarding entries.
-fn in_kernel(names: &[String], devices: &[LinkName]) -> BTreeMap<String, Vec<Object>> {
-    let interest = Interest { devices: Some(devices.iter().copied().collect()), ..Interest::default() };
-    let Ok(kernel) = LinuxKernel::open(interest) else { return BTreeMap::new() };
-    let have = kernel.mirror();
-    let subnets = |name: &String| name.parse().map_or_else(|_| Vec::new(), |key: LeaseKey| key.subnets().collect());
-    let mut by_subnet = BTreeMap::<Prefix, Vec<Object>>::new();
-    for (_, object) in have.iter() {
-        let Object::Route(route) = object else { continue };
-        let Some(entry) = route.entries.as_slice().iter().find(|e| e.dev.is_some_and(|dev| devices.contains(&dev)))
-        else {
-            continue;
-        };
-        let (Some(dev), Some(via)) = (entry.dev, entry.via) else { continue };
-        let objects = by_subnet.entry(route.key.dst).or_default();
-        objects.push(Object::Route(Route { key: route.key, entries: Few::One(entry.clone()) }));
-        if let Some(Object::Neigh(neigh)) = have.get(&Key::Neigh(dev, via)) {
-            objects.push(Object::Neigh(neigh.clone()));
-            objects.extend(neigh.mac.and_then(|mac| have.get(&Key::Fdb(dev, mac))).cloned());
-        }
-    }
-    let kept = |name: &String| {
-        let objects = subnets(name).into_iter().flat_map(|subnet| by_subnet.remove(&subnet)).flatten().collect();
-        (name.clone(), objects)
-    };
-    names.iter().map(kept).collect()
 }

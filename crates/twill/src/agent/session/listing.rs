@@ -1,0 +1,123 @@
+//! Which listings are believed. One that is strange withdraws nothing: what an earlier run knew is kept as it stands in the kernel.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use twill_core::host::{Few, Key, Object, Route};
+use twill_core::lease::LeaseKey;
+use twill_core::net::{LinkName, Prefix};
+use twill_kernel::{Interest, Kernel, LinuxKernel};
+use twill_store::Listing;
+
+use super::super::compose::Network;
+use super::Session;
+
+/// A listing that lacks so many known peers, and more than half of them, withdraws nothing.
+const MISSING: usize = 10;
+
+impl Session {
+    /// Takes a listing in. One that is strange withdraws nothing until it is accepted.
+    pub(super) fn take_listing(&mut self, listing: Listing, network: &Network) -> BTreeSet<String> {
+        let listed: BTreeSet<&str> = listing.entries.iter().map(|e| e.name.as_str()).collect();
+        let known: Vec<String> = if self.seen.is_some() {
+            self.leases.names().map(str::to_owned).chain(self.kept.keys().cloned()).collect()
+        } else {
+            self.left_behind(network)
+        };
+        let lacking: Vec<String> = known.iter().filter(|name| !listed.contains(name.as_str())).cloned().collect();
+        let other = |cluster| cluster != listing.cluster_id;
+        let backwards = match self.seen {
+            Some((cluster, revision)) => other(cluster) || revision > listing.revision,
+            None => self.state.store.is_some_and(other),
+        };
+        let emptied = listed.is_empty() && !known.is_empty();
+        let halved = lacking.len() >= MISSING && lacking.len() * 2 > known.len();
+        // What was held back is held back until it is accepted, however often the same is listed.
+        let held = lacking.iter().any(|name| self.withheld.contains(name));
+        let first = self.seen.is_none();
+        self.seen = Some((listing.cluster_id, listing.revision));
+        if !lacking.is_empty() && (backwards || emptied || halved || held) {
+            let evidence = format!(
+                "the store lists {} leases and lacks {} of {} known ones",
+                listed.len(),
+                lacking.len(),
+                known.len()
+            );
+            if !self.has_found("strange-listing", &evidence) {
+                tracing::warn!("{evidence}: nothing is withdrawn until `twill resync --accept`");
+            }
+            self.find("strange-listing", "leases", &evidence, "if this is right: twill resync --accept");
+            self.prune &= !first;
+            if first {
+                self.kept = in_kernel(&lacking, &tunnels(network));
+            }
+            self.withheld.extend(lacking);
+            return listing.entries.into_iter().flat_map(|raw| self.leases.put(raw)).collect();
+        }
+        self.withheld.clear();
+        self.unfind("strange-listing");
+        self.prune = true;
+        self.believe(listing.cluster_id);
+        let mut concerned = self.leases.reset(listing.entries);
+        concerned.extend(std::mem::take(&mut self.kept).into_keys());
+        concerned
+    }
+
+    /// From now on another store is a strange one.
+    pub(super) fn believe(&mut self, cluster: u64) {
+        if self.state.store != Some(cluster) {
+            self.state.store = Some(cluster);
+            self.save();
+        }
+    }
+
+    /// Lease names of the peers that an earlier run left in the kernel and in its tunnel.
+    fn left_behind(&self, network: &Network) -> Vec<String> {
+        let devices = tunnels(network);
+        let Ok(kernel) = LinuxKernel::open(Interest { devices: Some(BTreeSet::new()), ..Default::default() }) else {
+            return Vec::new();
+        };
+        let on_ours = |dst: &Route| {
+            dst.entries.first().is_some_and(|e| e.via.is_some() && e.dev.is_some_and(|d| devices.contains(&d)))
+        };
+        let routes = kernel.mirror().iter().filter_map(|(_, o)| match o {
+            Object::Route(r) if on_ours(r) => Some(r.key.dst),
+            _ => None,
+        });
+        let tunnel = super::super::tunnel::remembered(&super::super::tunnel::path(&self.settings.state_dir));
+        let tunnel = tunnel.into_iter().flat_map(|memory| memory.peers).map(|peer| peer.name);
+        routes.map(|dst| format!("{}-{}", dst.addr(), dst.len())).chain(tunnel).collect()
+    }
+}
+
+/// The tunnel devices of all families in use; the own subnets need not be known yet.
+fn tunnels(network: &Network) -> Vec<LinkName> {
+    network.cx.networks.iter().flat_map(|n| network.backend.devices(&[*n])).collect()
+}
+
+/// What stands in the kernel for these leases on these devices: routes with their neighbours and forwarding entries.
+fn in_kernel(names: &[String], devices: &[LinkName]) -> BTreeMap<String, Vec<Object>> {
+    let interest = Interest { devices: Some(devices.iter().copied().collect()), ..Interest::default() };
+    let Ok(kernel) = LinuxKernel::open(interest) else { return BTreeMap::new() };
+    let have = kernel.mirror();
+    let subnets = |name: &String| name.parse().map_or_else(|_| Vec::new(), |key: LeaseKey| key.subnets().collect());
+    let mut by_subnet = BTreeMap::<Prefix, Vec<Object>>::new();
+    for (_, object) in have.iter() {
+        let Object::Route(route) = object else { continue };
+        let Some(entry) = route.entries.as_slice().iter().find(|e| e.dev.is_some_and(|dev| devices.contains(&dev)))
+        else {
+            continue;
+        };
+        let (Some(dev), Some(via)) = (entry.dev, entry.via) else { continue };
+        let objects = by_subnet.entry(route.key.dst).or_default();
+        objects.push(Object::Route(Route { key: route.key, entries: Few::One(entry.clone()) }));
+        if let Some(Object::Neigh(neigh)) = have.get(&Key::Neigh(dev, via)) {
+            objects.push(Object::Neigh(neigh.clone()));
+            objects.extend(neigh.mac.and_then(|mac| have.get(&Key::Fdb(dev, mac))).cloned());
+        }
+    }
+    let kept = |name: &String| {
+        let objects = subnets(name).into_iter().flat_map(|subnet| by_subnet.remove(&subnet)).flatten().collect();
+        (name.clone(), objects)
+    };
+    names.iter().map(kept).collect()
+}
