@@ -212,6 +212,8 @@ fn change(rig: &Rig, report: &mut Report) {
     let monitor = Process(monitor);
     let (sender, mut seen) = mpsc::channel();
     std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| drop(sender.send((now(), line)))));
+    // What is written before `ip` listens is never seen.
+    std::thread::sleep(Duration::from_secs(1));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let pid = rig.host.pid();
     let samples = std::thread::scope(|scope| {
