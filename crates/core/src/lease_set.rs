@@ -34,6 +34,8 @@ pub struct LeaseSet {
     entries: BTreeMap<Arc<str>, Entry>,
     by_subnet: BTreeSet<(Prefix, Arc<str>)>,
     by_mac: BTreeSet<(MacAddr, Arc<str>)>,
+    /// How many subnets of each family and length there are: nobody looks for a wider one where none is.
+    lengths: BTreeMap<(bool, u8), usize>,
 }
 
 impl LeaseSet {
@@ -53,6 +55,7 @@ impl LeaseSet {
         let name: Arc<str> = raw.name.into();
         for subnet in entry.key.iter().flat_map(LeaseKey::subnets) {
             self.by_subnet.insert((subnet, name.clone()));
+            *self.lengths.entry((subnet.is_v4(), subnet.len())).or_default() += 1;
         }
         for mac in entry.macs.iter().flatten() {
             self.by_mac.insert((*mac, name.clone()));
@@ -68,6 +71,9 @@ impl LeaseSet {
         let mut concerned: BTreeSet<String> = self.colliding(name, &entry).collect();
         for subnet in entry.key.iter().flat_map(LeaseKey::subnets) {
             self.by_subnet.remove(&(subnet, name.into()));
+            let length = (subnet.is_v4(), subnet.len());
+            self.lengths.entry(length).and_modify(|count| *count -= 1);
+            self.lengths.retain(|_, count| *count > 0);
         }
         for mac in entry.macs.iter().flatten() {
             self.by_mac.remove(&(*mac, name.into()));
@@ -214,7 +220,8 @@ impl LeaseSet {
         let at = |p: Prefix| {
             self.by_subnet.range((p, Arc::from(""))..).take_while(move |(q, _)| *q == p).map(|(_, name)| name)
         };
-        let around = (0..subnet.len()).filter_map(move |len| Prefix::truncate(subnet.addr(), len).ok()).flat_map(at);
+        let wider = self.lengths.range((subnet.is_v4(), 0)..(subnet.is_v4(), subnet.len()));
+        let around = wider.filter_map(move |((_, len), _)| Prefix::truncate(subnet.addr(), *len).ok()).flat_map(at);
         let inside =
             self.by_subnet.range((subnet, Arc::from(""))..).take_while(move |(q, _)| q.addr() <= subnet.last());
         around.chain(inside.filter(move |(q, _)| subnet.covers(q)).map(|(_, name)| name))
