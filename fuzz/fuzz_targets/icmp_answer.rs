@@ -17,7 +17,11 @@ fuzz_target!(|input: (u16, bool, &[u8])| {
         if inner.src.is_ipv4() {
             let seen = icmp::Packet::new(&error).expect("an ICMP message");
             seen.verify().expect("with its checksum");
-            let want = if too_big { icmp::Repr::Unreachable { code: 4, mtu } } else { icmp::Repr::Unreachable { code: 0, mtu: 0 } };
+            let want = if too_big {
+                icmp::Repr::Unreachable { code: 4, mtu }
+            } else {
+                icmp::Repr::Unreachable { code: 0, mtu: 0 }
+            };
             assert_eq!(icmp::Repr::parse(seen), want);
             // Nobody answers an error with an error: not even this one, sent on as a packet.
             let mut about = vec![0x45, 0, 0, 0, 0, 0, 0, 0, 64, 1, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2];

@@ -11,7 +11,8 @@ fuzz_target!(|bytes: &[u8]| {
         let again = TunnelMemory::parse(&memory.to_json().unwrap()).expect("what we write can be read");
         assert_eq!(again, memory);
         let peers = Peers::new(memory.peers.clone(), memory.spec.local.port());
-        for (peer, subnet) in memory.peers.iter().flat_map(|peer| peer.subnets.iter().map(move |subnet| (peer, subnet))) {
+        for (peer, subnet) in memory.peers.iter().flat_map(|peer| peer.subnets.iter().map(move |subnet| (peer, subnet)))
+        {
             assert!(peers.of(subnet.addr()).is_some() && peers.at_host(peer.host).is_some());
         }
     }
