@@ -13,10 +13,10 @@ use twill_kernel::icmp::MemoryIcmp;
 use twill_kernel::netns::Netns;
 use twill_kernel::tun::HEADER;
 use twill_kernel::udp::{Incoming, Outgoing, SLOT};
-use twill_packet::checksum;
-use twill_packet::offload::{Gso, Inner, Vnet};
+use twill_packet::offload::Vnet;
 
 use super::*;
+use crate::tests::{packet, shared, super_packet};
 
 fn told(n: u8, host: [u8; 4]) -> TunnelPeer {
     TunnelPeer {
@@ -26,11 +26,11 @@ fn told(n: u8, host: [u8; 4]) -> TunnelPeer {
     }
 }
 
-fn shared(own: u8, peer: u8) -> Shared {
+fn end(own: u8, peer: u8) -> Shared {
     let counters = Counters::default();
     let peers = Peers::new([told(peer, [127, 0, 0, peer])], 8285).counted(&counters);
     let local = SocketAddr::from(([127, 0, 0, own], 8285));
-    crate::tests::shared(local, counters, peers, Offloads::ALL)
+    shared(local, counters, peers, Offloads::ALL)
 }
 
 /// A device and a wire whose queues hold the same again and again, and that remember only how much passed.
@@ -93,24 +93,9 @@ impl Udp for Loops {
     }
 }
 
-fn packet(from: u8, to: u8, protocol: u8, rest: &[u8]) -> Vec<u8> {
-    let mut packet = vec![0x45, 0, 0, 0, 0, 1, 0x40, 0, 64, protocol, 0, 0, 10, 1, from, 2, 10, 1, to, 2];
-    let len = (20 + rest.len()) as u16;
-    packet[2..4].copy_from_slice(&len.to_be_bytes());
-    let sum = checksum::of(&packet);
-    packet[10..12].copy_from_slice(&sum.to_be_bytes());
-    packet.extend_from_slice(rest);
-    packet
-}
-
-fn super_packet(from: u8, to: u8, len: usize) -> Vec<u8> {
-    let mut tcp = vec![0x5a; 20 + len];
-    tcp[..20].copy_from_slice(&[0x80, 0, 0, 80, 0, 0, 1, 0, 0, 0, 0, 1, 0x50, 0x10, 0xff, 0xff, 0, 0, 0, 0]);
-    let mut packet = packet(from, to, 6, &tcp);
-    let inner = Inner::check(&packet).unwrap();
-    let pseudo = !checksum::Sum::default().pseudo(inner.src, inner.dst, 6, tcp.len()).finish();
-    packet[36..38].copy_from_slice(&pseudo.to_be_bytes());
-    let vnet = Vnet { needs_csum: true, gso: Gso::Tcp4, hdr_len: 40, gso_size: 1432, csum_start: 20, csum_offset: 16 };
+/// As the device gives it: the vnet header in front.
+fn from_device(from: u8, to: u8, len: usize) -> Vec<u8> {
+    let (vnet, packet) = super_packet(from, to, len, 1432);
     [&vnet.emit()[..], &packet].concat()
 }
 
@@ -135,18 +120,18 @@ fn rounds(loops: &Loops, mut round: impl FnMut() -> Result<bool, Lost>) -> usize
 fn no_packet_costs_an_allocation() {
     let plain = |packet: Vec<u8>| [&Vnet::default().emit()[..], &packet].concat();
     // Bulk, small ones of many flows, one for nobody, one that is no packet at all.
-    let mut from_kernel = vec![super_packet(1, 2, 60_000), super_packet(1, 2, 65_000)];
+    let mut from_kernel = vec![from_device(1, 2, 60_000), from_device(1, 2, 65_000)];
     from_kernel.extend((0..100).map(|port| plain(small(1, 2, port))));
     from_kernel.extend([plain(small(1, 77, 1)), plain(vec![0x45; 7])]);
     let loops = Loops { from_kernel, from_wire: Vec::new(), next: Cell::new(0), passed: Cell::new(0) };
-    let state = shared(1, 2);
+    let state = end(1, 2);
     let mut out = Out::new();
     let passed = rounds(&loops, || out.round(&state, (&loops, &loops, None::<&MemoryIcmp>), usize::MAX));
     assert!(passed >= 50 * (42 + 46 + 100), "{passed}");
 
     // The same from the wire: what a peer would have cut, and what is dropped.
     let mut cut = Vec::new();
-    let bulk = super_packet(2, 1, 60_000);
+    let bulk = from_device(2, 1, 60_000);
     twill_packet::offload::segment(&Vnet::parse(&bulk).unwrap(), &bulk[HEADER..], &mut cut).unwrap();
     let mut from_wire = vec![cut];
     from_wire.extend((0..100).map(|port| small(2, 1, port)));
@@ -207,7 +192,7 @@ fn no_packet_costs_an_allocation_on_real_devices() {
         let tun = space.run(|| TunDevice::open("flannel0", Offloads::ALL)).unwrap().expect("a TUN device as root");
         ip(space, &format!("addr add 10.1.{own}.1/16 dev flannel0"));
         ip(space, "link set flannel0 mtu 1472 up");
-        let state = shared(own, 3 - own);
+        let state = end(own, 3 - own);
         let udp = wire.run(|| UdpSocket::bind(state.spec.local)).unwrap().unwrap();
         (state, tun, udp)
     });

@@ -89,7 +89,7 @@ impl End {
 }
 
 /// A packet from container `from` to container `to`, its checksums right.
-fn packet(from: u8, to: u8, protocol: u8, rest: &[u8]) -> Vec<u8> {
+pub(crate) fn packet(from: u8, to: u8, protocol: u8, rest: &[u8]) -> Vec<u8> {
     let mut packet = vec![0x45, 0, 0, 0, 0, 1, 0x40, 0, 64, protocol, 0, 0, 10, 1, from, 2, 10, 1, to, 2];
     let len = (20 + rest.len()) as u16;
     packet[2..4].copy_from_slice(&len.to_be_bytes());
@@ -100,7 +100,7 @@ fn packet(from: u8, to: u8, protocol: u8, rest: &[u8]) -> Vec<u8> {
 }
 
 /// A TCP super-packet of `len` payload bytes whose bytes count up, cut at `mss`.
-fn super_packet(from: u8, to: u8, len: usize, mss: u16) -> (Vnet, Vec<u8>) {
+pub(crate) fn super_packet(from: u8, to: u8, len: usize, mss: u16) -> (Vnet, Vec<u8>) {
     let mut tcp = vec![0; 20 + len];
     tcp[..14].copy_from_slice(&[0x80, 0, 0, 80, 0, 0, 1, 0, 0, 0, 0, 1, 0x50, 0x10]);
     tcp[14..16].copy_from_slice(&[0xff, 0xff]);

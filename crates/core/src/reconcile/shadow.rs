@@ -146,7 +146,7 @@ fn removal(route: &Route) -> String {
     let table = if table == TABLE_MAIN { String::new() } else { format!(" table {table}") };
     let metric = if metric == 0 { String::new() } else { format!(" metric {metric}") };
     let (kind, proto) = match entry {
-        Some(entry) if entry.kind != 1 => {
+        Some(entry) if entry.kind != UNICAST => {
             (format!("{} ", route_kind(entry.kind)), format!(" proto {}", protocol(entry.protocol)))
         }
         _ => (String::new(), String::new()),
