@@ -208,14 +208,15 @@ fn config(msg: impl Into<String>, details: impl Into<String>) -> CniError {
 
 /// The version that a text asks for, as far as it says one: errors are told in it.
 pub fn version_of(text: &[u8]) -> String {
-    let value: Value = serde_json::from_slice(text).unwrap_or_default();
+    let value = serde_json::from_slice(text).map(as_go_reads).unwrap_or_default();
     value["cniVersion"].as_str().unwrap_or("0.3.1").to_owned()
 }
 
 impl Conf {
     /// Reads and checks a configuration.
     pub fn parse(text: &[u8]) -> Result<Self, CniError> {
-        let raw: Raw = serde_json::from_slice(text).map_err(|error| {
+        let raw = serde_json::from_slice(text).map(as_go_reads).and_then(serde_json::from_value::<Raw>);
+        let raw = raw.map_err(|error| {
             CniError::new(
                 Code::Decode,
                 format!("read the network configuration: {error}"),
@@ -286,6 +287,26 @@ impl Conf {
         self.state.join("attachments")
     }
 }
+
+/// As Go reads it, in whose words runtimes write: a key's case is nothing (containerd has `HostPort`), `null` is a key that is not
+/// there, and of two keys that are one the later counts.
+fn as_go_reads(value: Value) -> Value {
+    let known = |key: &str| KEYS.split(' ').find(|known| known.eq_ignore_ascii_case(key)).unwrap_or(key).to_owned();
+    match value {
+        Value::Object(map) => {
+            let there = map.into_iter().filter(|(_, value)| !value.is_null());
+            there.map(|(key, value)| (known(&key), as_go_reads(value))).collect()
+        }
+        Value::Array(list) => list.into_iter().map(as_go_reads).collect(),
+        other => other,
+    }
+}
+
+/// Every key that is understood.
+const KEYS: &str = "address args bridge cni cni.dev/valid-attachments cniVersion containerID containerPort dataDir delegate \
+    disableContainerInterface dns dst gateway gw hairpinMode hostIP hostPort ifname interface interfaces ipMasq ipam ips \
+    isDefaultGateway isGateway mac macspoofchk mtu name portIsolation portMappings prevResult priority promiscMode protocol \
+    rangeEnd rangeStart ranges resolvConf routes runtimeConfig sandbox stateDir subnet subnetFile table type vlan vlanTrunk";
 
 fn version(text: Option<&str>) -> Result<Version, CniError> {
     let text = text.unwrap_or("0.3.1");

@@ -7,7 +7,7 @@
 //! ```
 
 use serde_json::{Value, json};
-use twill_e2e::cni::{Call, Runtime, netns};
+use twill_e2e::cni::{self, Call, Runtime, netns};
 use twill_e2e::net::{Bed, Host};
 use twill_e2e::{bin, eventually};
 
@@ -395,6 +395,29 @@ fn what_is_asked_for_is_given() {
     let second = runtime.add(&conf, "c", &c);
     assert_eq!(first["interfaces"], second["interfaces"]);
     assert_ne!(first["ips"], second["ips"]);
+}
+
+/// containerd writes `HostPort`; Go's empty lists are `null`.
+#[test]
+fn a_configuration_is_read_as_go_reads_it() {
+    let Some((runtime, _dir)) = runtime().filter(|_| twill_e2e::installed("nft")) else { return };
+    let a = runtime.container("a");
+    let mut conf = runtime.conf("1.0.0", json!({}));
+    let plain = runtime.add(&conf, "a", &a);
+    runtime.del(&conf, "a", Some(&a));
+    let keys = conf.as_object().unwrap().clone().into_iter();
+    conf = keys.map(|(key, value)| (key.to_uppercase(), value)).collect();
+    cni::merge(
+        &mut conf,
+        json!({"MTU": 1300, "Mtu": 1400, "promiscMode": null, "dns": null, "vlanTrunk": null, "prevResult": null,
+            "runtimeConfig": {"Ips": ["10.1.15.50"], "PortMappings": [{"HostPort": 8080, "ContainerPort": 80, "Protocol": "tcp", "HostIP": ""}]},
+            "IPAM": {"Routes": null, "ranges": null}}),
+    );
+    let said = runtime.add(&conf, "a", &a);
+    assert_eq!((&said["cniVersion"], &said["interfaces"]), (&json!("1.0.0"), &plain["interfaces"]));
+    assert_eq!((&said["ips"][0]["address"], &link(&a, "eth0")["mtu"]), (&json!("10.1.15.50/24"), &json!(1400)));
+    let rules = runtime.host.run("nft list chain inet twill-cni published");
+    assert!(rules.contains("tcp dport 8080") && rules.contains("to 10.1.15.50:80"), "{rules}");
 }
 
 #[test]
