@@ -171,15 +171,14 @@ impl Cni {
 }
 
 impl PodmanLine {
-    /// The upper half of each subnet: podman refuses one that holds an address of this host, and the tunnel has the first. No name
+    /// podman refuses a subnet that an address of its own namespace stands in, as the tunnel's does: hence one without any. No name
     /// service: podman's needs a package of its own, and knows this host's containers alone.
     fn run(self) -> anyhow::Result<ExitCode> {
         let file = self.subnet_file.unwrap_or_else(|| SUBNET_FILE.into());
         let env = subnet_env(&file)?;
-        let mut words = vec!["podman network create --disable-dns".to_owned()];
+        let mut words = vec!["unshare --net podman network create --disable-dns".to_owned()];
         words.extend(env.v6.map(|_| "--ipv6".to_owned()));
         for (_, subnet) in [env.v4, env.v6].into_iter().flatten() {
-            let subnet = subnet.subnet(subnet.len() + 1, 1).unwrap_or(subnet);
             words.push(format!("--subnet {subnet} --gateway {}", subnet.nth(1).unwrap_or(subnet.addr())));
         }
         words.push(format!("--opt mtu={} {}", env.mtu, self.name));
