@@ -45,10 +45,16 @@ impl LeaseKey {
 impl Lease {
     /// Reads a store entry.
     pub fn parse(raw: &RawLease) -> Result<Lease, PeerFault> {
-        let fault = |code, reason: String| PeerFault { name: raw.name.clone(), code, reason };
-        let key = raw.name.parse().map_err(|e| fault("bad-lease-key", format!("its key: {e}")))?;
-        let attrs = attrs::parse(&raw.value).map_err(|e| fault("bad-lease-value", e.to_string()))?;
-        Ok(Lease { key, attrs, create_rev: raw.create_rev, mod_rev: raw.mod_rev, etcd_lease: raw.etcd_lease })
+        Self::read(&raw.name, &raw.value, (raw.create_rev, raw.mod_rev, raw.etcd_lease))
+    }
+
+    /// Reads a store entry in parts: name, value, and create revision, last revision, etcd lease.
+    pub(crate) fn read(name: &str, value: &[u8], numbers: (i64, i64, i64)) -> Result<Lease, PeerFault> {
+        let fault = |code, reason: String| PeerFault { name: name.to_owned(), code, reason };
+        let key = name.parse().map_err(|e| fault("bad-lease-key", format!("its key: {e}")))?;
+        let attrs = attrs::parse(value).map_err(|e| fault("bad-lease-value", e.to_string()))?;
+        let (create_rev, mod_rev, etcd_lease) = numbers;
+        Ok(Lease { key, attrs, create_rev, mod_rev, etcd_lease })
     }
 
     /// True when the holder says that it is at one of these addresses.

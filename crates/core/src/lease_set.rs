@@ -28,20 +28,54 @@ struct Entry {
 /// How far a chain of collisions is followed; whoever stands beyond it is taken to win, on every node alike.
 const DEEPEST: u32 = 64;
 
+/// A lease's name, e.g. `10.1.15.0-24`: kept once, by everybody who speaks of the lease.
+pub type LeaseName = Arc<str>;
+
 /// The leases of a store, by name.
 #[derive(Debug, Default)]
 pub struct LeaseSet {
-    entries: BTreeMap<Arc<str>, Entry>,
-    by_subnet: BTreeSet<(Prefix, Arc<str>)>,
-    by_mac: BTreeSet<(MacAddr, Arc<str>)>,
+    entries: BTreeMap<LeaseName, Entry>,
+    by_subnet: BTreeSet<(Prefix, LeaseName)>,
+    by_mac: BTreeSet<(MacAddr, LeaseName)>,
     /// How many subnets of each family and length there are: nobody looks for a wider one where none is.
     lengths: BTreeMap<(bool, u8), usize>,
 }
 
 impl LeaseSet {
     /// Takes in a written lease; gives the names whose verdict may differ now.
-    pub fn put(&mut self, raw: RawLease) -> BTreeSet<String> {
-        let mut concerned = self.delete(&raw.name);
+    pub fn put(&mut self, raw: RawLease) -> BTreeSet<LeaseName> {
+        let mut concerned = self.remove(&raw.name);
+        concerned.insert(self.insert(raw));
+        self.and_younger(concerned)
+    }
+
+    /// Forgets a lease; gives the names whose verdict may differ now.
+    pub fn delete(&mut self, name: &str) -> BTreeSet<LeaseName> {
+        let concerned = self.remove(name);
+        self.and_younger(concerned)
+    }
+
+    /// Replaces all; gives the names whose verdict may differ now: those that are gone, new or changed, and what they collide with.
+    pub fn reset(&mut self, raws: Vec<RawLease>) -> BTreeSet<LeaseName> {
+        let listed: BTreeSet<&str> = raws.iter().map(|raw| raw.name.as_str()).collect();
+        let gone: Vec<LeaseName> = self.entries.keys().filter(|name| !listed.contains(&***name)).cloned().collect();
+        let mut concerned: BTreeSet<LeaseName> = gone.iter().flat_map(|name| self.remove(name)).collect();
+        for raw in raws {
+            let known = self.entries.get(raw.name.as_str());
+            if known.is_none_or(|e| (e.mod_rev, e.create_rev) != (raw.mod_rev, raw.create_rev)) {
+                concerned.append(&mut self.remove(&raw.name));
+                concerned.insert(self.insert(raw));
+            }
+        }
+        // Maps that grew in key order are half empty.
+        self.entries = std::mem::take(&mut self.entries).into_iter().collect();
+        self.by_subnet = std::mem::take(&mut self.by_subnet).into_iter().collect();
+        self.by_mac = std::mem::take(&mut self.by_mac).into_iter().collect();
+        self.and_younger(concerned)
+    }
+
+    /// Adds a lease that is not there.
+    fn insert(&mut self, raw: RawLease) -> LeaseName {
         let lease = Lease::parse(&raw).ok();
         let entry = Entry {
             key: raw.name.parse().ok(),
@@ -52,7 +86,7 @@ impl LeaseSet {
             mod_rev: raw.mod_rev,
             etcd_lease: raw.etcd_lease,
         };
-        let name: Arc<str> = raw.name.into();
+        let name = LeaseName::from(raw.name);
         for subnet in entry.key.iter().flat_map(LeaseKey::subnets) {
             self.by_subnet.insert((subnet, name.clone()));
             *self.lengths.entry((subnet.is_v4(), subnet.len())).or_default() += 1;
@@ -60,46 +94,24 @@ impl LeaseSet {
         for mac in entry.macs.iter().flatten() {
             self.by_mac.insert((*mac, name.clone()));
         }
-        concerned.insert(name.to_string());
-        self.entries.insert(name, entry);
-        self.and_younger(concerned)
+        self.entries.insert(name.clone(), entry);
+        name
     }
 
-    /// Forgets a lease; gives the names whose verdict may differ now.
-    pub fn delete(&mut self, name: &str) -> BTreeSet<String> {
-        let Some(entry) = self.entries.remove(name) else { return BTreeSet::new() };
-        let mut concerned: BTreeSet<String> = self.colliding(name, &entry).collect();
+    /// Takes a lease out; gives its name and those that it collided with, none when it was not there.
+    fn remove(&mut self, name: &str) -> BTreeSet<LeaseName> {
+        let Some((name, entry)) = self.entries.remove_entry(name) else { return BTreeSet::new() };
+        let mut concerned: BTreeSet<LeaseName> = self.colliding(&name, &entry).cloned().collect();
         for subnet in entry.key.iter().flat_map(LeaseKey::subnets) {
-            self.by_subnet.remove(&(subnet, name.into()));
+            self.by_subnet.remove(&(subnet, name.clone()));
             let length = (subnet.is_v4(), subnet.len());
             self.lengths.entry(length).and_modify(|count| *count -= 1);
             self.lengths.retain(|_, count| *count > 0);
         }
         for mac in entry.macs.iter().flatten() {
-            self.by_mac.remove(&(*mac, name.into()));
+            self.by_mac.remove(&(*mac, name.clone()));
         }
-        concerned.insert(name.to_owned());
-        self.and_younger(concerned)
-    }
-
-    /// Replaces all; gives the names whose verdict may differ now: those that are gone, new or changed, and what they collide with.
-    pub fn reset(&mut self, raws: Vec<RawLease>) -> BTreeSet<String> {
-        let listed: BTreeSet<&str> = raws.iter().map(|raw| raw.name.as_str()).collect();
-        let gone: Vec<String> = self.names().filter(|name| !listed.contains(name)).map(str::to_owned).collect();
-        let mut concerned: BTreeSet<String> = gone.iter().flat_map(|name| self.delete(name)).collect();
-        for raw in raws {
-            let same = self
-                .entries
-                .get(raw.name.as_str())
-                .is_some_and(|e| e.mod_rev == raw.mod_rev && e.create_rev == raw.create_rev);
-            if !same {
-                concerned.extend(self.put(raw));
-            }
-        }
-        // Maps that grew in key order are half empty.
-        self.entries = std::mem::take(&mut self.entries).into_iter().collect();
-        self.by_subnet = std::mem::take(&mut self.by_subnet).into_iter().collect();
-        self.by_mac = std::mem::take(&mut self.by_mac).into_iter().collect();
+        concerned.insert(name);
         concerned
     }
 
@@ -118,34 +130,43 @@ impl LeaseSet {
     }
 
     /// The lease that `name` loses to: an older one that it collides with and that itself loses to none.
-    fn beaten_by(&self, name: &str, known: &mut BTreeMap<String, Option<String>>, depth: u32) -> Option<String> {
+    fn beaten_by(
+        &self,
+        name: &str,
+        known: &mut BTreeMap<LeaseName, Option<LeaseName>>,
+        depth: u32,
+    ) -> Option<LeaseName> {
         if let Some(answer) = known.get(name) {
             return answer.clone();
         }
-        let entry = self.entries.get(name)?;
-        let older = self.colliding(name, entry).filter_map(|other| Some((self.age(&other)?, other)));
-        let mut older: Vec<_> = older.filter(|((rev, other), _)| (*rev, *other) < (entry.create_rev, name)).collect();
+        let (name, entry) = self.entries.get_key_value(name)?;
+        let older = self.colliding(name, entry).filter_map(|other| self.age(other));
+        let mut older: Vec<_> = older.filter(|age| *age < (entry.create_rev, name)).collect();
         // The oldest is the likeliest to win.
         older.sort();
         let mut older = older.into_iter().map(|(_, other)| other);
         let answer = older.find(|other| depth == 0 || self.beaten_by(other, known, depth - 1).is_none());
-        known.insert(name.to_owned(), answer.clone());
-        answer
+        known.insert(name.clone(), answer.cloned());
+        answer.cloned()
     }
 
     /// What decides between two, with the name in the set's keeping; `None`: it cannot be read, and competes with nobody.
-    fn age(&self, name: &str) -> Option<(i64, &str)> {
+    fn age(&self, name: &str) -> Option<(i64, &LeaseName)> {
         let (name, entry) = self.entries.get_key_value(name)?;
-        entry.readable.then_some((entry.create_rev, name.as_ref()))
+        entry.readable.then_some((entry.create_rev, name))
     }
 
     /// `names`, and all whose verdict hangs on theirs: younger ones that collide with them, and so on.
-    fn and_younger(&self, names: BTreeSet<String>) -> BTreeSet<String> {
+    fn and_younger(&self, names: BTreeSet<LeaseName>) -> BTreeSet<LeaseName> {
+        if self.entries.keys().all(|name| names.contains(name)) {
+            return names;
+        }
         let (mut all, mut next) = (BTreeSet::new(), Vec::from_iter(names));
         while let Some(name) = next.pop() {
-            if let Some(entry) = self.entries.get(name.as_str()) {
-                let own = (entry.create_rev, name.as_str());
-                next.extend(self.colliding(&name, entry).filter(|other| self.age(other).is_some_and(|age| age > own)));
+            if let Some(entry) = self.entries.get(&name) {
+                let own = (entry.create_rev, &name);
+                let younger = self.colliding(&name, entry).filter(|other| self.age(other).is_some_and(|age| age > own));
+                next.extend(younger.cloned());
             }
             all.insert(name);
         }
@@ -155,14 +176,7 @@ impl LeaseSet {
     /// The lease named `name` as it stands in the store, whoever it collides with.
     pub fn lease(&self, name: &str) -> Option<Result<Lease, PeerFault>> {
         let e = self.entries.get(name)?;
-        let (create_rev, mod_rev, etcd_lease) = (e.create_rev, e.mod_rev, e.etcd_lease);
-        Some(Lease::parse(&RawLease {
-            name: name.to_owned(),
-            value: e.value.to_vec(),
-            create_rev,
-            mod_rev,
-            etcd_lease,
-        }))
+        Some(Lease::read(name, &e.value, (e.create_rev, e.mod_rev, e.etcd_lease)))
     }
 
     /// The leases that can be read and may be of `node`: their value has its identity in it, or their subnet is one of these. The
@@ -178,8 +192,8 @@ impl LeaseSet {
     }
 
     /// All names, in key order.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.entries.keys().map(AsRef::as_ref)
+    pub fn names(&self) -> impl Iterator<Item = &LeaseName> {
+        self.entries.keys()
     }
 
     /// What is not free for a subnet of this length, in order: what the winners hold, and every key that is no wider than that,
@@ -192,7 +206,7 @@ impl LeaseSet {
 
     /// True when a lease tells this MAC.
     pub fn has_mac(&self, mac: MacAddr) -> bool {
-        self.by_mac.range((mac, Arc::from(""))..).next().is_some_and(|(told, _)| *told == mac)
+        self.by_mac.range((mac, LeaseName::default())..).next().is_some_and(|(told, _)| *told == mac)
     }
 
     /// How many.
@@ -206,24 +220,24 @@ impl LeaseSet {
     }
 
     /// Names of other leases that share an address or a MAC with this one.
-    fn colliding<'s>(&'s self, name: &'s str, entry: &'s Entry) -> impl Iterator<Item = String> + use<'s> {
+    fn colliding<'s>(&'s self, name: &'s str, entry: &'s Entry) -> impl Iterator<Item = &'s LeaseName> + use<'s> {
         let subnets = entry.key.iter().flat_map(LeaseKey::subnets).flat_map(|subnet| self.overlapping(subnet));
         let macs = entry.macs.iter().flatten().flat_map(|mac| {
-            let from = (*mac, Arc::from(""));
+            let from = (*mac, LeaseName::default());
             self.by_mac.range(from..).take_while(move |(m, _)| m == mac).map(|(_, name)| name)
         });
-        subnets.chain(macs).filter(move |other| ***other != *name).map(ToString::to_string)
+        subnets.chain(macs).filter(move |other| ***other != *name)
     }
 
     /// Names that hold a subnet inside or around `subnet`.
-    fn overlapping(&self, subnet: Prefix) -> impl Iterator<Item = &Arc<str>> + use<'_> {
+    fn overlapping(&self, subnet: Prefix) -> impl Iterator<Item = &LeaseName> + use<'_> {
         let at = |p: Prefix| {
-            self.by_subnet.range((p, Arc::from(""))..).take_while(move |(q, _)| *q == p).map(|(_, name)| name)
+            self.by_subnet.range((p, LeaseName::default())..).take_while(move |(q, _)| *q == p).map(|(_, name)| name)
         };
         let wider = self.lengths.range((subnet.is_v4(), 0)..(subnet.is_v4(), subnet.len()));
         let around = wider.filter_map(move |((_, len), _)| Prefix::truncate(subnet.addr(), *len).ok()).flat_map(at);
         let inside =
-            self.by_subnet.range((subnet, Arc::from(""))..).take_while(move |(q, _)| q.addr() <= subnet.last());
+            self.by_subnet.range((subnet, LeaseName::default())..).take_while(move |(q, _)| q.addr() <= subnet.last());
         around.chain(inside.filter(move |(q, _)| subnet.covers(q)).map(|(_, name)| name))
     }
 }
@@ -267,26 +281,40 @@ mod tests {
         (name, 0u8..5, 1i64..6, prop::bool::weighted(0.7))
     }
 
+    fn winners(set: &LeaseSet) -> BTreeSet<String> {
+        set.names().filter(|n| matches!(set.verdict(n), Some(Ok(_)))).map(ToString::to_string).collect()
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(200))]
         #[test]
-        fn the_set_decides_as_oldest_first_does_and_names_who_is_concerned(ops in prop::collection::vec(op(), 1..25)) {
-            let (mut set, mut all) = (LeaseSet::default(), BTreeMap::new());
-            for (name, mac, rev, put) in ops {
+        fn the_set_decides_as_oldest_first_does_and_names_who_is_concerned(
+            turns in prop::collection::vec((prop::collection::vec(op(), 1..8), any::<bool>()), 1..12)
+        ) {
+            let (mut set, mut all, mut now) = (LeaseSet::default(), BTreeMap::new(), 10);
+            for (ops, listed) in turns {
                 let before = slow_winners(&all);
-                let concerned = if put {
-                    all.insert(name.clone(), raw(&name, mac, rev));
-                    set.put(raw(&name, mac, rev))
-                } else {
-                    all.remove(&name);
-                    set.delete(&name)
-                };
+                let mut concerned = BTreeSet::new();
+                for (name, mac, rev, put) in ops {
+                    now += 1;
+                    let lease = RawLease { mod_rev: now, ..raw(&name, mac, rev) };
+                    if put {
+                        all.insert(name.clone(), lease.clone());
+                    } else {
+                        all.remove(&name);
+                    }
+                    // What a listing brings comes at once, what a watch brings one by one.
+                    if !listed {
+                        concerned.append(&mut if put { set.put(lease) } else { set.delete(&name) });
+                    }
+                }
+                if listed {
+                    concerned = set.reset(all.values().cloned().collect());
+                }
                 let after = slow_winners(&all);
-                let winners: BTreeSet<String> =
-                    set.names().filter(|n| matches!(set.verdict(n), Some(Ok(_)))).map(str::to_owned).collect();
-                prop_assert_eq!(&winners, &after);
+                prop_assert_eq!(&winners(&set), &after);
                 for changed in before.symmetric_difference(&after) {
-                    prop_assert!(concerned.contains(changed), "{} is not named", changed);
+                    prop_assert!(concerned.contains(changed.as_str()), "{} is not named", changed);
                 }
             }
         }

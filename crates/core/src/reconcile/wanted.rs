@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use crate::firewall::TableName;
 use crate::firewall::policy::PEERS;
 use crate::host::{HostState, Key, Object};
+use crate::lease_set::LeaseName;
 
 use super::{Claim, Desired};
 
@@ -15,7 +16,7 @@ pub struct Wanted {
     desired: Desired,
     base: BTreeSet<Key>,
     beside: BTreeSet<Key>,
-    peers: BTreeMap<Box<str>, Box<[Key]>>,
+    peers: BTreeMap<LeaseName, Box<[Key]>>,
 }
 
 impl Wanted {
@@ -59,7 +60,7 @@ impl Wanted {
     }
 
     /// Replaces a peer's objects (none: the peer is gone); gives the keys to look at, some of them twice.
-    pub fn set_peer(&mut self, name: &str, objects: Vec<Object>) -> Vec<Key> {
+    pub fn set_peer(&mut self, name: &LeaseName, objects: Vec<Object>) -> Vec<Key> {
         let mut dirty = self.peers.remove(name).unwrap_or_default().into_vec();
         for key in &dirty {
             self.desired.host.remove(key);
@@ -67,7 +68,7 @@ impl Wanted {
         if !objects.is_empty() {
             let keys: Box<[Key]> = objects.iter().map(Object::key).collect();
             dirty.extend(keys.iter().cloned());
-            self.peers.insert(name.into(), keys);
+            self.peers.insert(name.clone(), keys);
             self.desired.host.extend(objects);
         }
         dirty
@@ -96,8 +97,8 @@ impl Wanted {
     }
 
     /// Names of all peers that want something.
-    pub fn peer_names(&self) -> impl Iterator<Item = &str> {
-        self.peers.keys().map(AsRef::as_ref)
+    pub fn peer_names(&self) -> impl Iterator<Item = &LeaseName> {
+        self.peers.keys()
     }
 
     /// How many peers want something.

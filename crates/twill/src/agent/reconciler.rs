@@ -19,6 +19,7 @@ use twill_core::firewall::TableName;
 use twill_core::firewall::beside::{self, LegacyForward};
 use twill_core::firewall::policy::STRANGERS;
 use twill_core::host::{HostState, Key, Object, PROTO_TWILL};
+use twill_core::lease_set::LeaseName;
 use twill_core::reconcile::{
     Claim, Finding, Healer, Journal, Plan, Scope, Wanted, plan, shadowed, taken_tables, taken_tunnels,
 };
@@ -47,7 +48,7 @@ pub(crate) enum Order {
     /// applied: whether the firewall is as wanted.
     Base { base: HostState, claim: Claim, tunnel: Option<TunnelSpec>, done: oneshot::Sender<bool> },
     /// What reaches peers, by name; nothing: the peer is gone.
-    Peers(Vec<(String, Reach)>),
+    Peers(Vec<(LeaseName, Reach)>),
     /// What is not wanted may be removed from now on: every peer is known.
     Prune,
     /// Repair nothing (true), or go on (false).
@@ -238,7 +239,7 @@ impl Reconciler {
         }
     }
 
-    fn on_peers(&mut self, peers: Vec<(String, Reach)>) {
+    fn on_peers(&mut self, peers: Vec<(LeaseName, Reach)>) {
         let before = self.tunnel.peer_count();
         let dirty = peers.into_iter().flat_map(|(name, reach)| {
             self.tunnel.set_peer(&name, reach.tunnel);
@@ -291,7 +292,7 @@ impl Reconciler {
             }
             Order::Plan(reply) => drop(reply.send(PlanView::from(&self.plan(Scope::All)))),
             Order::Clear(done) => {
-                let names: Vec<String> = self.wanted.peer_names().map(str::to_owned).collect();
+                let names: Vec<LeaseName> = self.wanted.peer_names().cloned().collect();
                 names.iter().for_each(|name| drop(self.wanted.set_peer(name, Vec::new())));
                 self.wanted.set_base(HostState::new());
                 self.tunnel.clear();

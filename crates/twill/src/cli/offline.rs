@@ -13,7 +13,7 @@ use twill_core::firewall::beside;
 use twill_core::host::{HostState, Key, LinkKind, Object, PROTO_TWILL};
 use twill_core::iface;
 use twill_core::lease::Lease;
-use twill_core::lease_set::LeaseSet;
+use twill_core::lease_set::{LeaseName, LeaseSet};
 use twill_core::reconcile::{Claim, Desired, Plan, Scope, Wanted, plan};
 use twill_kernel::{Interest, Kernel, LinuxKernel};
 use twill_store::RawConfig;
@@ -95,7 +95,7 @@ fn compute(settings: &Settings) -> anyhow::Result<Plan> {
     wanted.set_claim(network.claim(&state));
     wanted.set_base(network.base().map_err(refused)?);
     let mut members = Vec::new();
-    for name in leases.names().filter(|name| own.as_deref() != Some(*name)) {
+    for name in leases.names().filter(|name| own.as_deref() != Some(&***name)) {
         if let Some(Ok(reach)) = network.peer(&leases, name) {
             members.extend(reach.tunnel.map(|peer| peer.host));
             wanted.set_peer(name, reach.objects);
@@ -166,17 +166,17 @@ impl Leases {
             listing.entries.iter().filter(|e| e.etcd_lease == 0).map(|e| e.name.clone()).collect();
         let mut set = LeaseSet::default();
         set.reset(listing.entries);
-        let row = |name: &str| {
+        let row = |name: &LeaseName| {
             let lease: Option<Lease> = set.lease(name).and_then(Result::ok);
             let attrs = lease.as_ref().map(|l| &l.attrs);
             LeaseRow {
-                lease: name.to_owned(),
+                lease: name.to_string(),
                 public_ip: attrs
                     .and_then(|a| a.public_ip.map(|ip| ip.to_string()).or(a.public_ipv6.map(|ip| ip.to_string()))),
                 // flannel writes no type for its UDP backend.
                 backend: attrs.map(|a| a.backend_type.clone().unwrap_or_else(|| "udp".into())),
                 node: attrs.and_then(|a| a.node).map(|n| n.to_string()),
-                reservation: reserved.contains(name),
+                reservation: reserved.contains(&**name),
                 revision: lease.as_ref().map_or(0, |l| l.mod_rev),
                 fault: set.verdict(name).and_then(Result::err).map(|f| f.reason),
             }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use twill_core::host::{Few, Key, Object, Route};
 use twill_core::lease::LeaseKey;
+use twill_core::lease_set::LeaseName;
 use twill_core::net::{LinkName, Prefix};
 use twill_kernel::{Interest, Kernel, LinuxKernel};
 use twill_store::Listing;
@@ -16,14 +17,14 @@ const MISSING: usize = 10;
 
 impl Session {
     /// Takes a listing in. One that is strange withdraws nothing until it is accepted.
-    pub(super) fn take_listing(&mut self, listing: Listing, network: &Network) -> BTreeSet<String> {
+    pub(super) fn take_listing(&mut self, listing: Listing, network: &Network) -> BTreeSet<LeaseName> {
         let listed: BTreeSet<&str> = listing.entries.iter().map(|e| e.name.as_str()).collect();
-        let known: Vec<String> = if self.seen.is_some() {
-            self.leases.names().map(str::to_owned).chain(self.kept.keys().cloned()).collect()
+        let known: Vec<LeaseName> = if self.seen.is_some() {
+            self.leases.names().chain(self.kept.keys()).cloned().collect()
         } else {
             self.left_behind(network)
         };
-        let lacking: Vec<String> = known.iter().filter(|name| !listed.contains(name.as_str())).cloned().collect();
+        let lacking: Vec<LeaseName> = known.iter().filter(|name| !listed.contains(&***name)).cloned().collect();
         let other = |cluster| cluster != listing.cluster_id;
         let backwards = match self.seen {
             Some((cluster, revision)) => other(cluster) || revision > listing.revision,
@@ -71,7 +72,7 @@ impl Session {
     }
 
     /// Lease names of the peers that an earlier run left in the kernel and in its tunnel.
-    fn left_behind(&self, network: &Network) -> Vec<String> {
+    fn left_behind(&self, network: &Network) -> Vec<LeaseName> {
         let devices = tunnels(network);
         let Ok(kernel) = LinuxKernel::open(Interest { devices: Some(BTreeSet::new()), ..Default::default() }) else {
             return Vec::new();
@@ -85,7 +86,7 @@ impl Session {
         });
         let tunnel = super::super::tunnel::remembered(&super::super::tunnel::path(&self.settings.state_dir));
         let tunnel = tunnel.into_iter().flat_map(|memory| memory.peers).map(|peer| peer.name);
-        routes.map(|dst| format!("{}-{}", dst.addr(), dst.len())).chain(tunnel).collect()
+        routes.map(|dst| format!("{}-{}", dst.addr(), dst.len())).chain(tunnel).map(LeaseName::from).collect()
     }
 }
 
@@ -95,11 +96,11 @@ fn tunnels(network: &Network) -> Vec<LinkName> {
 }
 
 /// What stands in the kernel for these leases on these devices: routes with their neighbours and forwarding entries.
-fn in_kernel(names: &[String], devices: &[LinkName]) -> BTreeMap<String, Vec<Object>> {
+fn in_kernel(names: &[LeaseName], devices: &[LinkName]) -> BTreeMap<LeaseName, Vec<Object>> {
     let interest = Interest { devices: Some(devices.iter().copied().collect()), ..Interest::default() };
     let Ok(kernel) = LinuxKernel::open(interest) else { return BTreeMap::new() };
     let have = kernel.mirror();
-    let subnets = |name: &String| name.parse().map_or_else(|_| Vec::new(), |key: LeaseKey| key.subnets().collect());
+    let subnets = |name: &LeaseName| name.parse().map_or_else(|_| Vec::new(), |key: LeaseKey| key.subnets().collect());
     let mut by_subnet = BTreeMap::<Prefix, Vec<Object>>::new();
     for (_, object) in have.iter() {
         let Object::Route(route) = object else { continue };
@@ -115,7 +116,7 @@ fn in_kernel(names: &[String], devices: &[LinkName]) -> BTreeMap<String, Vec<Obj
             objects.extend(neigh.mac.and_then(|mac| have.get(&Key::Fdb(dev, mac))).cloned());
         }
     }
-    let kept = |name: &String| {
+    let kept = |name: &LeaseName| {
         let objects = subnets(name).into_iter().flat_map(|subnet| by_subnet.remove(&subnet)).flatten().collect();
         (name.clone(), objects)
     };

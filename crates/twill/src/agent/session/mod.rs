@@ -25,7 +25,7 @@ use twill_core::config::{self, NetworkConfig};
 use twill_core::host::{HostState, Object};
 use twill_core::iface;
 use twill_core::lease::Lease;
-use twill_core::lease_set::LeaseSet;
+use twill_core::lease_set::{LeaseName, LeaseSet};
 use twill_core::net::Prefix;
 use twill_core::reconcile::Finding;
 use twill_core::state_file::State;
@@ -81,11 +81,11 @@ pub(crate) struct Session {
     commands: mpsc::Receiver<Command>,
     state: State,
     leases: LeaseSet,
-    faults: BTreeMap<String, Finding>,
+    faults: BTreeMap<LeaseName, Finding>,
     /// Leases that a strange listing lacked: kept until it is accepted.
-    withheld: BTreeSet<String>,
+    withheld: BTreeSet<LeaseName>,
     /// Those of them that an earlier run knew: what stands in the kernel for them, kept as if their leases said so.
-    kept: BTreeMap<String, Vec<Object>>,
+    kept: BTreeMap<LeaseName, Vec<Object>>,
     seen: Option<(u64, i64)>,
     /// The first listing may prune what an earlier run left; a strange one may not.
     prune: bool,
@@ -162,8 +162,7 @@ impl Session {
         let concerned = self.take_listing(listing, &network);
         let Some(own) = self.acquire(&mut network, &config).await? else { return Ok(End::Again) };
         self.establish(&network, &own).await;
-        let kept = self.kept.keys().cloned();
-        let all: BTreeSet<String> = self.leases.names().map(str::to_owned).chain(concerned).chain(kept).collect();
+        let all: BTreeSet<LeaseName> = self.leases.names().chain(self.kept.keys()).cloned().chain(concerned).collect();
         self.send_peers(&network, &own, all);
         if self.prune {
             self.order(Order::Prune);
@@ -254,11 +253,11 @@ impl Session {
     }
 
     /// Tells the reconciler what these leases want.
-    fn send_peers(&mut self, network: &Network, own: &Lease, names: impl IntoIterator<Item = String>) {
+    fn send_peers(&mut self, network: &Network, own: &Lease, names: impl IntoIterator<Item = LeaseName>) {
         let own_name = own.key.to_string();
         let mut peers = Vec::new();
         for name in names {
-            if name == own_name {
+            if *name == *own_name {
                 continue;
             }
             let reach = match network.peer(&self.leases, &name) {
@@ -356,7 +355,7 @@ impl Session {
                 if raw.name == own_name && raw.mod_rev <= own.mod_rev {
                     return None;
                 }
-                self.kept.remove(&raw.name);
+                self.kept.remove(raw.name.as_str());
                 self.leases.put(raw)
             }
             // Seen in an unbroken watch: always honoured.
@@ -364,14 +363,14 @@ impl Session {
                 if name == own_name && revision < own.mod_rev {
                     return None;
                 }
-                self.withheld.remove(&name);
-                self.kept.remove(&name);
+                self.withheld.remove(name.as_str());
+                self.kept.remove(name.as_str());
                 let mut concerned = self.leases.delete(&name);
-                concerned.insert(name);
+                concerned.insert(name.into());
                 concerned
             }
         };
-        if concerned.contains(&own_name) {
+        if concerned.contains(own_name.as_str()) {
             match self.leases.verdict(&own_name) {
                 Some(Ok(lease)) if self.still_mine(&lease, network) => {
                     if self.told(network, &lease) != lease.attrs {
@@ -484,7 +483,7 @@ impl Session {
             None => return Ok(Some(End::Again)),
         }
         self.establish(network, own).await;
-        let all: Vec<String> = self.leases.names().map(str::to_owned).collect();
+        let all: Vec<LeaseName> = self.leases.names().cloned().collect();
         self.send_peers(network, own, all);
         Ok(None)
     }
@@ -500,9 +499,10 @@ impl Session {
             Command::Accept(reply) => {
                 // The own lease has been written again.
                 let own_name = own.key.to_string();
-                let gone: Vec<String> =
-                    std::mem::take(&mut self.withheld).into_iter().filter(|name| *name != own_name).collect();
-                let mut concerned: BTreeSet<String> = gone.iter().flat_map(|name| self.leases.delete(name)).collect();
+                let gone: Vec<LeaseName> =
+                    std::mem::take(&mut self.withheld).into_iter().filter(|name| **name != *own_name).collect();
+                let mut concerned: BTreeSet<LeaseName> =
+                    gone.iter().flat_map(|name| self.leases.delete(name)).collect();
                 concerned.extend(std::mem::take(&mut self.kept).into_keys());
                 self.send_peers(network, own, concerned);
                 self.unfind("strange-listing");
@@ -539,9 +539,8 @@ impl Session {
 
     fn peer_views(&self, network: &Network, own: &Lease) -> Vec<PeerView> {
         let own_name = own.key.to_string();
-        let kept = self.kept.keys().map(String::as_str);
-        let names = self.leases.names().filter(|name| *name != own_name).chain(kept);
-        let view = |name: &str| {
+        let names = self.leases.names().filter(|name| ***name != *own_name).chain(self.kept.keys());
+        let view = |name: &LeaseName| {
             let lease = self.leases.lease(name).and_then(Result::ok);
             let attrs = lease.as_ref().map(|l| &l.attrs);
             let first = lease.as_ref().and_then(|l| l.key.subnets().next());
@@ -556,7 +555,7 @@ impl Session {
             };
             let shared = |subnet: &Prefix| network.cx.subnets.iter().any(|ours| ours.is_v4() == subnet.is_v4());
             PeerView {
-                lease: name.to_owned(),
+                lease: name.to_string(),
                 subnets: lease.iter().flat_map(|l| l.key.subnets()).map(|s| s.to_string()).collect(),
                 address: attrs.and_then(|a| a.public_ip.map(Into::into).or(a.public_ipv6.map(Into::into))),
                 vtep: first.map(|s| s.addr()),
