@@ -1,5 +1,8 @@
 //! Beside the firewalls of others: what Debian's iptables and firewalld leave in nftables, before and after the agent starts.
 
+use std::io::Write;
+use std::process::Stdio;
+
 use rustix::process::Signal;
 use twill_e2e::foreign::Foreign;
 use twill_e2e::net::{Bed, Host};
@@ -88,6 +91,127 @@ fn a_drop_before_the_forward_chain_is_named_with_the_command_that_ends_it() {
         if left { Err(status) } else { Ok(()) }
     });
     passes(&site);
+}
+
+/// Feeds a ruleset to `nft -f`.
+fn load(host: &Host, text: &str) {
+    let mut child = host.command("nft").args(["-f", "-"]).stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success(), "{text}");
+}
+
+#[test]
+fn a_drop_behind_a_map_is_answered_and_named() {
+    let Some((site, _dir)) = site(&[]) else { return };
+    let host = &site.node.host;
+    let agent = site.node.agent("--subnet 10.1.15.0/24");
+    site.plug();
+    site.peer();
+    // As docker from version 29 does it with nftables: what each bridge may hear is behind a map of devices.
+    load(
+        host,
+        "table ip docker-bridges {
+           map filter-forward-in-jumps { type ifname : verdict; elements = { \"cni0\" : jump filter-forward-in__cni0 } }
+           chain filter-FORWARD {
+             type filter hook forward priority filter; policy accept;
+             oifname vmap @filter-forward-in-jumps
+           }
+           chain filter-forward-in__cni0 { counter drop; }
+         }
+         table inet plain {
+           chain guard {
+             type filter hook forward priority 10; policy accept;
+             ip saddr vmap { 10.1.15.2 : drop, 192.0.2.1 : accept }
+           }
+         }",
+    );
+    eventually("our accepts stand before both", || {
+        let text = host.run("nft list ruleset");
+        let count = text.matches("ip saddr 10.1.0.0/16 counter").count();
+        if text.matches("comment \"twill\"").count() >= 4 && count >= 2 { Ok(()) } else { Err(text) }
+    });
+    passes(&site);
+    assert_eq!(site.node.twill_json("plan")["steps"], serde_json::json!([]));
+    // The map leads nowhere any more: nothing drops, and nothing of ours is needed there.
+    host.run("nft flush map ip docker-bridges filter-forward-in-jumps");
+    eventually("our accepts go", || {
+        let text = host.run("nft list table ip docker-bridges");
+        if text.contains("twill") { Err(text) } else { Ok(()) }
+    });
+    // Before the forward chain: a map behind a jump, and a whole network. What comes from elsewhere is none of ours.
+    load(
+        host,
+        "table inet early {
+           chain before {
+             type filter hook prerouting priority raw; policy accept;
+             iifname \"eth0\" ip saddr 10.1.0.0/16 drop
+             ip daddr 198.51.100.0/24 drop
+             jump more
+           }
+           chain more {
+             ip daddr vmap { 10.1.15.0/24 : drop, 10.2.0.0/16 : accept }
+             ip saddr 10.0.0.0/8 drop
+           }
+         }",
+    );
+    let findings = eventually("both are named", || {
+        let status = site.node.status();
+        let all = status["findings"].as_array().unwrap().clone();
+        if all.len() == 2 { Ok(all) } else { Err(status) }
+    });
+    for rule in ["ip daddr vmap", "ip saddr 10.0.0.0/8"] {
+        let told = |finding: &&serde_json::Value| finding["evidence"].as_str().unwrap().contains(rule);
+        let finding = findings.iter().find(told).unwrap_or_else(|| panic!("{findings:?}"));
+        assert_eq!(
+            (&finding["code"], &finding["object"]),
+            (&"dropped-before-forward".into(), &"chain inet early more".into())
+        );
+        let fix = finding["fix"].as_str().unwrap();
+        let listed = host.run(fix.split('`').nth(1).unwrap());
+        let handle = listed.lines().find(|line| line.contains(rule)).unwrap().rsplit(' ').next().unwrap();
+        host.run(&fix.rsplit("then ").next().unwrap().replace("handle N", &format!("handle {handle}")));
+    }
+    eventually("the findings end with the rules", || {
+        let status = site.node.status();
+        if status["findings"] == serde_json::json!([]) { Ok(()) } else { Err(status) }
+    });
+    passes(&site);
+    agent.end(Signal::TERM);
+    assert_eq!(site.node.twill("clean").0, Some(0));
+    assert!(!host.run("nft list ruleset").contains("twill"));
+}
+
+#[test]
+fn what_somebody_saves_and_loads_again_is_still_known_as_ours() {
+    let Some((site, _dir)) = site(&["iptables-nft-save", "iptables-nft-restore"]) else { return };
+    let host = &site.node.host;
+    host.run("iptables-nft -P FORWARD DROP");
+    let agent = site.node.agent("--subnet 10.1.15.0/24");
+    site.plug();
+    site.peer();
+    accepts(host, "FORWARD", true);
+    // As netfilter-persistent and a service of nftables do, with everything at once.
+    let shown = ruleset(host);
+    load(host, &format!("flush ruleset\n{}", host.run("nft list ruleset")));
+    let now = || {
+        let now = ruleset(host);
+        if now == shown { Ok(()) } else { Err((now, site.node.log("agent.log"))) }
+    };
+    eventually("the ruleset is as it was", now);
+    let saved = host.run("iptables-nft-save");
+    let mut child = host.command("iptables-nft-restore").stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(saved.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success(), "{saved}");
+    accepts(host, "FORWARD", true);
+    let twice = |text: String| text.matches("--comment twill").count();
+    eventually("nothing of ours stands twice", || {
+        let text = host.run("iptables-nft -S FORWARD");
+        if twice(text.clone()) == 2 { Ok(()) } else { Err(text) }
+    });
+    passes(&site);
+    agent.end(Signal::TERM);
+    assert_eq!(site.node.twill("clean").0, Some(0));
+    accepts(host, "FORWARD", false);
 }
 
 #[test]

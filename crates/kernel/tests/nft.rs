@@ -55,6 +55,8 @@ fn comparison() -> impl Strategy<Value = Expr> {
     ];
     let base = prop_oneof![Just(PayloadBase::Link), Just(PayloadBase::Network), Just(PayloadBase::Transport)];
     let payload = (base, 0..60u8, 1..17u8).prop_map(|(base, offset, len)| Field::from_payload(base, offset, len));
+    // The beginning of an address is read as a network.
+    let payload = payload.prop_filter("", |field| [true, false].iter().all(|v4| field.address_begun(*v4).is_none()));
     let named =
         [Field::SrcV4, Field::DstV4, Field::SrcV6, Field::DstV6, Field::SrcPort, Field::DstPort, Field::TcpFlags];
     let field = prop_oneof![proptest::sample::select(meta.to_vec()), proptest::sample::select(named.to_vec()), payload];
@@ -189,6 +191,36 @@ fn elements_change_and_the_rest_of_the_table_is_not_touched() {
         run("nft delete element inet twill peers { 10.0.35.40 }");
         with(9_000..9_002);
         assert_eq!(handles(), before);
+    });
+}
+
+#[test]
+fn a_ruleset_that_was_saved_and_loaded_is_the_same() {
+    in_namespace("a_ruleset_that_was_saved_and_loaded_is_the_same", || {
+        let mut writer = kernel();
+        let nets = |all: &[&str]| all.iter().map(|text| text.parse().unwrap()).collect::<Vec<Prefix>>();
+        for networks in [["10.0.0.0/8", "fd00::/8"], ["10.1.0.0/16", "fd00:1::/48"], ["10.1.2.0/23", "fd00:1::/49"]] {
+            let policy = Policy {
+                networks: nets(&networks),
+                subnets: nets(&["10.1.2.0/24", "fd00:1::/64"]),
+                excluded: nets(&["192.0.2.7/32", "2001:db8::/32", "100.64.0.0/10"]),
+                tunnels: vec!["flannel.1".parse().unwrap()],
+                outer: vec!["192.0.2.1:8472".parse().unwrap(), "[2001:db8::1]:8472".parse().unwrap()],
+                socket: Some("192.0.2.1:8285".parse().unwrap()),
+                masquerade: true,
+                clamp: true,
+            };
+            let mut table = policy.table();
+            table.sets.get_mut(policy::PEERS).unwrap().elements =
+                ["192.0.2.2", "192.0.2.9"].map(|ip| ip.parse().unwrap()).into();
+            writer.changes(Some(std::time::Duration::ZERO)).unwrap();
+            apply(&mut writer, &table);
+            let saved = std::env::temp_dir().join(format!("twill-ruleset-{}", std::process::id()));
+            std::fs::write(&saved, format!("flush ruleset\n{}", run("nft list ruleset"))).unwrap();
+            run(&format!("nft -f {}", saved.display()));
+            std::fs::remove_file(&saved).unwrap();
+            assert_eq!(table_of(kernel().mirror()), Some(&table));
+        }
     });
 }
 

@@ -12,8 +12,8 @@ use std::net::IpAddr;
 use super::build::{End, family, within};
 use super::policy::TAG;
 use super::{
-    Base, Chain, ChainKind, ChainName, Cmp, Datum, Expr, Family, Field, Head, Hook, Leftover, Rule, Table, TableName,
-    Verdict,
+    Base, Chain, ChainKind, ChainName, Cmp, Datum, Expr, Family, Field, Head, Hook, Leftover, Load, Rule, Table,
+    TableName, Verdict,
 };
 use crate::host::{HostState, Object};
 use crate::net::{LinkName, Prefix, ip_to_bits};
@@ -113,19 +113,16 @@ fn reached<'a>(table: &'a Table, from: &'a str) -> BTreeSet<&'a str> {
     while let Some(name) = todo.pop() {
         if reached.insert(name) {
             let exprs = table.chains.get(name).into_iter().flat_map(|chain| chain.rules.iter().flat_map(|r| &r.exprs));
-            todo.extend(exprs.filter_map(|expr| match expr {
-                Expr::Verdict(Verdict::Jump(to) | Verdict::Goto(to)) => Some(&**to),
-                _ => None,
-            }));
+            todo.extend(exprs.flat_map(Expr::leads_to).map(AsRef::as_ref));
         }
     }
     reached
 }
 
-/// `drop`, `reject`, and the REJECT target of `iptables-nft`.
+/// `drop`, `reject`, a map that leads to one, and the REJECT target of `iptables-nft`.
 fn is_drop(expr: &Expr) -> bool {
     match expr {
-        Expr::Verdict(verdict) => *verdict == Verdict::Drop,
+        Expr::Verdict(_) | Expr::Choose { .. } => expr.verdicts().any(|verdict| *verdict == Verdict::Drop),
         Expr::Other { name, data } => {
             &**name == "reject" || (&**name == "target" && data.windows(6).any(|window| window == b"REJECT"))
         }
@@ -148,14 +145,14 @@ fn accepts(of: Family, network: &Prefix) -> Vec<Rule> {
 }
 
 /// Drops before the forward chain, which no accept of ours can come before: each with the command that ends it.
-pub fn early_drops(networks: &[Prefix], have: &HostState) -> Vec<Finding> {
+pub fn early_drops(networks: &[Prefix], tunnels: &BTreeSet<LinkName>, have: &HostState) -> Vec<Finding> {
     let mut findings = Vec::new();
     for table in foreign_tables(have) {
         let bases = table.chains.iter().filter(|(_, chain)| enters(chain, Hook::Prerouting));
         let chains: BTreeSet<&str> = bases.flat_map(|(name, _)| reached(table, name)).collect();
         for name in chains {
             let rules = table.chains.get(name).into_iter().flat_map(|chain| &chain.rules);
-            for rule in rules.filter(|rule| rule.exprs.iter().any(is_drop) && concerns(rule, networks)) {
+            for rule in rules.filter(|rule| rule.exprs.iter().any(is_drop) && concerns(rule, networks, tunnels)) {
                 findings.push(early_drop(&table.name, name, rule));
             }
         }
@@ -163,14 +160,33 @@ pub fn early_drops(networks: &[Prefix], have: &HostState) -> Vec<Finding> {
     findings
 }
 
-/// True when a rule names a destination inside of our networks.
-fn concerns(rule: &Rule, networks: &[Prefix]) -> bool {
-    rule.exprs.iter().any(|expr| match expr {
-        Expr::Match { load, op: Cmp::Eq, value: Datum::Ip(ip) } => {
-            matches!(load.field, Field::DstV4 | Field::DstV6) && networks.iter().any(|network| network.contains(*ip))
+/// True when a rule names an address of our networks, and may meet what comes through the tunnel.
+fn concerns(rule: &Rule, networks: &[Prefix], tunnels: &BTreeSet<LinkName>) -> bool {
+    let ours =
+        |named: Option<Prefix>| named.is_some_and(|named| networks.iter().any(|network| network.overlaps(&named)));
+    let elsewhere = rule.exprs.iter().any(|expr| match expr {
+        Expr::Match { load: Load { field: Field::Iif, .. }, op, value } => {
+            let tunnel = matches!(value, Datum::Name(name) if tunnels.contains(name));
+            tunnel == (*op == Cmp::Ne)
         }
         _ => false,
-    })
+    });
+    let named = rule.exprs.iter().any(|expr| match expr {
+        Expr::Match { load, op: Cmp::Eq, value } => ours(compared_with(load, value)),
+        Expr::Choose { load: Some(load), ways, .. } => ways.iter().any(|(key, verdict)| {
+            let key = load.field.kind().read(key);
+            *verdict == Verdict::Drop && ours(key.and_then(|key| compared_with(load, &key)))
+        }),
+        _ => false,
+    });
+    named && !elsewhere
+}
+
+/// The network that an address of the packet is compared with.
+fn compared_with(load: &Load, value: &Datum) -> Option<Prefix> {
+    let Datum::Ip(ip) = value else { return None };
+    let address = matches!(load.field, Field::SrcV4 | Field::SrcV6 | Field::DstV4 | Field::DstV6);
+    Prefix::truncate(*ip, length(load)?).ok().filter(|_| address)
 }
 
 fn early_drop(table: &TableName, chain: &str, rule: &Rule) -> Finding {
@@ -202,9 +218,8 @@ fn iptables(rule: &Rule) -> Option<String> {
                 let not = if *op == Cmp::Ne { "! " } else { "" };
                 let (option, value) = match (load.field, value) {
                     (Field::Iif, Datum::Name(name)) => ("-i", LinkName::to_string(name)),
-                    (Field::DstV4 | Field::DstV6, Datum::Ip(ip)) => {
-                        ("-d", Prefix::truncate(*ip, length(load)?).ok()?.to_string())
-                    }
+                    (Field::SrcV4 | Field::SrcV6, _) => ("-s", compared_with(load, value)?.to_string()),
+                    (Field::DstV4 | Field::DstV6, _) => ("-d", compared_with(load, value)?.to_string()),
                     _ => return None,
                 };
                 words.push(format!("{not}{option} {value}"));
@@ -218,7 +233,7 @@ fn iptables(rule: &Rule) -> Option<String> {
 }
 
 /// Length of the network that a load compares.
-fn length(load: &super::Load) -> Option<u8> {
+fn length(load: &Load) -> Option<u8> {
     match &load.mask {
         None => Some(load.field.kind().len() as u8 * 8),
         Some(Datum::Ip(mask)) => Some(ip_to_bits(IpAddr::to_canonical(mask)).count_ones() as u8),

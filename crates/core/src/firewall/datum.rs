@@ -214,4 +214,11 @@ impl Field {
         let there = KNOWN.into_iter().find(|field| field.payload() == Some((base, offset, len)));
         there.unwrap_or(Field::Raw { base, offset, len })
     }
+
+    /// The address whose first bytes stand there: as `nft` looks at a network whose length is a number of bytes.
+    pub fn address_begun(self, v4: bool) -> Option<Field> {
+        let both = if v4 { [Field::SrcV4, Field::DstV4] } else { [Field::SrcV6, Field::DstV6] };
+        let (base, offset, len) = self.payload()?;
+        both.into_iter().find(|field| field.payload().is_some_and(|(b, o, l)| (b, o) == (base, offset) && len < l))
+    }
 }

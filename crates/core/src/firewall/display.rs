@@ -136,6 +136,8 @@ impl fmt::Display for Expr {
                 }
             }
             Expr::Member { load, set, inside } => write!(f, "{load} {}@{set}", if *inside { "" } else { "!= " }),
+            Expr::Choose { load: Some(load), map, .. } => write!(f, "{load} vmap @{map}"),
+            Expr::Choose { load: None, map, .. } => write!(f, "vmap @{map}"),
             Expr::Counter => f.write_str("counter"),
             Expr::Verdict(verdict) => write!(f, "{verdict}"),
             Expr::Masquerade { fully_random } => {

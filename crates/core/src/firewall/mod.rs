@@ -210,6 +210,15 @@ pub enum Expr {
         /// It is in the set; else it is not.
         inside: bool,
     },
+    /// `ip daddr vmap { 10.1.15.2 : drop }`: what happens depends on what is looked at. It can be looked at, but not written.
+    Choose {
+        /// What is looked at; `None`: more than one field.
+        load: Option<Load>,
+        /// The map's name.
+        map: Box<str>,
+        /// Its keys, as bytes, with what each leads to.
+        ways: Vec<(Box<[u8]>, Verdict)>,
+    },
     /// Counts what comes by. Its figures are no part of the model.
     Counter,
     /// What happens to the packet.
@@ -252,6 +261,26 @@ pub enum Verdict {
     Goto(Box<str>),
     /// To a program (NF_QUEUE).
     Queue,
+}
+
+impl Expr {
+    /// The verdicts that it may end with.
+    pub fn verdicts(&self) -> impl Iterator<Item = &Verdict> {
+        let (one, many): (_, &[(Box<[u8]>, Verdict)]) = match self {
+            Expr::Verdict(verdict) => (Some(verdict), &[]),
+            Expr::Choose { ways, .. } => (None, ways),
+            _ => (None, &[]),
+        };
+        one.into_iter().chain(many.iter().map(|(_, verdict)| verdict))
+    }
+
+    /// The chains that it may lead to.
+    pub fn leads_to(&self) -> impl Iterator<Item = &Box<str>> {
+        self.verdicts().filter_map(|verdict| match verdict {
+            Verdict::Jump(to) | Verdict::Goto(to) => Some(to),
+            _ => None,
+        })
+    }
 }
 
 impl TableName {

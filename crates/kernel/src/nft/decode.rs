@@ -4,11 +4,12 @@ use std::net::{IpAddr, SocketAddr};
 
 use twill_core::firewall::{
     Base, ChainKind, Cmp, Datum, Expr, Family, Field, Hook, Load, PayloadBase, Rule, Set, TableName, Type, Verdict,
+    build,
 };
 
 use super::uapi::{
     COUNTER_PACKETS, REG_VERDICT, UDATA_COMMENT, chain, data, fib, lookup, masq, maxseg, meta, nat, payload, rule, set,
-    table,
+    table, xt,
 };
 use crate::netlink::wire::{attr, attrs, text};
 
@@ -87,6 +88,15 @@ pub(super) fn elements(payload: &[u8]) -> impl Iterator<Item = IpAddr> {
     })
 }
 
+/// The keys that a message about elements names, with the verdict of each.
+pub(super) fn ways(payload: &[u8]) -> impl Iterator<Item = (Box<[u8]>, Verdict)> {
+    let list = body(payload).and_then(|(_, body)| attr(body, set::LIST_ELEMENTS)).unwrap_or_default();
+    attrs(list).filter(|(kind, _)| *kind == rule::ELEMENT).filter_map(|(_, element)| {
+        let key = attr(attr(element, set::ELEMENT_KEY)?, data::VALUE)?;
+        Some((key.into(), verdict(attr(attr(element, set::ELEMENT_DATA)?, data::VERDICT)?)?))
+    })
+}
+
 /// What the counters of a rule have seen, in packets.
 pub(super) fn counted(payload: &[u8]) -> u64 {
     let list = body(payload).and_then(|(_, body)| attr(body, rule::EXPRESSIONS)).unwrap_or_default();
@@ -97,26 +107,36 @@ pub(super) fn counted(payload: &[u8]) -> u64 {
 
 /// A rule's handle and content.
 pub(super) fn rule(payload: &[u8]) -> Option<(u64, Rule)> {
-    let (_, body) = body(payload)?;
+    let (family, body) = body(payload)?;
     let handle = u64::from_be_bytes(attr(body, rule::HANDLE)?.try_into().ok()?);
-    Some((handle, content(body)))
+    Some((handle, content(family, body)))
 }
 
 /// A rule's expressions and comment.
-pub(super) fn content(body: &[u8]) -> Rule {
+pub(super) fn content(family: Family, body: &[u8]) -> Rule {
     let list = attr(body, rule::EXPRESSIONS).unwrap_or_default();
     let raw: Vec<Raw<'_>> =
         attrs(list).filter(|(kind, _)| *kind == rule::ELEMENT).filter_map(|(_, e)| Raw::new(e)).collect();
     let mut exprs = Vec::with_capacity(raw.len());
     let mut rest = raw.as_slice();
+    let mut v4 = family != Family::Ip6;
+    let mut said = attr(body, rule::USERDATA).and_then(comment);
     while let Some((first, behind)) = rest.split_first() {
-        let known =
-            compared(rest).or_else(|| dnat(rest)).or_else(|| clamp(rest)).or_else(|| Some((single(first)?, behind)));
+        if let Some(text) = commented(first) {
+            said = said.or(Some(text));
+            rest = behind;
+            continue;
+        }
+        let known = compared(rest, v4)
+            .or_else(|| dnat(rest))
+            .or_else(|| clamp(rest))
+            .or_else(|| Some((single(first)?, behind)));
         let (expr, left) = known.unwrap_or_else(|| (first.other(), behind));
+        v4 &= expr != build::family(false);
         exprs.push(expr);
         rest = left;
     }
-    Rule { exprs, comment: attr(body, rule::USERDATA).and_then(comment) }
+    Rule { exprs, comment: said }
 }
 
 /// An expression as it stands in the message.
@@ -142,7 +162,7 @@ impl<'a> Raw<'a> {
 }
 
 /// A load, perhaps a mask, and a comparison of the same register or its lookup in a set.
-fn compared<'r, 'a>(rest: &'r [Raw<'a>]) -> Option<(Expr, &'r [Raw<'a>])> {
+fn compared<'r, 'a>(rest: &'r [Raw<'a>], v4: bool) -> Option<(Expr, &'r [Raw<'a>])> {
     let (first, mut rest) = rest.split_first()?;
     let (field, register) = load(first)?;
     let kind = field.kind();
@@ -160,6 +180,9 @@ fn compared<'r, 'a>(rest: &'r [Raw<'a>]) -> Option<(Expr, &'r [Raw<'a>])> {
     }
     let (cmp, rest) = rest.split_first()?;
     if let Some(found) = cmp.is("lookup") {
+        if let (Some(map), Some(true)) = (chosen(found), number(found, lookup::SREG).map(|r| r == register)) {
+            return Some((Expr::Choose { load: Some(Load { field, mask }), map, ways: Vec::new() }, rest));
+        }
         // With a register for the answer it is a map's.
         let plain = number(found, lookup::SREG) == Some(register) && attr(found, lookup::DREG).is_none();
         let inside = match number(found, lookup::FLAGS).unwrap_or(0) {
@@ -181,12 +204,35 @@ fn compared<'r, 'a>(rest: &'r [Raw<'a>]) -> Option<(Expr, &'r [Raw<'a>])> {
         _ => return None,
     };
     let bytes = attr(attr(cmp, data::CMP_DATA)?, data::VALUE)?;
+    if let (None, Some(field), Type::Bytes(len)) = (&mask, field.address_begun(v4), kind)
+        && bytes.len() == usize::from(len)
+    {
+        return Some((begun(field, op, bytes)?, rest));
+    }
     // `iptables-nft` compares a name up to its NUL; one that ends with `*` is compared by its beginning alone.
     let whole = bytes.len() == kind.len() || (kind == Type::Name && bytes.last() == Some(&0));
     let mut padded = bytes.to_vec();
     padded.resize(kind.len(), 0);
     let value = if whole { kind.read(&padded)? } else { Datum::Bytes(bytes.into()) };
     Some((Expr::Match { load: Load { field, mask }, op, value }, rest))
+}
+
+/// The comparison of a whole address that one of its first bytes stands for.
+fn begun(field: Field, op: Cmp, bytes: &[u8]) -> Option<Expr> {
+    let whole = |bytes: &[u8], fill: usize| {
+        let mut all = bytes.to_vec();
+        all.resize(field.kind().len(), 0);
+        all[..fill].fill(0xff);
+        field.kind().read(&all)
+    };
+    let mask = whole(&[], bytes.len())?;
+    Some(Expr::Match { load: Load { field, mask: Some(mask) }, op, value: whole(bytes, 0)? })
+}
+
+/// The map of a lookup whose answer is a verdict.
+fn chosen(found: &[u8]) -> Option<Box<str>> {
+    let verdict = number(found, lookup::DREG) == Some(REG_VERDICT) && number(found, lookup::FLAGS).unwrap_or(0) == 0;
+    Some(text(attr(found, lookup::SET)?)?.into()).filter(|_| verdict)
 }
 
 /// The field that an expression loads, and the register that it lands in.
@@ -268,6 +314,7 @@ fn single(raw: &Raw<'_>) -> Option<Expr> {
     match raw.name {
         "counter" => Some(Expr::Counter),
         "notrack" => Some(Expr::Notrack),
+        "lookup" => Some(Expr::Choose { load: None, map: chosen(raw.data)?, ways: Vec::new() }),
         "immediate" if number(raw.data, data::IMMEDIATE_DREG) == Some(REG_VERDICT) => {
             verdict(attr(attr(raw.data, data::IMMEDIATE_DATA)?, data::VERDICT)?).map(Expr::Verdict)
         }
@@ -292,6 +339,13 @@ fn verdict(found: &[u8]) -> Option<Verdict> {
         -5 => Verdict::Return,
         _ => return None,
     })
+}
+
+/// The comment of `iptables-nft`, which is a match (struct xt_comment_info): by this it prints what others have told it as user data, too.
+fn commented(raw: &Raw<'_>) -> Option<Box<str>> {
+    let found = raw.is("match").filter(|found| attr(found, xt::NAME).and_then(text) == Some("comment"))?;
+    let info = attr(found, xt::INFO)?;
+    Some(std::str::from_utf8(info.split(|byte| *byte == 0).next()?).ok()?.into())
 }
 
 /// `nft`'s comment in the user data: a list of (type, length, value).

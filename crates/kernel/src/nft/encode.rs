@@ -110,6 +110,14 @@ fn expr(w: &mut Writer, expr: &Expr) {
                 number(w, lookup::FLAGS, if *inside { 0 } else { lookup::INVERTED });
             });
         }
+        Expr::Choose { load, map, .. } => {
+            load.iter().for_each(|load| self::load(w, load));
+            element(w, "lookup", |w| {
+                w.text(lookup::SET, map);
+                number(w, lookup::SREG, REG);
+                number(w, lookup::DREG, REG_VERDICT);
+            });
+        }
         Expr::Counter => element(w, "counter", |_| {}),
         Expr::Verdict(to) => element(w, "immediate", |w| {
             number(w, data::IMMEDIATE_DREG, REG_VERDICT);

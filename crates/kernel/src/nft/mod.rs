@@ -108,12 +108,13 @@ impl Nft {
                     continue;
                 }
                 let rules = self.rules(&name, &chain, &mut whole)?;
-                let exprs = rules.iter().flat_map(|(_, rule)| &rule.exprs);
-                todo.extend(exprs.filter_map(|expr| match expr {
-                    Expr::Verdict(Verdict::Jump(to) | Verdict::Goto(to)) => Some(to.clone()),
-                    _ => None,
-                }));
-                let rules = rules.into_iter().map(|(_, rule)| rule).collect();
+                let mut rules: Vec<Rule> = rules.into_iter().map(|(_, rule)| rule).collect();
+                for expr in rules.iter_mut().flat_map(|rule| &mut rule.exprs) {
+                    if let Expr::Choose { map, ways, .. } = expr {
+                        *ways = self.ways(&name, map, &mut whole)?;
+                    }
+                    todo.extend(expr.leads_to().cloned());
+                }
                 chains.insert(chain.clone(), Chain { base: bases.get(&chain).copied().flatten(), rules });
             }
             let sets = if name == TableName::twill() { self.sets(&name, &mut whole)? } else { BTreeMap::new() };
@@ -143,6 +144,19 @@ impl Nft {
                 self.requests.dump(msg::GET_ELEMENT, fill, |m| what.elements.extend(decode::elements(m.payload)))?;
         }
         Ok(sets)
+    }
+
+    /// Where a map of a table leads to.
+    fn ways(&mut self, table: &TableName, map: &str, whole: &mut bool) -> io::Result<Vec<(Box<[u8]>, Verdict)>> {
+        let fill = |w: &mut Writer| {
+            w.put(&header(encode::family(table.family)));
+            w.text(set::LIST_TABLE, &table.name);
+            w.text(set::LIST_SET, map);
+        };
+        let mut ways = Vec::new();
+        *whole &= self.requests.dump(msg::GET_ELEMENT, fill, |m| ways.extend(decode::ways(m.payload)))?;
+        ways.sort();
+        Ok(ways)
     }
 
     /// The rules of a chain in order, each with its handle.

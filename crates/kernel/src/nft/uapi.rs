@@ -73,6 +73,7 @@ pub(super) mod set {
     pub(in super::super) const LIST_SET: u16 = 2;
     pub(in super::super) const LIST_ELEMENTS: u16 = 3;
     pub(in super::super) const ELEMENT_KEY: u16 = 1;
+    pub(in super::super) const ELEMENT_DATA: u16 = 2;
 }
 
 /// NFTA_LOOKUP_* and NFT_LOOKUP_F_INV.
@@ -128,6 +129,12 @@ pub(super) mod nat {
     pub(in super::super) const FLAGS: u16 = 7;
     pub(in super::super) const OF_DESTINATION: u32 = 1;
     pub(in super::super) const BOTH_GIVEN: u32 = 3;
+}
+
+/// NFTA_MATCH_* and NFTA_TARGET_*.
+pub(super) mod xt {
+    pub(in super::super) const NAME: u16 = 1;
+    pub(in super::super) const INFO: u16 = 3;
 }
 
 /// NFTA_PAYLOAD_*.

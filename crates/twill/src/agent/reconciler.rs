@@ -449,7 +449,8 @@ impl Reconciler {
         let mut findings = shadowed(self.wanted.desired(), self.kernel.mirror());
         findings.extend(taken_tunnels(&self.wanted.desired().host, self.kernel.mirror()));
         findings.extend(taken_tables(self.wanted.desired(), self.kernel.mirror()));
-        findings.extend(beside::early_drops(&self.wanted.desired().claim.networks, self.kernel.mirror()));
+        let claim = &self.wanted.desired().claim;
+        findings.extend(beside::early_drops(&claim.networks, &claim.devices, self.kernel.mirror()));
         if self.kernel.interest().firewall {
             let networks = &self.wanted.desired().claim.networks;
             self.legacy.0 = twill_kernel::legacy::forward();
