@@ -266,12 +266,12 @@ pub enum Verdict {
 impl Expr {
     /// The verdicts that it may end with.
     pub fn verdicts(&self) -> impl Iterator<Item = &Verdict> {
-        let (one, many): (_, &[(Box<[u8]>, Verdict)]) = match self {
-            Expr::Verdict(verdict) => (Some(verdict), &[]),
-            Expr::Choose { ways, .. } => (None, ways),
-            _ => (None, &[]),
+        let (one, many) = match self {
+            Expr::Verdict(verdict) => (Some(verdict), None),
+            Expr::Choose { ways, .. } => (None, Some(ways)),
+            _ => (None, None),
         };
-        one.into_iter().chain(many.iter().map(|(_, verdict)| verdict))
+        one.into_iter().chain(many.into_iter().flatten().map(|(_, verdict)| verdict))
     }
 
     /// The chains that it may lead to.
