@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Stdio;
 
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::eventually;
 use crate::net::{Bed, Host};
@@ -95,6 +95,18 @@ impl Site {
             self.node.other.ip(line);
         }
         self.node.other.run(&format!("bridge fdb add {mac} dev flannel-v6.1 dst fd00:168::2"));
+    }
+
+    /// The container's attachment, as a plugin leaves it to the agent.
+    pub fn attached(&self, addresses: &[&str]) {
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+        let attachment = json!({
+            "format": "twill-attachment", "version": 1, "containerID": "box", "ifname": "eth0", "bootId": boot.trim(),
+            "netns": "/proc/1/ns/net", "netnsInode": 1, "bridge": "cni0", "hostDevice": "veth0",
+            "addresses": addresses, "gateways": [],
+        });
+        std::fs::create_dir_all(self.node.file("state/attachments")).unwrap();
+        std::fs::write(self.node.file("state/attachments/box:eth0.json"), attachment.to_string()).unwrap();
     }
 
     /// What the first packet that arrives at `device` of `other` looks like, while the container pings `to`.

@@ -247,28 +247,84 @@ fn firewalld_that_rejects_gets_our_accepts_whoever_starts_first() {
     assert_eq!(ruleset(host), before);
 }
 
+/// True where the kernel has legacy iptables; else says so as a skip.
+fn has_legacy(host: &Host) -> bool {
+    let out = host.try_run("iptables-legacy -S");
+    if !out.status.success() {
+        // A kernel without ip_tables says so itself.
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(said.contains("does not exist") || said.contains("not supported"), "{said}");
+        println!("SKIP: this kernel has no legacy iptables: {said}");
+    }
+    out.status.success()
+}
+
 #[test]
 fn legacy_iptables_that_drops_is_named_with_the_commands_that_let_pass() {
-    let Some((site, _dir)) = site(&["iptables-legacy"]) else { return };
+    let Some((site, _dir)) = site(&["iptables-legacy", "ip6tables-legacy"]) else { return };
     let host = &site.node.host;
-    let policy = host.try_run("iptables-legacy -P FORWARD DROP");
-    if !policy.status.success() {
-        // A kernel without ip_tables says so itself.
-        let said = String::from_utf8_lossy(&policy.stderr).into_owned();
-        assert!(said.contains("does not exist") || said.contains("not supported"), "{said}");
-        return println!("SKIP: this kernel has no legacy iptables: {said}");
+    if !has_legacy(host) {
+        return;
     }
-    let _agent = site.node.agent("--subnet 10.1.15.0/24");
-    let finding = site.node.finding("legacy-drops-forward");
-    for command in finding["fix"].as_str().unwrap().split(';') {
-        host.run(command);
+    for (node, ip) in [(host, "fd00:168::2"), (&site.node.other, "fd00:168::3")] {
+        node.ip(&format!("addr add {ip}/64 dev eth0 nodad"));
     }
+    site.node.put(
+        "config",
+        r#"{"Network":"10.1.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:1::/48","Backend":{"Type":"vxlan"}}"#,
+    );
+    let _agent = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
     site.plug();
+    site.plug6();
     site.peer();
-    eventually("the finding ends with the rules", || {
-        let status = site.node.status();
-        let left = status["findings"].to_string().contains("legacy-drops-forward");
-        if left { Err(status) } else { Ok(()) }
-    });
-    passes(&site);
+    site.peer6();
+    let both = || {
+        passes(&site);
+        let inside = site.arrives("flannel-v6.1", "fd00:1:0:28::");
+        assert!(inside.contains("IP6 fd00:1:0:f::2 > fd00:1:0:28::: "), "{inside}");
+    };
+    both();
+    // Before the forward chain, as docker from version 28 guards a container; in it, as docker's policy and a rule of a person do, with the
+    // accepts of somebody who has put them behind.
+    let findings = |code: &str, number: usize| {
+        eventually(&format!("{number} findings of {code}"), || {
+            let status = site.node.status();
+            let all: Vec<_> = status["findings"].as_array().unwrap().iter().cloned().collect();
+            let right = all.len() == number && all.iter().all(|finding| finding["code"] == code);
+            if right { Ok(all) } else { Err(status.to_string()) }
+        })
+    };
+    for (code, rules) in [
+        (
+            "dropped-before-forward",
+            [
+                "iptables-legacy -w -t raw -A PREROUTING -d 10.1.15.2/32 ! -i cni0 -j DROP",
+                "ip6tables-legacy -w -t raw -A PREROUTING -d fd00:1:0:f::2/128 ! -i cni0 -j DROP",
+            ],
+        ),
+        (
+            "dropped-before-forward",
+            [
+                "iptables-legacy -w -t mangle -A PREROUTING -s 10.1.0.0/16 -j DROP",
+                "ip6tables-legacy -w -t mangle -A PREROUTING -s fd00::/16 -j DROP",
+            ],
+        ),
+        ("legacy-drops-forward", ["iptables-legacy -w -P FORWARD DROP", "ip6tables-legacy -w -A FORWARD -j REJECT"]),
+        (
+            "legacy-drops-forward",
+            ["iptables-legacy -w -I FORWARD -d 10.1.15.0/24 -j DROP", "ip6tables-legacy -w -t mangle -P FORWARD DROP"],
+        ),
+    ] {
+        // Elsewhere it is nobody's business.
+        host.run("iptables-legacy -w -t raw -A PREROUTING -d 192.0.2.7/32 ! -i docker0 -j DROP");
+        host.run("iptables-legacy -w -t raw -A PREROUTING -d 10.1.15.2/32 -i eth0 -j DROP");
+        rules.iter().for_each(|rule| drop(host.run(rule)));
+        let found = findings(code, 2);
+        for fix in found.iter().map(|finding| finding["fix"].as_str().unwrap()) {
+            let commands = fix.split("; where docker").next().unwrap();
+            commands.split(';').for_each(|command| drop(host.run(&command.replacen("-legacy ", "-legacy -w ", 1))));
+        }
+        findings(code, 0);
+        both();
+    }
 }

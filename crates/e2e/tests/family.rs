@@ -160,46 +160,30 @@ fn the_mtu_follows_the_underlay_for_each_family_and_too_small_a_one_is_named() {
 }
 
 #[test]
-fn containers_that_do_not_fit_are_listed_and_left_as_they_are() {
-    let Some((site, _dir)) = site() else { return };
-    let first = site.node.agent("--subnet 10.1.15.0/24");
-    first.end(rustix::process::Signal::TERM);
-    // It keeps its subnet, and no longer insists on it.
-    let _agent = site.node.agent("");
-    site.plug();
-    site.peer();
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
-    let attachment = json!({
-        "format": "twill-attachment", "version": 1, "containerID": "box", "ifname": "eth0", "bootId": boot.trim(),
-        "netns": "/proc/1/ns/net", "netnsInode": 1, "bridge": "cni0", "hostDevice": "veth0",
-        "addresses": ["10.1.15.2/24"], "gateways": ["10.1.15.1/24"],
-    });
-    std::fs::create_dir_all(site.node.file("state/attachments")).unwrap();
-    std::fs::write(site.node.file("state/attachments/box:eth0.json"), attachment.to_string()).unwrap();
-    let finding = site.node.finding("container-mtu");
-    assert!(
-        finding["evidence"].as_str().unwrap().starts_with("its MTU is 1500, and the network carries 1450"),
-        "{finding}"
-    );
-    // The subnet is taken away, by a lease of the whole of it for somebody else.
-    site.node.delete("subnets/10.1.15.0-24");
-    let lease = r#"{"PublicIP":"10.168.0.15","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:15"}}"#;
-    site.node.put("subnets/10.1.15.0-24", lease);
-    let stranded = eventually("the container is stranded", || {
-        site.node.put("subnets/10.1.15.0-24", lease);
-        let status = site.node.status();
-        let found = status["findings"].as_array().unwrap().iter().find(|f| f["code"] == "container-stranded").cloned();
-        found.filter(|_| status["subnets"][0] != "10.1.15.0/24").ok_or((status.to_string(), site.node.log("agent.log")))
-    });
-    assert_eq!(stranded["object"], "container box, device eth0");
-    eventually("it is fenced off from other nodes", || {
-        site.container.try_run("ping -c 1 -W 1 10.1.40.0");
-        let rules = site.node.host.run("nft list chain inet twill forward");
-        let counted = rules.lines().any(|line| line.contains("drop") && !line.contains("counter packets 0 "));
-        if counted { Ok(()) } else { Err(rules) }
-    });
-    let link = site.node.host.json("link show veth0");
-    assert_eq!((&link[0]["mtu"], &link[0]["operstate"]), (&1500.into(), &"UP".into()), "it runs on as it is");
+fn each_backend_and_family_alone_follows_the_underlay() {
+    for (backend, families, device, less) in [
+        ("vxlan", r#""Network":"10.1.0.0/16""#, "flannel.1", 50),
+        ("vxlan", r#""EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:1::/48""#, "flannel-v6.1", 70),
+        ("udp", r#""Network":"10.1.0.0/16""#, "flannel0", 28),
+        ("udp", r#""EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:1::/48""#, "flannel0", 48),
+    ] {
+        let Some((site, _dir)) = site() else { return };
+        if families.contains("IPv6") {
+            // Then the tunnel is IPv6 outside, too.
+            site.node.host.ip("-4 addr flush dev eth0");
+        }
+        site.node.put("config", &format!(r#"{{{families},"Backend":{{"Type":"{backend}"}}}}"#));
+        let _agent = site.node.agent("");
+        for underlay in [1500, 1400, 9000, 1500] {
+            site.node.host.ip(&format!("link set eth0 mtu {underlay}"));
+            let mtu = underlay - less;
+            eventually(&format!("{backend} {families}: {mtu} over {underlay}"), || {
+                let seen = (self::mtu(&site, device), env(&site), site.node.status()["mtu"].clone());
+                let good = seen.0 == mtu && seen.1.contains(&format!("FLANNEL_MTU={mtu}\n")) && seen.2 == mtu;
+                if good { Ok(()) } else { Err(format!("{seen:?} {}", site.node.log("agent.log"))) }
+            });
+        }
+    }
 }
 
 #[test]

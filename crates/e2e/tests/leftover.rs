@@ -46,6 +46,23 @@ COMMIT
 COMMIT
 "#;
 
+/// What flannel before 0.20 left in POSTROUTING and FORWARD themselves, the newer ones with comments; and rules of the same shape for
+/// somebody else's network.
+const BARE: &str = "*nat
+:POSTROUTING ACCEPT [0:0]
+-A POSTROUTING -s STRANGER ! -d GROUPS -j MASQUERADE
+-A POSTROUTING -s NETWORK -d NETWORK COMMENT -j RETURN
+-A POSTROUTING -s NETWORK ! -d GROUPS COMMENT -j MASQUERADE --random-fully
+-A POSTROUTING ! -s NETWORK -d OWN COMMENT -j RETURN
+-A POSTROUTING ! -s NETWORK -d NETWORK COMMENT -j MASQUERADE --random-fully
+-A POSTROUTING -s NETWORK -d OWN -j ACCEPT
+COMMIT
+*filter
+-A FORWARD -s NETWORK -j ACCEPT
+-A FORWARD -d NETWORK -j ACCEPT
+COMMIT
+";
+
 /// What flannel wrote for container runtimes: by this its subnets are known as this node's.
 const SUBNET_ENV: &str = "FLANNEL_NETWORK=10.1.0.0/16\nFLANNEL_SUBNET=10.1.15.1/24\nFLANNEL_IPV6_NETWORK=fd00:1::/48\n\
     FLANNEL_IPV6_SUBNET=fd00:1:0:f::1/64\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n";
@@ -150,17 +167,18 @@ fn masqueraded_once(site: &Site) {
     }
 }
 
-/// The agent starts where `left` was left: what shows it to be gone is `shown`.
-fn taken_over(site: &Site, shown: impl Fn() -> String, stays: &str) {
+/// The agent starts where flannel's were left: what shows these words to be gone is `shown`.
+fn taken_over(site: &Site, shown: impl Fn() -> String, flannels: &[&str], stays: &str) {
     masqueraded_once(site);
-    let before = shown();
-    assert!(before.to_lowercase().contains("flannel"), "{before}");
+    let before = shown().to_lowercase();
+    assert!(flannels.iter().all(|word| before.contains(word)), "{before}");
     let stream = Stream::start(site);
     let agent = site.node.agent_at_once("");
     eventually("nothing of flannel's is left, and what is somebody else's stays", || {
         let now = shown();
         let ours = ruleset(&site.node.host).iter().any(|object| object["chain"]["name"] == "leaving");
-        let gone = !now.to_lowercase().contains("flannel") && now.contains(stays);
+        let lower = now.to_lowercase();
+        let gone = !flannels.iter().any(|word| lower.contains(word)) && now.contains(stays);
         if ours && gone { Ok(()) } else { Err((now, site.node.log("agent.log"))) }
     });
     masqueraded_once(site);
@@ -185,7 +203,7 @@ fn flannels_chains_in_iptables_nft() {
         feed(host, &format!("ip{}tables-nft-restore", family[0]), &["--noflush"], &of_family(CHAINS, family));
     }
     let shown = || ["iptables-nft-save", "ip6tables-nft-save"].map(|program| host.run(program)).concat();
-    taken_over(&site, shown, "-A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE");
+    taken_over(&site, shown, &["flannel"], "-A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE");
     // The chain's policy drops, and flannel's accepts are gone: ours stand there.
     for (program, ends) in [("iptables-nft", "10.1.0.0/16"), ("ip6tables-nft", "fd00:1::/48")] {
         let forward = host.run(&format!("{program} -S FORWARD"));
@@ -210,9 +228,90 @@ fn flannels_chains_in_legacy_iptables() {
         feed(host, &format!("ip{}tables-legacy-restore", family[0]), &["-w", "--noflush"], &text);
     }
     let shown = || ["iptables-legacy-save", "ip6tables-legacy-save"].map(|program| host.run(program)).concat();
-    taken_over(&site, shown, "-A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE");
+    taken_over(&site, shown, &["flannel"], "-A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE");
     let filter = host.run("iptables-legacy -S");
     assert!(filter.contains("-A FORWARD -s 172.17.0.0/16 -j ACCEPT"), "{filter}");
+}
+
+/// Words of the rules that masquerade, as `iptables-save` prints them.
+const BARE_WORDS: [&str; 6] = [
+    "-s 10.1.0.0/16 ! -d",
+    "! -s 10.1.0.0/16",
+    "-s 10.1.0.0/16 -d 10.1.0.0/16",
+    "-s fd00:1::/48 ! -d",
+    "! -s fd00:1::/48",
+    "-s fd00:1::/48 -d fd00:1::/48",
+];
+
+/// Rules without chains of their own, of one back end.
+fn bare(back_end: &str) {
+    for comment in ["", r#"-m comment --comment "flanneld masq""#] {
+        let (restore, save) = (format!("tables-{back_end}-restore"), format!("tables-{back_end}-save"));
+        let programs = ["ip", "ip6"].map(|family| format!("{family}{restore}"));
+        let Some((site, _dir)) = site(&[&programs[0], &programs[1]]) else { return };
+        let host = &site.node.host;
+        if !host.try_run(&format!("iptables-{back_end} -t nat -S")).status.success() {
+            return println!("SKIP: this kernel has no {back_end} iptables");
+        }
+        for (family, program) in FAMILIES.into_iter().zip(&programs) {
+            let text = of_family(BARE, family).replace("COMMENT ", &format!("{comment} "));
+            feed(host, program, &["--noflush"], &text);
+        }
+        let shown = || ["ip", "ip6"].map(|family| host.run(&format!("{family}{save}"))).concat();
+        taken_over(&site, shown, &BARE_WORDS, "-A POSTROUTING -s 172.17.0.0/16 ! -d 224.0.0.0/4 -j MASQUERADE");
+        // What accepts is nobody's harm, and where legacy iptables drops it is needed.
+        let left = shown();
+        for rule in
+            ["-A FORWARD -s 10.1.0.0/16 -j ACCEPT", "-A POSTROUTING -s fd00:1::/48 -d fd00:1:0:f::/64 -j ACCEPT"]
+        {
+            assert!(left.contains(rule), "{left}");
+        }
+    }
+}
+
+#[test]
+fn rules_of_an_old_flannel_in_iptables_nft() {
+    bare("nft");
+}
+
+#[test]
+fn rules_of_an_old_flannel_in_legacy_iptables() {
+    bare("legacy");
+}
+
+#[test]
+fn flannels_accepts_stay_where_legacy_iptables_drops() {
+    let Some((site, _dir)) = site(&["iptables-legacy-restore"]) else { return };
+    let host = &site.node.host;
+    if !host.try_run("iptables-legacy -t nat -S").status.success() {
+        return println!("SKIP: this kernel has no legacy iptables");
+    }
+    for family in FAMILIES {
+        feed(host, &format!("ip{}tables-legacy-restore", family[0]), &["-w", "--noflush"], &of_family(CHAINS, family));
+    }
+    let _agent = site.node.agent_at_once("");
+    let filter = || ["iptables-legacy -S", "ip6tables-legacy -S"].map(|line| host.run(line));
+    eventually("flannel's masquerade is gone", || {
+        let text = ["iptables-legacy-save -t nat", "ip6tables-legacy-save -t nat"].map(|line| host.run(line)).concat();
+        if text.contains("FLANNEL") { Err(text) } else { Ok(()) }
+    });
+    masqueraded_once(&site);
+    assert!(
+        filter()
+            .iter()
+            .all(|text| text.contains("-A FORWARD -m comment --comment \"flanneld forward\" -j FLANNEL-FWD"))
+    );
+    let status = site.node.status();
+    assert_eq!(status["findings"], json!([]), "what passes is no finding");
+    // Nothing drops any more: the accepts are not needed.
+    for program in ["iptables-legacy", "ip6tables-legacy"] {
+        host.run(&format!("{program} -w -P FORWARD ACCEPT"));
+    }
+    host.run("nft add table ip doorbell");
+    eventually("they go", || {
+        let text = filter();
+        if text.iter().any(|text| text.contains("FLANNEL")) { Err(text) } else { Ok(()) }
+    });
 }
 
 #[test]
@@ -223,5 +322,5 @@ fn flannels_tables_in_nftables() {
         feed(host, "nft", &["-f", "-"], &of_family(TABLES, family));
     }
     host.run("nft add table inet stranger");
-    taken_over(&site, || host.run("nft list tables"), "table inet stranger");
+    taken_over(&site, || host.run("nft list tables"), &["flannel"], "table inet stranger");
 }

@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use super::build::{End, family, within};
+use super::build::{End, family, multicast, within};
 use super::policy::TAG;
 use super::{
     Base, Chain, ChainKind, ChainName, Cmp, Datum, Expr, Family, Field, Head, Hook, Leftover, Load, Rule, Table,
@@ -21,6 +21,8 @@ use crate::reconcile::Finding;
 
 /// Where docker leaves room for the rules of others, before its own.
 const DOCKER_USER: &str = "DOCKER-USER";
+/// Where `iptables` changes sources.
+pub const POSTROUTING: &str = "POSTROUTING";
 /// What flannel's chains in the tables of `iptables` begin with (`pkg/trafficmngr/iptables/iptables.go`).
 const FLANNEL_CHAINS: [&str; 2] = ["FLANNEL-POSTRTG", "FLANNEL-FWD"];
 
@@ -34,6 +36,43 @@ pub fn is_flannels_chain(chain: &str) -> bool {
     FLANNEL_CHAINS.contains(&chain)
 }
 
+/// The network that a rule is for which flannel before 0.20 left in `POSTROUTING` itself (`network/iptables.go`): C → C, C → elsewhere, elsewhere
+/// → P, elsewhere → C. An end is its network, and whether it is that or (`false`) is not.
+pub fn bare(src: (Prefix, bool), dst: (Prefix, bool), masquerades: bool) -> Option<Prefix> {
+    let (network, groups) = (src.0, multicast(src.0.is_v4()));
+    let flannels = match (src.1, dst.1, masquerades) {
+        (true, true, false) | (false, true, true) => network == dst.0,
+        (true, false, true) => dst.0 == groups,
+        (false, true, false) => network.covers(&dst.0) && network != dst.0,
+        _ => false,
+    };
+    flannels.then_some(network)
+}
+
+/// As [`bare`], for a rule of nftables.
+pub fn bare_rule(rule: &Rule) -> Option<Prefix> {
+    let (mut src, mut dst, mut masquerades) = (None, None, false);
+    for expr in &rule.exprs {
+        match expr {
+            Expr::Match { load, op: op @ (Cmp::Eq | Cmp::Ne), value } => {
+                let end = if matches!(load.field, Field::SrcV4 | Field::SrcV6) { &mut src } else { &mut dst };
+                *end = Some((compared_with(load, value)?, *op == Cmp::Eq));
+            }
+            Expr::Counter | Expr::Verdict(Verdict::Return) => {}
+            Expr::Masquerade { .. } => masquerades = true,
+            Expr::Other { name, data } if is_target(name, data, b"MASQUERADE") => masquerades = true,
+            _ => return None,
+        }
+    }
+    let ends = rule.exprs.last().is_some_and(|last| masquerades || *last == Expr::Verdict(Verdict::Return));
+    bare(src?, dst?, masquerades).filter(|_| ends)
+}
+
+/// An expression of `iptables-nft` that stands for this target.
+fn is_target(expr: &str, data: &[u8], target: &[u8]) -> bool {
+    expr == "target" && data.windows(target.len()).any(|window| window == target)
+}
+
 /// The chains of a table that are worth reading, with those that they lead to: all of ours, and what may drop what we forward.
 pub fn roots(table: &TableName, chains: &BTreeMap<Box<str>, Option<Base>>) -> Vec<Box<str>> {
     let ours = table.is_twills();
@@ -41,7 +80,8 @@ pub fn roots(table: &TableName, chains: &BTreeMap<Box<str>, Option<Base>>) -> Ve
     let routed = matches!(table.family, Family::Inet | Family::Ip | Family::Ip6);
     let drops = |base: &Base| base.kind == ChainKind::Filter && matches!(base.hook, Hook::Forward | Hook::Prerouting);
     // The rooms for others, also when nothing leads there any more: rules of ours may be left in them.
-    let named = |name: &str| name == DOCKER_USER || is_flannels_chain(name);
+    let nat = |name: &str| &*table.name == "nat" && name == POSTROUTING;
+    let named = |name: &str| name == DOCKER_USER || is_flannels_chain(name) || nat(name);
     let wanted = chains
         .iter()
         .filter(|(name, base)| ours || routed && !of_twill && (base.as_ref().is_some_and(drops) || named(name)));
@@ -63,7 +103,12 @@ pub fn found_in(table: &Table) -> Vec<Object> {
             found.push(Object::Head(Box::new(Head { at: at.clone(), rules, first })));
         }
         if is_flannels_chain(name) {
-            found.push(Object::Leftover(Box::new(Leftover { at, legacy: false })));
+            found.push(Object::Leftover(Box::new(Leftover { at: at.clone(), legacy: false, bare: None })));
+        }
+        if &**name == POSTROUTING {
+            let networks: BTreeSet<Prefix> = chain.rules.iter().filter_map(bare_rule).collect();
+            let left = |network| Leftover { at: at.clone(), legacy: false, bare: Some(network) };
+            found.extend(networks.into_iter().map(|network| Object::Leftover(Box::new(left(network)))));
         }
     }
     found
@@ -123,9 +168,7 @@ fn reached<'a>(table: &'a Table, from: &'a str) -> BTreeSet<&'a str> {
 fn is_drop(expr: &Expr) -> bool {
     match expr {
         Expr::Verdict(_) | Expr::Choose { .. } => expr.verdicts().any(|verdict| *verdict == Verdict::Drop),
-        Expr::Other { name, data } => {
-            &**name == "reject" || (&**name == "target" && data.windows(6).any(|window| window == b"REJECT"))
-        }
+        Expr::Other { name, data } => &**name == "reject" || is_target(name, data, b"REJECT"),
         _ => false,
     }
 }
@@ -239,40 +282,4 @@ fn length(load: &Load) -> Option<u8> {
         Some(Datum::Ip(mask)) => Some(ip_to_bits(IpAddr::to_canonical(mask)).count_ones() as u8),
         Some(_) => None,
     }
-}
-
-/// The forward chain of legacy iptables, as far as it matters.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LegacyForward {
-    /// IPv4.
-    pub v4: bool,
-    /// Its policy, or a rule for everything, drops.
-    pub drops: bool,
-    /// What its rules accept by source and destination alone.
-    pub accepts: Vec<(Prefix, Prefix)>,
-}
-
-/// Legacy iptables that drops what comes from or goes to our networks, with the commands that let it pass. nftables does not show it,
-/// and nothing of it is changed.
-pub fn legacy_drops(networks: &[Prefix], chains: &[LegacyForward]) -> Vec<Finding> {
-    let mut findings = Vec::new();
-    for network in networks {
-        let Some(chain) = chains.iter().find(|chain| chain.v4 == network.is_v4() && chain.drops) else { continue };
-        let accepted = |end: fn(&(Prefix, Prefix)) -> (Prefix, Prefix)| {
-            chain.accepts.iter().map(end).any(|(this, other)| this.covers(network) && other.len() == 0)
-        };
-        if accepted(|(src, dst)| (*src, *dst)) && accepted(|(src, dst)| (*dst, *src)) {
-            continue;
-        }
-        let program = if chain.v4 { "iptables-legacy" } else { "ip6tables-legacy" };
-        findings.push(Finding {
-            code: "legacy-drops-forward".into(),
-            object: format!("legacy {} chain FORWARD", if chain.v4 { "iptables" } else { "ip6tables" }),
-            evidence: format!(
-                "it drops forwarded packets, and no rule there accepts {network}; nftables cannot override it"
-            ),
-            fix: format!("{program} -I FORWARD -s {network} -j ACCEPT; {program} -I FORWARD -d {network} -j ACCEPT"),
-        });
-    }
-    findings
 }

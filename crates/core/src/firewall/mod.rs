@@ -9,12 +9,14 @@
 //! machine (loads, bitwise, cmp, …) stays in the kernel crate, which turns one into the other without loss.
 //!
 //! - [`build`]: rules in few words; [`policy`]: the agent's table; [`beside`]: what it needs in the tables of others
+//! - [`legacy`]: what legacy iptables drops
 //! - [`published`]: the table of the containers' host ports
 
 pub mod beside;
 pub mod build;
 mod datum;
 mod display;
+pub mod legacy;
 pub mod policy;
 pub mod published;
 
@@ -22,6 +24,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
+
+use crate::net::Prefix;
 
 pub use datum::{Datum, Field, Load, PayloadBase, Type};
 pub use policy::Policy;
@@ -87,7 +91,7 @@ pub struct ChainName {
     pub chain: Box<str>,
 }
 
-/// A chain that flannel left in somebody else's table, with the rules that lead to it.
+/// What flannel left in somebody else's table: a chain with the rules that lead to it, or rules without a chain.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Leftover {
     /// The chain, in a table that `iptables` made.
@@ -95,6 +99,8 @@ pub struct Leftover {
     pub at: ChainName,
     /// In a table of legacy iptables; else of nftables.
     pub legacy: bool,
+    /// Not the chain itself: the rules in it by which an old flannel masquerades for this network.
+    pub bare: Option<Prefix>,
 }
 
 /// Rules of ours in somebody else's chain.

@@ -41,7 +41,9 @@ impl Claim {
                     || (self.flannels_firewall && is_flannels(&table.name))
             }
             Object::Head(_) => self.firewall,
-            Object::Leftover(_) => self.flannels_firewall,
+            Object::Leftover(left) => {
+                self.flannels_firewall && left.bare.is_none_or(|network| self.networks.contains(&network))
+            }
             Object::Sysctl { .. } | Object::Rule(_) => false,
         }
     }

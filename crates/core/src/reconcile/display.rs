@@ -25,7 +25,11 @@ impl fmt::Display for Object {
             Object::Table(table) => table.fmt(f),
             Object::Head(head) => head.fmt(f),
             Object::Leftover(left) => {
-                write!(f, "flannel's chain {}{}", left.at, if left.legacy { " of legacy iptables" } else { "" })
+                match left.bare {
+                    Some(network) => write!(f, "flannel's rules for {network} in chain {}", left.at)?,
+                    None => write!(f, "flannel's chain {}", left.at)?,
+                }
+                f.write_str(if left.legacy { " of legacy iptables" } else { "" })
             }
         }
     }

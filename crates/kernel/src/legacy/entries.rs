@@ -4,15 +4,25 @@
 //!   [PREROUTING rules, policy] … [POSTROUTING rules, policy] [ERROR "CHAIN", its rules, RETURN] … [ERROR "ERROR"]
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use twill_core::firewall::beside::LegacyForward;
+use twill_core::firewall::beside::bare;
+use twill_core::firewall::legacy::LegacyRule;
 use twill_core::net::{Prefix, ip_to_bits};
 
-/// A verdict of a standard target: -NF_DROP - 1 and -NF_ACCEPT - 1. One that is not negative is the offset of a rule to jump to.
+/// A verdict of a standard target: -NF_DROP - 1, -NF_ACCEPT - 1, XT_RETURN. One that is not negative is the offset of a rule to jump to.
 const DROP: i32 = -1;
 const ACCEPT: i32 = -2;
+const RETURN: i32 = -5;
+/// IFNAMSIZ; IPT_INV_VIA_IN, IPT_INV_SRCIP and IPT_INV_DSTIP of the inverted flags.
+const NAME: usize = 16;
+const FROM_INVERTED: u8 = 0x01;
+const SRC_INVERTED: u8 = 0x08;
+const DST_INVERTED: u8 = 0x10;
+/// Chains that lead to each other are followed so far.
+const DEPTH: usize = 8;
+const STEPS: usize = 100_000;
 /// struct xt_entry_target: size, name of 29 bytes, revision; what the target itself has comes behind.
 const TARGET: usize = 32;
 
@@ -23,6 +33,15 @@ struct Entry<'a> {
     /// Where it stands.
     at: usize,
     bytes: &'a [u8],
+}
+
+/// What an entry compares.
+struct Compared {
+    ends: (Prefix, Prefix),
+    from: Option<Box<str>>,
+    /// The flags of what is inverted.
+    not: u8,
+    commented: bool,
 }
 
 impl<'a> Entry<'a> {
@@ -62,18 +81,54 @@ impl<'a> Entry<'a> {
         std::str::from_utf8(name.split(|byte| *byte == 0).next()?).ok()
     }
 
-    /// The addresses that it compares, and whether it compares nothing else.
-    fn addresses(&self) -> Option<(Prefix, Prefix, bool)> {
+    /// What it compares, when that is no more than addresses and the device that a packet comes in by.
+    fn compared(&self) -> Option<Compared> {
         let width = if self.v4 { 4 } else { 16 };
-        let address = |n: usize| self.bytes.get(n * width..(n + 1) * width).and_then(ip_of);
+        let field = |at: usize, len: usize| self.bytes.get(at..at + len);
+        let address = |n: usize| field(n * width, width).and_then(ip_of);
         let prefix = |ip: usize, mask: usize| {
             let len = ip_to_bits(address(mask)?).count_ones() as u8;
             Prefix::truncate(address(ip)?, len).ok()
         };
-        // Device masks, protocol, flags: all zero when they are not compared.
-        let rest = self.bytes.get(4 * width + 32..offsets(self.v4) - 4)?;
-        let plain = self.target() == Some(header(self.v4)) && rest.iter().all(|byte| *byte == 0);
-        Some((prefix(0, 2)?, prefix(1, 3)?, plain))
+        // struct ipt_ip, ip6t_ip6: names of the devices, their masks, then protocol and flags, the inverted ones last.
+        let names = 4 * width;
+        let rest = names + 3 * NAME;
+        let mut others = field(rest, offsets(self.v4) - 4 - rest)?.to_vec();
+        let not = std::mem::take(others.get_mut(NAME + if self.v4 { 3 } else { 4 })?);
+        let device = field(names, NAME)?.split(|byte| *byte == 0).next()?;
+        let from = match field(names + 2 * NAME, NAME)?.iter().filter(|byte| **byte != 0).count() {
+            0 => None,
+            // Without its NUL it is the beginning of a name.
+            compared if compared == device.len() + 1 => Some(std::str::from_utf8(device).ok()?.into()),
+            _ => return None,
+        };
+        let commented = self.target()? != header(self.v4);
+        let plain = others.iter().all(|byte| *byte == 0) && (!commented || self.comment_alone()?);
+        plain.then_some(Compared { ends: (prefix(0, 2)?, prefix(1, 3)?), from, not, commented })
+    }
+
+    /// A rule of a chain by what it compares, its target left open.
+    fn rule(&self, chain: &str) -> Option<LegacyRule> {
+        let Compared { ends, from, not, commented } = self.compared()?;
+        let from = from.map(|device| (device, not == 0));
+        let known = not == 0 || not == FROM_INVERTED && from.is_some();
+        known.then(|| LegacyRule { chain: chain.into(), ends, from, commented, drops: true })
+    }
+
+    /// See [`bare`].
+    fn bare(&self) -> Option<Prefix> {
+        let Compared { ends: (src, dst), from, not, .. } = self.compared()?;
+        let masquerades = self.name() == Some("MASQUERADE");
+        let ends = masquerades || self.verdict().is_some_and(|(_, verdict)| verdict == RETURN);
+        let known = ends && from.is_none() && not & !(SRC_INVERTED | DST_INVERTED) == 0;
+        bare((src, not & SRC_INVERTED == 0), (dst, not & DST_INVERTED == 0), masquerades).filter(|_| known)
+    }
+
+    /// True when between its header and its target there is one match, and that is a comment (struct xt_entry_match).
+    fn comment_alone(&self) -> Option<bool> {
+        let (at, target) = (header(self.v4), self.target()?);
+        let name = self.bytes.get(at + 2..at + 31)?.split(|byte| *byte == 0).next()?;
+        Some(name == b"comment" && at + usize::from(u16_at(self.bytes, at)?) == target)
     }
 }
 
@@ -88,21 +143,51 @@ const fn header(v4: bool) -> usize {
     if v4 { 112 } else { 168 }
 }
 
-/// The forward chain: its entries stand from `first` to `last`, which is its policy.
-pub fn parse(v4: bool, entries: &[u8], first: usize, last: usize) -> LegacyForward {
-    let mut found = LegacyForward { v4, drops: false, accepts: Vec::new() };
-    for entry in Entry::walk(v4, entries, first) {
-        if let Some((src, dst, true)) = entry.addresses() {
-            let verdict = entry.verdict().map(|(_, verdict)| verdict);
-            let drops = verdict == Some(DROP) || entry.name() == Some("REJECT");
-            found.drops |= drops && src.len() == 0 && dst.len() == 0;
-            found.accepts.extend((verdict == Some(ACCEPT)).then_some((src, dst)));
-        }
-        if entry.at >= last {
-            break;
+/// A hook's chain, whose entries stand from `first` to `last`, which is its policy; with those that it leads to in every case.
+pub fn parse(v4: bool, entries: &[u8], chain: &str, first: usize, last: usize) -> Vec<LegacyRule> {
+    let mut follow = Follow { v4, entries, steps: STEPS, found: Vec::new() };
+    follow.chain(chain, first, last, DEPTH);
+    follow.found
+}
+
+/// A walk through the chains of a table.
+struct Follow<'a> {
+    v4: bool,
+    entries: &'a [u8],
+    /// How many entries it may still look at.
+    steps: usize,
+    found: Vec<LegacyRule>,
+}
+
+impl Follow<'_> {
+    fn chain(&mut self, chain: &str, first: usize, last: usize, depth: usize) {
+        for entry in Entry::walk(self.v4, self.entries, first) {
+            self.steps = self.steps.saturating_sub(1);
+            if self.steps == 0 || entry.begins().is_some() {
+                return;
+            }
+            if let Some(rule) = entry.rule(chain) {
+                let everything = rule.from.is_none() && rule.ends.0.len() == 0 && rule.ends.1.len() == 0;
+                match entry.verdict() {
+                    Some((_, ACCEPT)) => self.found.push(LegacyRule { drops: false, ..rule }),
+                    Some((_, DROP)) => self.found.push(rule),
+                    Some((_, RETURN)) if everything => return,
+                    Some((_, to)) if to >= 0 && everything && depth > 0 => {
+                        let all = Entry::walk(self.v4, self.entries, 0);
+                        let mut before = all.filter(|begin| begin.at + begin.bytes.len() == to as usize);
+                        if let Some(name) = before.next().and_then(|entry| entry.begins()) {
+                            self.chain(name, to as usize, usize::MAX, depth - 1);
+                        }
+                    }
+                    None if entry.name() == Some("REJECT") => self.found.push(rule),
+                    _ => {}
+                }
+            }
+            if entry.at >= last {
+                return;
+            }
         }
     }
-    found
 }
 
 /// Names of the user chains.
@@ -124,6 +209,17 @@ pub struct Rest {
     pub moved: BTreeMap<usize, usize>,
 }
 
+/// The networks for which an old flannel left rules between two entries.
+pub fn bare_networks(v4: bool, entries: &[u8], first: usize, last: usize) -> BTreeSet<Prefix> {
+    Entry::walk(v4, entries, first).take_while(|entry| entry.at < last).filter_map(|entry| entry.bare()).collect()
+}
+
+/// The table without these rules.
+pub fn without_bare(v4: bool, entries: &[u8], first: usize, last: usize, network: Prefix) -> Option<Rest> {
+    let all: Vec<Entry<'_>> = Entry::walk(v4, entries, 0).collect();
+    rest(&all, |_, entry| (first..last).contains(&entry.at) && entry.bare() == Some(network))
+}
+
 /// The table without a user chain and without the rules that lead to it; `None`: it has no such chain, or is not whole.
 pub fn without(v4: bool, entries: &[u8], chain: &str) -> Option<Rest> {
     let all: Vec<Entry<'_>> = Entry::walk(v4, entries, 0).collect();
@@ -132,10 +228,15 @@ pub fn without(v4: bool, entries: &[u8], chain: &str) -> Option<Rest> {
     let to = from + 1 + all[from + 1..].iter().position(|entry| entry.begins().is_some())?;
     let first_rule = all[from + 1].at;
     let leads_there = |entry: &Entry<'_>| entry.verdict().is_some_and(|(_, verdict)| verdict as usize == first_rule);
+    rest(&all, |n, entry| (from..to).contains(&n) || leads_there(entry))
+}
+
+/// All entries but those that go.
+fn rest(all: &[Entry<'_>], goes: impl Fn(usize, &Entry<'_>) -> bool) -> Option<Rest> {
     let (mut rest, mut len) = (Rest { entries: Vec::new(), kept: Vec::new(), moved: BTreeMap::new() }, 0);
     for (n, entry) in all.iter().enumerate() {
         rest.moved.insert(entry.at, len);
-        if !(from..to).contains(&n) && !leads_there(entry) {
+        if !goes(n, entry) {
             rest.kept.push(n);
             len += entry.bytes.len();
         }

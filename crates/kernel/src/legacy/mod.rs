@@ -14,11 +14,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::net::{AddressFamily, Protocol, SocketType, ipproto, socket};
-use twill_core::firewall::beside::{LegacyForward, is_flannels_chain};
+use twill_core::firewall::beside::{POSTROUTING, is_flannels_chain};
+use twill_core::firewall::legacy::{LegacyChain, LegacyRule};
 use twill_core::firewall::{ChainName, Family, Leftover, TableName};
 
 pub use self::entries::parse;
-use self::entries::{Rest, chains, u32_at, without};
+use self::entries::{Rest, bare_networks, u32_at, without, without_bare};
 
 /// SOL_IP and SOL_IPV6.
 const LEVELS: (libc::c_int, libc::c_int) = (0, 41);
@@ -36,46 +37,70 @@ const ENTRIES: usize = 40;
 const REPLACE: usize = 96;
 const COUNTERS: usize = 40;
 const COUNTER: usize = 16;
-/// NF_INET_NUMHOOKS and NF_INET_FORWARD.
+/// NF_INET_NUMHOOKS, NF_INET_PRE_ROUTING, NF_INET_FORWARD and NF_INET_POST_ROUTING.
 const HOOKS: usize = 5;
+const PREROUTING: usize = 0;
 const FORWARD: usize = 2;
+const LEAVING: usize = 4;
 /// What `iptables-legacy` holds while it changes something.
 const LOCK: &str = "/run/xtables.lock";
 
-/// The forward chains of both families, where their tables exist; none is brought to life by looking.
-pub fn forward() -> Vec<LegacyForward> {
-    let of_family = |v4| {
-        let table = Table::read(v4, "filter").ok().flatten()?;
-        Some(parse(v4, &table.entries, table.hooks[FORWARD], table.policies[FORWARD]))
-    };
-    [true, false].into_iter().filter_map(of_family).collect()
-}
-
-/// The chains that flannel left.
-pub(crate) fn left_by_flannel() -> Vec<Leftover> {
+/// The chains of both families that may drop what is forwarded, where their tables exist; none is brought to life by looking.
+pub fn chains() -> Vec<LegacyChain> {
     let mut found = Vec::new();
-    for (v4, name) in [(true, "nat"), (true, "filter"), (false, "nat"), (false, "filter")] {
-        let Ok(Some(table)) = Table::read(v4, name) else { continue };
-        let left = chains(v4, &table.entries).into_iter().filter(|chain| is_flannels_chain(chain));
-        found.extend(left.map(|chain| {
-            let table = TableName::new(if v4 { Family::Ip } else { Family::Ip6 }, name);
-            Leftover { at: ChainName { table, chain: chain.into() }, legacy: true }
-        }));
+    for v4 in [true, false] {
+        for (table, name, hook) in [
+            ("raw", "PREROUTING", PREROUTING),
+            ("mangle", "PREROUTING", PREROUTING),
+            ("mangle", "FORWARD", FORWARD),
+            ("filter", "FORWARD", FORWARD),
+        ] {
+            if let Ok(Some(whole)) = Table::read(v4, table) {
+                found.push(LegacyChain { v4, table, name, rules: whole.rules(name, hook) });
+            }
+        }
     }
     found
 }
 
-/// Removes a chain and the rules that lead to it, in one replacement of its table.
-pub(crate) fn remove(at: &ChainName) -> io::Result<()> {
-    let v4 = at.table.family == Family::Ip;
+/// What flannel left. A chain that accepts stays as long as something there drops: nothing of ours can take its place.
+pub(crate) fn left_by_flannel() -> Vec<Leftover> {
+    let mut found = Vec::new();
+    for (v4, name) in [(true, "nat"), (true, "filter"), (false, "nat"), (false, "filter")] {
+        let Ok(Some(table)) = Table::read(v4, name) else { continue };
+        let left = |chain: &str, bare| {
+            let table = TableName::new(if v4 { Family::Ip } else { Family::Ip6 }, name);
+            Leftover { at: ChainName { table, chain: chain.into() }, legacy: true, bare }
+        };
+        if name == "filter" && table.rules("FORWARD", FORWARD).iter().any(|rule| rule.drops) {
+            continue;
+        }
+        let chains = entries::chains(v4, &table.entries).into_iter().filter(|chain| is_flannels_chain(chain));
+        found.extend(chains.map(|chain| left(chain, None)));
+        if name == "nat" {
+            let networks = bare_networks(v4, &table.entries, table.hooks[LEAVING], table.policies[LEAVING]);
+            found.extend(networks.into_iter().map(|network| left(POSTROUTING, Some(network))));
+        }
+    }
+    found
+}
+
+/// Removes what flannel left, in one replacement of its table.
+pub(crate) fn remove(left: &Leftover) -> io::Result<()> {
+    let ChainName { table: TableName { family, name }, chain } = &left.at;
+    let v4 = *family == Family::Ip;
     // Where there is no such file, nobody else holds it.
     let lock = File::options().create(true).truncate(false).write(true).open(LOCK).ok();
     if let Some(lock) = &lock {
         flock(lock, FlockOperation::NonBlockingLockExclusive)?;
     }
-    let Some(table) = Table::read(v4, &at.table.name)? else { return Ok(()) };
-    let Some(rest) = without(v4, &table.entries, &at.chain) else { return Ok(()) };
-    table.replace(&at.table.name, &rest)
+    let Some(table) = Table::read(v4, name)? else { return Ok(()) };
+    let (first, last) = (table.hooks[LEAVING], table.policies[LEAVING]);
+    let rest = match left.bare {
+        Some(network) => without_bare(v4, &table.entries, first, last, network),
+        None => without(v4, &table.entries, chain),
+    };
+    rest.map_or(Ok(()), |rest| table.replace(name, &rest))
 }
 
 /// One table as the kernel gives it.
@@ -93,6 +118,11 @@ struct Table {
 }
 
 impl Table {
+    /// What a hook's chain does with the addresses of a packet.
+    fn rules(&self, chain: &str, hook: usize) -> Vec<LegacyRule> {
+        parse(self.v4, &self.entries, chain, self.hooks[hook], self.policies[hook])
+    }
+
     fn read(v4: bool, name: &str) -> io::Result<Option<Self>> {
         let names = if v4 { "ip_tables_names" } else { "ip6_tables_names" };
         let names = std::fs::read_to_string(format!("/proc/thread-self/net/{names}"))?;

@@ -211,6 +211,9 @@ impl Nft {
                 let tagged = |rule: &Rule| rule.comment.as_deref() == Some(policy::TAG);
                 self.handles(&head.at.table, Some(&head.at.chain), tagged)?
             }
+            Object::Leftover(left) if left.bare.is_some() => {
+                self.handles(&left.at.table, Some(&left.at.chain), |rule| beside::bare_rule(rule) == left.bare)?
+            }
             Object::Leftover(left) => {
                 let at = &left.at;
                 let leads_there = |rule: &Rule| rule.exprs.contains(&Expr::Verdict(Verdict::Jump(at.chain.clone())));
@@ -225,7 +228,9 @@ impl Nft {
             Op::Delete(Object::Head(old)) => batch.delete_rules(&old.at.table, &gone),
             Op::Delete(Object::Leftover(left)) => {
                 batch.delete_rules(&left.at.table, &gone);
-                batch.delete_chain(&left.at);
+                if left.bare.is_none() {
+                    batch.delete_chain(&left.at);
+                }
             }
             Op::Create(object) | Op::Update { to: object, .. } | Op::Recreate { to: object, .. } => match object {
                 Object::Table(new) => match op {

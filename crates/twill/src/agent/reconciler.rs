@@ -16,7 +16,8 @@ use twill_cni::ports::{self, Restored};
 use twill_cni::records::Records;
 use twill_core::backend::{Reach, TunnelSpec};
 use twill_core::firewall::TableName;
-use twill_core::firewall::beside::{self, LegacyForward};
+use twill_core::firewall::beside;
+use twill_core::firewall::legacy::{self, LegacyChain};
 use twill_core::firewall::policy::STRANGERS;
 use twill_core::host::{HostState, Key, Object, PROTO_TWILL};
 use twill_core::lease_set::LeaseName;
@@ -87,7 +88,7 @@ pub(crate) struct Reconciler {
     audit: Duration,
     sysctls: Duration,
     /// The forward chains of legacy iptables, and when to look again.
-    legacy: (Vec<LegacyForward>, Duration),
+    legacy: (Vec<LegacyChain>, Duration),
     findings: Option<Duration>,
     trim: bool,
     /// The tunnel's peers may have changed, or the table that names them.
@@ -209,7 +210,7 @@ impl Reconciler {
             self.drifted.extend(dirty);
         }
         if self.kernel.interest().firewall && now >= self.legacy.1 {
-            let found = twill_kernel::legacy::forward();
+            let found = twill_kernel::legacy::chains();
             if found != self.legacy.0 {
                 self.findings = Some(now);
             }
@@ -452,9 +453,8 @@ impl Reconciler {
         let claim = &self.wanted.desired().claim;
         findings.extend(beside::early_drops(&claim.networks, &claim.devices, self.kernel.mirror()));
         if self.kernel.interest().firewall {
-            let networks = &self.wanted.desired().claim.networks;
-            self.legacy.0 = twill_kernel::legacy::forward();
-            findings.extend(beside::legacy_drops(networks, &self.legacy.0));
+            self.legacy.0 = twill_kernel::legacy::chains();
+            findings.extend(legacy::findings(&claim.networks, &claim.devices, &self.legacy.0));
         }
         let (mut refused, lacking) = (self.healer.findings(), self.kernel.without_nftables());
         if let Some(error) = lacking {

@@ -1,0 +1,166 @@
+//! What the network keeps out, for each backend and family: stolen sources, and containers whose subnet was taken away.
+//!
+//! ```text
+//!   container 10.1.15.2, fd00:1:0:f::2 ─ cni0 ─ node ─ eth0 10.168.0.2, fd00:168::2 ───── eth0 10.168.0.3, fd00:168::3 ─ other
+//!                                                 └ flannel.1, flannel-v6.1 or flannel0
+//! ```
+
+use rustix::process::Signal;
+use serde_json::json;
+use twill_e2e::net::Bed;
+use twill_e2e::site::Site;
+use twill_e2e::{eventually, installed};
+
+/// Both families, over a backend.
+fn site(backend: &str) -> Option<(Site, tempfile::TempDir)> {
+    let bed = Bed::new()?;
+    if !["etcdctl", "nft", "tcpdump"].iter().all(|program| installed(program)) {
+        return None;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let site = Site::new(bed, dir.path());
+    site.node.host.ip("addr add fd00:168::2/64 dev eth0 nodad");
+    site.node.other.ip("addr add fd00:168::3/64 dev eth0 nodad");
+    let config = json!({
+        "Network": "10.1.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:1::/48", "Backend": {"Type": backend},
+    });
+    site.node.put("config", &config.to_string());
+    Some((site, dir))
+}
+
+/// The tunnel devices of a backend, for IPv4 and for IPv6.
+fn devices(backend: &str) -> [&str; 2] {
+    if backend == "udp" { ["flannel0"; 2] } else { ["flannel.1", "flannel-v6.1"] }
+}
+
+/// Sends until a rule of `chain` with these words has dropped something.
+fn dropped(site: &Site, what: &str, chain: &str, words: [&str; 2], send: impl Fn()) {
+    eventually(what, || {
+        send();
+        let rules = site.node.host.run(&format!("nft list chain inet twill {chain}"));
+        let hit = |line: &str| {
+            words.iter().all(|word| line.contains(word))
+                && line.contains("drop")
+                && !line.contains("counter packets 0 ")
+        };
+        if rules.lines().any(hit) { Ok(()) } else { Err(rules) }
+    });
+}
+
+#[test]
+fn no_container_sends_another_nodes_address_into_the_tunnel() {
+    for backend in ["vxlan", "udp"] {
+        let Some((site, _dir)) = site(backend) else { return };
+        let _agent = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
+        site.plug();
+        site.plug6();
+        let tunnels = devices(backend);
+        // A peer that is nobody: what goes to it goes into the tunnel.
+        let lease = if backend == "udp" {
+            json!({"PublicIP": "10.168.0.3", "PublicIPv6": "fd00:168::3"})
+        } else {
+            json!({"PublicIP": "10.168.0.3", "PublicIPv6": "fd00:168::3", "BackendType": "vxlan",
+                "BackendData": {"VNI": 1, "VtepMAC": "02:00:00:00:00:28"},
+                "BackendV6Data": {"VNI": 1, "VtepMAC": "02:00:00:00:06:28"}})
+        };
+        site.node.put("subnets/10.1.40.0-24&fd00:1:0:28::-64", &lease.to_string());
+        for (stolen, own, to, device, saddr) in [
+            ("10.1.77.7", "10.1.15.2", "10.1.40.2", tunnels[0], "ip saddr 10.1.0.0/16"),
+            ("fd00:1:0:4d::7", "fd00:1:0:f::2", "fd00:1:0:28::2", tunnels[1], "ip6 saddr fd00:1::/48"),
+        ] {
+            let (len, nodad) = if stolen.contains(':') { (128, "nodad") } else { (32, "") };
+            site.container.ip(&format!("addr add {stolen}/{len} dev eth0 {nodad}"));
+            let oif = format!("oifname \"{device}\"");
+            let sends = |from: &str| drop(site.container.try_run(&format!("ping -c 1 -W 1 -I {from} {to}")));
+            // With its own address it gets there: what a person outside would see of both.
+            let sent = |host: &str| {
+                let text = host.to_owned();
+                eventually("the container's own packets go into the tunnel", || {
+                    sends(own);
+                    let link = site.node.host.json(&format!("-s link show {device}"));
+                    let packets = link[0]["stats64"]["tx"]["packets"].as_u64().unwrap();
+                    if packets > 0 { Ok(packets) } else { Err((text.clone(), link)) }
+                })
+            };
+            sent(own);
+            dropped(&site, "a stolen source is dropped before the tunnel", "forward", [&oif, saddr], || sends(stolen));
+        }
+    }
+}
+
+#[test]
+fn nobody_comes_through_the_tunnel_with_an_address_of_this_nodes() {
+    let Some((site, _dir)) = site("vxlan") else { return };
+    let _agent = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
+    site.plug();
+    site.plug6();
+    site.peer();
+    site.peer6();
+    site.arrives("flannel.1", "10.1.40.0");
+    site.arrives("flannel-v6.1", "fd00:1:0:28::");
+    for (stolen, container, node, device, saddr) in [
+        ("10.1.15.9/32", "10.1.15.2", "10.1.15.0", "flannel.1", "ip saddr 10.1.15.0/24"),
+        ("fd00:1:0:f::9/128", "fd00:1:0:f::2", "fd00:1:0:f::", "flannel-v6.1", "ip6 saddr fd00:1:0:f::/64"),
+    ] {
+        site.node.other.ip(&format!("addr add {stolen} dev lo"));
+        let (from, iif) = (stolen.split('/').next().unwrap(), format!("iifname \"{device}\""));
+        for (to, chain) in [(container, "forward"), (node, "spoofed")] {
+            let send = || drop(site.node.other.try_run(&format!("ping -c 1 -W 1 -I {from} {to}")));
+            dropped(&site, "a stolen source is dropped behind the tunnel", chain, [&iif, saddr], send);
+        }
+    }
+}
+
+#[test]
+fn containers_of_a_subnet_that_was_taken_away_run_on_and_are_fenced_off() {
+    for backend in ["vxlan", "udp"] {
+        let Some((site, _dir)) = site(backend) else { return };
+        let first = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
+        first.end(Signal::TERM);
+        // It keeps its subnets, and no longer insists on them.
+        let _agent = site.node.agent("");
+        site.plug();
+        site.plug6();
+        site.attached(&["10.1.15.2/24", "fd00:1:0:f::2/64"]);
+        let fits = if backend == "udp" { 1472 } else { 1430 };
+        let finding = site.node.finding("container-mtu");
+        let evidence = finding["evidence"].as_str().unwrap();
+        assert!(evidence.starts_with(&format!("its MTU is 1500, and the network carries {fits}")), "{finding}");
+        // Both subnets are somebody else's now, and some other peer is there.
+        let lease = |n: u8| match backend {
+            "udp" => json!({"PublicIP": format!("10.168.0.{n}"), "PublicIPv6": format!("fd00:168::{n}")}),
+            _ => {
+                json!({"PublicIP": format!("10.168.0.{n}"), "PublicIPv6": format!("fd00:168::{n}"), "BackendType": "vxlan",
+                "BackendData": {"VNI": 1, "VtepMAC": format!("02:00:00:00:00:{n}")},
+                "BackendV6Data": {"VNI": 1, "VtepMAC": format!("02:00:00:00:06:{n}")}})
+            }
+        };
+        site.node.put("subnets/10.1.40.0-24&fd00:1:0:28::-64", &lease(40).to_string());
+        let taken = "subnets/10.1.15.0-24&fd00:1:0:f::-64";
+        site.node.delete(taken);
+        let stranded = eventually("the container is stranded", || {
+            site.node.put(taken, &lease(15).to_string());
+            let status = site.node.status();
+            let all = status["findings"].as_array().unwrap();
+            let found = all.iter().find(|finding| finding["code"] == "container-stranded").cloned();
+            let moved = status["subnets"][0] != "10.1.15.0/24" && status["subnets"][1] != "fd00:1:0:f::/64";
+            found.filter(|_| moved).ok_or((status.to_string(), site.node.log("agent.log")))
+        });
+        assert_eq!(stranded["object"], "container box, device eth0");
+        let tunnels = devices(backend);
+        for (to, device, saddr) in
+            [("10.1.40.2", tunnels[0], "ip saddr 10.1.0.0/16"), ("fd00:1:0:28::2", tunnels[1], "ip6 saddr fd00:1::/48")]
+        {
+            let send = || drop(site.container.try_run(&format!("ping -c 1 -W 1 {to}")));
+            let oif = format!("oifname \"{device}\"");
+            dropped(&site, "it is fenced off from other nodes", "forward", [&oif, saddr], send);
+        }
+        // It runs on as it is: with its device, its neighbours and its way out.
+        let link = site.node.host.json("link show veth0");
+        assert_eq!((&link[0]["mtu"], &link[0]["operstate"]), (&1500.into(), &"UP".into()));
+        for (gateway, outside) in [("10.1.15.1", "10.168.0.3"), ("fd00:1:0:f::1", "fd00:168::3")] {
+            site.container.run(&format!("ping -c 1 -W 5 {gateway}"));
+            site.arrives("eth0", outside);
+        }
+    }
+}
