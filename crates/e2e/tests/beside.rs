@@ -289,7 +289,7 @@ fn legacy_iptables_that_drops_is_named_with_the_commands_that_let_pass() {
     let findings = |code: &str, number: usize| {
         eventually(&format!("{number} findings of {code}"), || {
             let status = site.node.status();
-            let all: Vec<_> = status["findings"].as_array().unwrap().iter().cloned().collect();
+            let all = status["findings"].as_array().unwrap().clone();
             let right = all.len() == number && all.iter().all(|finding| finding["code"] == code);
             if right { Ok(all) } else { Err(status.to_string()) }
         })
