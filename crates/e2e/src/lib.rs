@@ -3,10 +3,12 @@
 //! The tests in `tests/` run real programs in network namespaces that they made themselves, and look from outside.
 
 pub mod cni;
+pub mod flannel;
 pub mod foreign;
 pub mod net;
 pub mod node;
 pub mod overlay;
+pub mod ping;
 pub mod site;
 
 use std::fmt::Debug;

@@ -1,18 +1,15 @@
-//! The agent ends, is killed, starts again, and hands over to flannel and back, while packets pass: none is lost.
+//! The agent takes over what flannel has left, ends, is killed and starts again while packets pass: none is lost.
 //!
 //! ```text
 //!   node 10.168.0.2, flannel.1, 10.1.15.1 ─ eth0 ───── eth0 ─ other 10.168.0.40, flannel.1, 10.1.40.1
-//!     store on loopback, agent or flannel      ping ────────▶    made by hand, as a peer would
+//!     store on loopback, agent                 ping ────────▶    made by hand, as a peer would
 //! ```
 
-use std::collections::BTreeSet;
-use std::path::PathBuf;
-use std::process::{Child, Stdio};
-
-use rustix::process::{Pid, Signal, kill_process};
-use serde_json::{Value, json};
+use rustix::process::Signal;
+use serde_json::json;
 use twill_e2e::net::Bed;
 use twill_e2e::node::Node;
+use twill_e2e::ping::Ping;
 use twill_e2e::{eventually, installed};
 
 /// The node's VTEP MAC, before and after.
@@ -79,65 +76,6 @@ fn flannel(node: &Node) {
     }
 }
 
-/// A ping through the overlay, five hundred in a second.
-struct Ping {
-    child: Ended,
-    log: PathBuf,
-}
-
-/// A child that is ended with the test.
-struct Ended(Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-impl Ping {
-    fn start(node: &Node) -> Ping {
-        let log = node.file("ping.log");
-        let child = node
-            .host
-            .command("ping")
-            .args(["-n", "-i", "0.002", "-I", "10.1.15.1", "10.1.40.1"])
-            .stdout(std::fs::File::create(&log).unwrap())
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        let ping = Ping { child: Ended(child), log };
-        ping.more("before anything happens");
-        ping
-    }
-
-    /// Sequence numbers that were answered.
-    fn answered(&self) -> BTreeSet<u64> {
-        let log = std::fs::read_to_string(&self.log).unwrap();
-        log.lines().filter_map(|line| line.split("icmp_seq=").nth(1)?.split(' ').next()?.parse().ok()).collect()
-    }
-
-    /// Waits for a hundred more answers.
-    fn more(&self, what: &str) {
-        let had = self.answered().len();
-        eventually(&format!("packets pass {what}"), || {
-            let now = self.answered().len();
-            if now >= had + 100 { Ok(()) } else { Err((had, now)) }
-        });
-    }
-
-    /// Ends it: every packet up to the last answered one was answered.
-    fn end(mut self, what: &str) {
-        self.more("at the end");
-        let _ = kill_process(Pid::from_child(&self.child.0), Signal::INT);
-        self.child.0.wait().unwrap();
-        let answered = self.answered();
-        let last = *answered.last().unwrap();
-        let lost: Vec<u64> = (1..=last).filter(|seq| !answered.contains(seq)).collect();
-        assert_eq!(lost, Vec::<u64>::new(), "of {last} packets, {what}");
-    }
-}
-
 /// The agent has taken over: its protocol number on the route, its identity in the lease, nothing left to do.
 fn is_twills(node: &Node) {
     eventually("the lease tells our identity, and the route our protocol", || {
@@ -159,7 +97,7 @@ fn no_packet_is_lost_while_the_agent_ends_is_killed_and_starts_again() {
     let Some((node, _dir)) = flannels_node() else { return };
     let mut agent = node.agent_at_once("");
     is_twills(&node);
-    let ping = Ping::start(&node);
+    let ping = Ping::start(&node.host, "10.1.15.1", "10.1.40.1", &node.file("ping.log"));
     let changes = || node.log("agent.log").matches(" changed").count();
     let before = changes();
     for signal in [Signal::TERM, Signal::KILL, Signal::KILL] {
@@ -177,40 +115,4 @@ fn no_packet_is_lost_while_the_agent_ends_is_killed_and_starts_again() {
     ping.end("while the agent was ended, killed, and started again");
     assert_eq!(changes(), before, "no start changed anything in the kernel: {}", node.log("agent.log"));
     agent.end(Signal::TERM);
-}
-
-#[test]
-fn no_packet_is_lost_from_flannel_to_twill_and_back() {
-    let Some((node, dir)) = flannels_node() else { return };
-    let ping = Ping::start(&node);
-    let index = node.host.json("link show flannel.1")[0]["ifindex"].clone();
-    // Beside flanneld nothing starts; a process of that name stands in for it.
-    let stand_in = dir.path().join("flanneld");
-    std::fs::copy("/bin/sleep", &stand_in).unwrap();
-    let flanneld = Ended(node.host.command(&stand_in).arg("infinity").stdin(Stdio::null()).spawn().unwrap());
-    eventually("the agent refuses beside flanneld", || {
-        let (code, said) = node.twill("agent --check");
-        if code == Some(3) { Ok(()) } else { Err(said) }
-    });
-    let (code, said) = node.twill("agent");
-    let said = said.unwrap_err();
-    assert!(
-        code == Some(1) && said.contains("runs in this network namespace") && said.contains("stop it first"),
-        "{said}"
-    );
-    assert_ne!(node.host.json("-N route show 10.1.40.0/24")[0]["protocol"], "116", "nothing was touched");
-    drop(flanneld);
-    for _ in 0..2 {
-        let agent = node.agent_at_once("");
-        is_twills(&node);
-        ping.more("with twill");
-        agent.end(Signal::TERM);
-        flannel(&node);
-        let routes = node.host.json("route show 10.1.40.0/24");
-        assert_eq!(routes.as_array().unwrap().len(), 1, "flannel's route takes the place of ours: {routes}");
-        ping.more("with flannel");
-    }
-    ping.end("from flannel to twill and back, twice");
-    let link: &Value = &node.host.json("link show flannel.1")[0];
-    assert_eq!((&link["ifindex"], &link["address"]), (&index, &json!(MAC)), "one device all the while");
 }

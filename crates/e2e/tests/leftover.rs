@@ -3,13 +3,14 @@
 //! ```text
 //!   container 10.1.15.2, fd00:1:0:f::2 ─ cni0 ─ node ─ eth0 10.168.0.2, fd00:168::2 ───── eth0 10.168.0.3, fd00:168::3 ─ other
 //! ```
-//! The rules are those of flannel's two traffic managers, for both families.
+//! The rules are those of flannel's two traffic managers, for both families, beside a stranger's; and what the real flannel leaves.
 
 use std::io::Write;
 use std::process::{Child, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
+use twill_e2e::flannel::flanneld;
 use twill_e2e::net::{Bed, Host};
 use twill_e2e::site::{Site, ruleset};
 use twill_e2e::{eventually, installed};
@@ -323,4 +324,35 @@ fn flannels_tables_in_nftables() {
     }
     host.run("nft add table inet stranger");
     taken_over(&site, || host.run("nft list tables"), &["flannel"], "table inet stranger");
+}
+
+/// The real flannel has run on the site and is gone; `shown` shows what it left.
+fn after_flannel(config: &str, programs: &[&str], shown: impl Fn(&Host) -> String) {
+    let Some((site, dir)) = site(&[&["flanneld"], programs].concat()) else { return };
+    site.node.put("config", config);
+    let flannel = flanneld(&site.node.host, "http://127.0.0.1:2379", dir.path(), "--ip-masq");
+    eventually("flannel's rules stand", || {
+        let rules = shown(&site.node.host);
+        let there =
+            rules.to_lowercase().matches(" masquerade").count() == 4 && rules.to_lowercase().contains("forward");
+        if there { Ok(()) } else { Err((rules, site.node.log("flanneld.log"))) }
+    });
+    flannel.end(Signal::TERM);
+    taken_over(&site, || shown(&site.node.host), "");
+}
+
+#[test]
+fn what_the_real_flannel_leaves_in_iptables() {
+    let programs = ["iptables-nft-save", "ip6tables-nft-save"];
+    after_flannel(DUAL, &programs, |host| programs.map(|program| host.run(program)).concat());
+}
+
+#[test]
+fn what_the_real_flannel_leaves_in_nftables() {
+    let config = DUAL.replace("\"Backend\"", "\"EnableNFTables\":true,\"Backend\"");
+    let flannels = |host: &Host| {
+        let table = |name| String::from_utf8(host.try_run(&format!("nft list table {name}")).stdout).unwrap();
+        ["ip flannel-ipv4", "ip6 flannel-ipv6"].map(table).concat()
+    };
+    after_flannel(&config, &[], flannels);
 }
