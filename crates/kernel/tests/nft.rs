@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use twill_core::firewall::*;
 use twill_core::host::{HostState, Key, Object};
-use twill_core::net::{LinkName, Prefix};
+use twill_core::net::{LinkName, Prefix, ip_from_bits, ip_to_bits};
 use twill_core::reconcile::{Op, Plan, Step, Why};
 use twill_kernel::nft::codec;
 use twill_kernel::tun::{HEADER, Offloads, Tun, TunDevice};
@@ -263,36 +263,57 @@ const DEVICES: [(Device, &str); 3] =
     [(Device::Bridge, "cni0"), (Device::Tunnel, "flannel.1"), (Device::Outside, "eth0")];
 
 /// A family's networks, and the node's own address on each device.
+#[derive(Debug, Clone)]
 struct Site {
     network: Prefix,
     subnet: Prefix,
-    excluded: Prefix,
+    excluded: Vec<Prefix>,
     own: [IpAddr; 3],
 }
 
-fn sites() -> [Site; 2] {
-    let ip = |text: &str| text.parse::<IpAddr>().unwrap();
-    let net = |text: &str| text.parse::<Prefix>().unwrap();
-    [
-        Site {
-            network: net("10.1.0.0/16"),
-            subnet: net("10.1.15.0/24"),
-            excluded: net("192.0.2.0/24"),
-            own: [ip("10.1.15.1"), ip("10.1.15.0"), ip("198.51.100.1")],
+/// Bytes as an address of a family.
+fn ip(v4: bool, bytes: [u8; 16]) -> IpAddr {
+    if v4 { IpAddr::from(<[u8; 4]>::try_from(&bytes[..4]).unwrap()) } else { IpAddr::from(bytes) }
+}
+
+/// An address that a packet may come from and go to.
+fn is_routed(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => (1..224).contains(&ip.octets()[0]) && !ip.is_loopback() && !ip.is_link_local(),
+        IpAddr::V6(ip) => (0x2000..0x4000).contains(&ip.segments()[0]) || ip.segments()[0] >> 8 == 0xfd,
+    }
+}
+
+/// A network of any length with a subnet and up to three networks that are excluded, inside or outside.
+fn site(v4: bool) -> impl Strategy<Value = Site> {
+    let (lens, bits): (std::ops::Range<u8>, u8) = if v4 { (4..25, 32) } else { (8..65, 128) };
+    let excluded = proptest::collection::vec((any::<[u8; 16]>(), any::<bool>(), 0..=bits), 0..4);
+    (any::<[u8; 16]>(), lens, 2..bits, excluded).prop_filter_map(
+        "a network of the node's address",
+        move |(bytes, len, more, excluded)| {
+            let inner = ip(v4, bytes);
+            let network = Prefix::truncate(inner, len).unwrap();
+            let subnet = Prefix::truncate(inner, (len + more).min(bits - 2)).unwrap();
+            let outside: IpAddr = if v4 { "198.51.100.1" } else { "2001:db8:51::1" }.parse().unwrap();
+            let excluded = excluded.into_iter().map(|(other, inside, len)| {
+                let around = Prefix::truncate(if inside { inner } else { ip(v4, other) }, len);
+                around.unwrap()
+            });
+            let own = [subnet.nth(1).unwrap(), subnet.addr(), outside];
+            let good = is_routed(network.addr())
+                && is_routed(network.last())
+                && !network.contains(outside)
+                && subnet != network;
+            good.then(|| Site { network, subnet, excluded: excluded.collect(), own })
         },
-        Site {
-            network: net("fd00:1::/48"),
-            subnet: net("fd00:1:0:f::/64"),
-            excluded: net("2001:db8:2::/48"),
-            own: [ip("fd00:1:0:f::1"), ip("fd00:1:0:f::"), ip("2001:db8:51::1")],
-        },
-    ]
+    )
 }
 
 /// The model, by hand: the device that the packet leaves by and the source that it then has; `None`: it goes nowhere.
 fn expected(policy: &Policy, site: &Site, packet: &Packet) -> Option<(Device, IpAddr)> {
     let (of_node, of_network) = (|ip| site.subnet.contains(ip), |ip| site.network.contains(ip));
-    let guarded = !policy.tunnels.is_empty();
+    let of_policy = policy.networks.contains(&site.network);
+    let guarded = of_policy && !policy.tunnels.is_empty();
     let to = match packet.dst {
         dst if of_node(dst) => Device::Bridge,
         dst if of_network(dst) => Device::Tunnel,
@@ -304,11 +325,12 @@ fn expected(policy: &Policy, site: &Site, packet: &Packet) -> Option<(Device, Ip
     if guarded && (comes_back || stolen) {
         return None;
     }
-    let leaves =
-        of_network(packet.src) && to == Device::Outside && !policy.excluded.iter().any(|net| net.contains(packet.dst));
+    // Where the list names addresses of the network itself, it holds for them as well.
+    let kept = of_network(packet.src) && policy.excluded.iter().any(|net| net.contains(packet.dst));
+    let leaves = of_network(packet.src) && to == Device::Outside;
     let enters = !of_network(packet.src) && to == Device::Tunnel;
     let passes_through = of_network(packet.src) && !of_node(packet.src) && to == Device::Tunnel;
-    let changed = policy.masquerade && !packet.marked && (leaves || enters || passes_through);
+    let changed = of_policy && policy.masquerade && !packet.marked && !kept && (leaves || enters || passes_through);
     Some((to, if changed { site.own[to as usize] } else { packet.src }))
 }
 
@@ -346,22 +368,12 @@ fn source(bytes: &[u8], number: u16, v4: bool) -> Option<IpAddr> {
     })
 }
 
-/// Three devices that the test holds the other ends of, with the routes of a node.
+/// Three devices that the test holds the other ends of.
 fn node() -> BTreeMap<Device, TunDevice> {
     let mut held = BTreeMap::new();
     for (device, name) in DEVICES {
         held.insert(device, TunDevice::open(name, Offloads::NONE).unwrap());
-        for site in sites() {
-            let own = Prefix::host(site.own[device as usize]);
-            run(&format!("ip addr add {own} dev {name} nodad"));
-        }
         run(&format!("ip link set {name} up"));
-    }
-    for site in sites() {
-        let family = if site.network.is_v4() { "-4" } else { "-6" };
-        run(&format!("ip {family} route add {} dev cni0", site.subnet));
-        run(&format!("ip {family} route add {} dev flannel.1", site.network));
-        run(&format!("ip {family} route add default dev eth0"));
     }
     run("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 net.ipv4.conf.all.rp_filter=0");
     for (_, name) in DEVICES {
@@ -372,6 +384,26 @@ fn node() -> BTreeMap<Device, TunDevice> {
     run("nft add chain inet marks odd { type filter hook prerouting priority -200 ; }");
     run("nft add rule inet marks odd udp sport & 1 == 1 meta mark set 0x4001");
     held
+}
+
+/// The addresses and routes of a node, and none of another site's.
+fn place(sites: &[Site]) {
+    for (_, name) in DEVICES {
+        for act in ["link set dev {} down", "addr flush dev {}", "link set dev {} up"] {
+            run(&format!("ip {}", act.replace("{}", name)));
+        }
+    }
+    for Site { network, subnet, own, .. } in sites {
+        let (family, nodad) = if network.is_v4() { ("-4", "") } else { ("-6", "nodad") };
+        for (device, name) in DEVICES {
+            run(&format!("ip addr add {} dev {name} {nodad}", Prefix::host(own[device as usize])));
+        }
+        for (to, device) in
+            [(subnet.to_string(), "cni0"), (network.to_string(), "flannel.1"), ("default".into(), "eth0")]
+        {
+            run(&format!("ip {family} route add {to} dev {device}"));
+        }
+    }
 }
 
 /// What comes out, and where, when a packet goes in. The kernel is done with it when the write returns (drivers/net/tun.c
@@ -396,54 +428,86 @@ fn forwarded(devices: &BTreeMap<Device, TunDevice>, packet: &Packet, number: u16
     out
 }
 
-fn packet(site: &Site) -> impl Strategy<Value = Packet> + use<> {
-    let v4 = site.network.is_v4();
-    let places: Vec<Prefix> = if v4 {
-        ["10.1.15.0/24", "10.1.77.0/24", "192.0.2.0/24", "203.0.113.0/24"]
-    } else {
-        ["fd00:1:0:f::/64", "fd00:1:0:4d::/64", "2001:db8:2:9::/64", "2001:db8:7::/64"]
-    }
-    .map(|text| text.parse().unwrap())
-    .to_vec();
-    let address = (proptest::sample::select(places), 2..250u128).prop_map(|(net, host)| net.nth(host).unwrap());
+/// A packet between two places of a site, which are drawn before the site is known.
+#[derive(Debug, Clone)]
+struct Draw {
+    from: Device,
+    ends: [(usize, [u8; 16]); 2],
+    marked: bool,
+}
+
+fn draw() -> impl Strategy<Value = Draw> {
+    let end = || (0..6usize, any::<[u8; 16]>());
     let device = proptest::sample::select(DEVICES.map(|(device, _)| device).to_vec());
-    (device, address.clone(), address, any::<bool>())
-        .prop_filter("a packet to its own sender", |(_, src, dst, _)| src != dst)
-        .prop_map(|(from, src, dst, marked)| Packet { from, src, dst, marked })
+    (device, end(), end(), any::<bool>()).prop_map(|(from, src, dst, marked)| Draw { from, ends: [src, dst], marked })
+}
+
+/// The packet; `None`: nobody sends it, or it is for the node itself.
+fn packet(site: &Site, draw: &Draw) -> Option<Packet> {
+    let v4 = site.network.is_v4();
+    let [src, dst] = draw.ends.map(|(place, bytes)| {
+        let anywhere = if v4 { Prefix::DEFAULT_V4 } else { Prefix::DEFAULT_V6 };
+        let places = [
+            Some(&site.subnet),
+            Some(&site.network),
+            site.excluded.first(),
+            site.excluded.get(1),
+            site.excluded.get(2),
+        ];
+        let place = places.get(place).copied().flatten().unwrap_or(&anywhere);
+        // The place's bits before those that are drawn.
+        let (base, ones) = (ip_to_bits(place.addr()), ip_to_bits(place.last()) ^ ip_to_bits(place.addr()));
+        ip_from_bits(&place.addr(), base | (ip_to_bits(ip(v4, bytes)) & ones))
+    });
+    let good = [src, dst].iter().all(|ip| is_routed(*ip) && !site.own.contains(ip)) && src != dst;
+    good.then_some(Packet { from: draw.from, src, dst, marked: draw.marked })
 }
 
 #[test]
 fn the_kernel_does_what_the_model_says() {
     in_namespace("the_kernel_does_what_the_model_says", || {
-        let (devices, sites) = (node(), sites());
+        let devices = node();
         let mut writer = kernel();
-        let mut number = 0;
-        let packets = sites.each_ref().map(|site| proptest::collection::vec(packet(site), 40));
-        let (masquerade, guarded, excluded) = (any::<bool>(), any::<bool>(), any::<bool>());
-        let mut law = |(packets, masquerade, guarded, excluded): ([Vec<Packet>; 2], bool, bool, bool)| {
-            let tunnel: LinkName = "flannel.1".parse().unwrap();
+        let (mut number, mut outcomes) = (0, std::collections::BTreeSet::new());
+        let draws = || proptest::collection::vec(draw(), 40);
+        let case = (site(true), site(false), [draws(), draws()], any::<[bool; 5]>());
+        let mut law = |(four, six, draws, [masquerade, guarded, clamp, no_four, no_six]): (
+            Site,
+            Site,
+            [Vec<Draw>; 2],
+            [bool; 5],
+        )| {
+            let (tunnel, sites): (LinkName, _) = ("flannel.1".parse().unwrap(), [four, six]);
+            let in_use = || {
+                sites.iter().zip([no_four && !no_six, no_six && !no_four]).filter(|(_, not)| !not).map(|(site, _)| site)
+            };
             let policy = Policy {
-                networks: sites.iter().map(|site| site.network).collect(),
-                subnets: sites.iter().map(|site| site.subnet).collect(),
+                networks: in_use().map(|site| site.network).collect(),
+                subnets: in_use().map(|site| site.subnet).collect(),
                 socket: None,
-                excluded: sites.iter().filter(|_| excluded).map(|site| site.excluded).collect(),
+                excluded: sites.iter().flat_map(|site| site.excluded.clone()).collect(),
                 tunnels: guarded.then_some(tunnel).into_iter().collect(),
                 outer: guarded.then_some("203.0.113.1:8472".parse().unwrap()).into_iter().collect(),
                 masquerade,
-                clamp: false,
+                clamp,
             };
+            writer.changes(Some(std::time::Duration::ZERO)).unwrap();
             apply(&mut writer, &policy.table());
-            for (site, packets) in sites.iter().zip(packets) {
-                for packet in packets {
+            place(&sites);
+            for (site, draws) in sites.iter().zip(draws) {
+                for packet in draws.iter().filter_map(|draw| packet(site, draw)) {
                     number += 1;
-                    let seen = forwarded(&devices, &packet, number);
-                    prop_assert_eq!(seen, expected(&policy, site, &packet), "{:?} under {:?}", packet, policy);
+                    let (seen, wanted) = (forwarded(&devices, &packet, number), expected(&policy, site, &packet));
+                    prop_assert_eq!(seen, wanted, "{:?} of {:?} under {:?}", packet, site, policy);
+                    outcomes.insert(wanted.map(|(to, src)| (to, src == packet.src)));
                 }
             }
             Ok(())
         };
-        let mut runner = TestRunner::new(Config { cases: 30, failure_persistence: None, ..Config::default() });
+        let mut runner = TestRunner::new(Config { cases: 60, failure_persistence: None, ..Config::default() });
         let law = std::cell::RefCell::new(&mut law);
-        runner.run(&(packets, masquerade, guarded, excluded), |case| (law.borrow_mut())(case)).unwrap();
+        runner.run(&case, |case| (law.borrow_mut())(case)).unwrap();
+        // Kept and changed on the way out and into the tunnel, kept to the bridge, and dropped: each has happened.
+        assert_eq!(outcomes.len(), 6, "{outcomes:?}");
     });
 }
