@@ -173,7 +173,10 @@ fn docker(host: &Host, dir: &Path, back_end: &str) -> Running {
     {
         command.arg(flag).arg(home.join(name));
     }
-    std::fs::write(home.join("daemon.json"), r#"{"log-level": "warn", "bip": "172.30.0.1/24"}"#).unwrap();
+    // Docker 20.10 has ip6tables among its experiments.
+    let config = r#"{"log-level": "warn", "bip": "172.30.0.1/24", "ipv6": true, "fixed-cidr-v6": "fd00:172:30::/64",
+        "experimental": true, "ip6tables": true}"#;
+    std::fs::write(home.join("daemon.json"), config).unwrap();
     command.env("PATH", path);
     let log = std::fs::File::create(home.join("log")).unwrap();
     let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();

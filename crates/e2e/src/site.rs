@@ -132,6 +132,24 @@ pub fn arrives(from: &Host, to: &str, at: &Host, device: &str, what_else: impl F
     })
 }
 
+/// The segment size that the first SYN announces which arrives at a device.
+pub fn announced(from: &Host, to: &str, at: &Host, device: &str) -> String {
+    eventually("a SYN arrives", || {
+        let mut command = at.command("tcpdump");
+        command.args(["-i", device, "-n", "-l", "-c", "1", "-Z", "root", "--immediate-mode", "-Q", "in"]);
+        let capture = command.arg("tcp[tcpflags] == tcp-syn or (ip6[6] == 6 and ip6[53] == 2)");
+        let capture = capture.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        // Nobody listens: the SYN is what counts. Sent again and again, since tcpdump may be late.
+        let line =
+            format!("for n in 1 2 3 4 5 6 7 8; do timeout 1 sh -c 'busybox nc {to} 80 </dev/null'; sleep 0.1; done");
+        from.command("sh").args(["-c", &line]).stdin(Stdio::null()).output().unwrap();
+        let _ = kill_process(Pid::from_child(&capture), Signal::TERM);
+        let seen = String::from_utf8_lossy(&capture.wait_with_output().unwrap().stdout).into_owned();
+        let size = seen.split("mss ").nth(1).and_then(|rest| rest.split([',', ']']).next()).map(str::to_owned);
+        size.ok_or(seen)
+    })
+}
+
 /// The ruleset as `nft` shows it, without handles and counters: what a person would compare.
 pub fn ruleset(host: &Host) -> Vec<Value> {
     fn bare(value: &mut Value) {

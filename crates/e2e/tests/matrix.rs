@@ -265,7 +265,7 @@ fn beside_docker() {
 
 #[test]
 fn beside_docker_with_legacy_iptables() {
-    rows(Some(Foreign::DockerLegacy), [(V4, "vxlan", Before), (Both, "udp", Before), (V4, "udp", After)]);
+    rows(Some(Foreign::DockerLegacy), [(V6, "vxlan", Before), (Both, "udp", Before), (V4, "udp", After)]);
 }
 
 #[test]

@@ -4,7 +4,8 @@ use std::process::Stdio;
 
 use rustix::process::{Pid, Signal, kill_process};
 use twill_e2e::net::{Bed, Host};
-use twill_e2e::site::{Site, ruleset};
+use twill_e2e::overlay::Overlay;
+use twill_e2e::site::{Site, announced, ruleset};
 use twill_e2e::{eventually, installed};
 
 /// A site, or `None` where this machine grants none (which was said); its folder goes last.
@@ -15,6 +16,18 @@ fn site() -> Option<(Site, tempfile::TempDir)> {
     }
     let dir = tempfile::tempdir().unwrap();
     Some((Site::new(bed, dir.path()), dir))
+}
+
+/// As [`site`], with both families on the wire and in the network.
+fn both_families() -> Option<(Site, tempfile::TempDir)> {
+    let (site, dir) = site()?;
+    site.node.host.ip("addr add fd00:168::2/64 dev eth0 nodad");
+    site.node.other.ip("addr add fd00:168::3/64 dev eth0 nodad");
+    site.node.put(
+        "config",
+        r#"{"Network":"10.1.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:1::/48","Backend":{"Type":"vxlan"}}"#,
+    );
+    Some((site, dir))
 }
 
 fn handles(host: &Host) -> String {
@@ -213,71 +226,109 @@ fn a_kernel_without_nf_tables_is_named_and_the_network_goes_on() {
     assert!(out.contains("IP 10.168.0.2 > 10.168.0.3: ICMP echo request"), "{out}");
 }
 
-/// The segment size that the first SYN announces which arrives at a device.
-fn announced(from: &Host, to: &str, at: &Host, device: &str) -> String {
-    eventually("a SYN arrives", || {
-        let mut command = at.command("tcpdump");
-        command.args(["-i", device, "-n", "-l", "-c", "1", "-Z", "root", "--immediate-mode", "-Q", "in"]);
-        let capture = command.arg("tcp[tcpflags] == tcp-syn");
-        let capture = capture.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        // Nobody listens: the SYN is what counts. Sent again and again, since tcpdump may be late.
-        let line =
-            format!("for n in 1 2 3 4 5 6 7 8; do timeout 1 sh -c 'busybox nc {to} 80 </dev/null'; sleep 0.1; done");
-        from.command("sh").args(["-c", &line]).stdin(Stdio::null()).output().unwrap();
-        let _ = kill_process(Pid::from_child(&capture), Signal::TERM);
-        let seen = String::from_utf8_lossy(&capture.wait_with_output().unwrap().stdout).into_owned();
-        let size = seen.split("mss ").nth(1).and_then(|rest| rest.split([',', ']']).next()).map(str::to_owned);
-        size.ok_or(seen)
-    })
-}
-
 #[test]
 fn a_syn_announces_what_the_tunnel_carries_where_that_is_asked_for() {
-    let Some((site, _dir)) = site() else { return };
+    let Some((site, _dir)) = both_families() else { return };
     if !installed("busybox") {
         return;
     }
-    let agent = site.node.agent("--subnet 10.1.15.0/24");
+    let agent = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
     site.plug();
+    site.plug6();
     site.peer();
-    // A peer whose device is as large as its underlay, as some tools make it.
+    site.peer6();
+    // A peer whose devices are as large as its underlay, as some tools make them.
     site.node.other.ip("link set eth0 mtu 1600");
-    site.node.other.ip("link set flannel.1 mtu 1500");
+    for device in ["flannel.1", "flannel-v6.1"] {
+        site.node.other.ip(&format!("link set {device} mtu 1500"));
+    }
     let both = || {
-        let out = announced(&site.container, "10.1.40.0", &site.node.other, "flannel.1");
-        (out, announced(&site.node.other, "10.1.15.2", &site.container, "eth0"))
+        [("flannel.1", "10.1.40.0", "10.1.15.2"), ("flannel-v6.1", "fd00:1:0:28::", "fd00:1:0:f::2")].map(
+            |(device, out, back)| {
+                site.arrives(device, out);
+                let there = announced(&site.container, out, &site.node.other, device);
+                (there, announced(&site.node.other, back, &site.container, "eth0"))
+            },
+        )
     };
-    site.arrives("flannel.1", "10.1.40.0");
-    assert_eq!(both(), ("1460".into(), "1460".into()), "the devices' own 1500 - 40");
+    let sizes = |v4: &str, v6: &str| [v4, v6].map(|size| (size.to_owned(), size.to_owned()));
+    assert_eq!(both(), sizes("1460", "1440"), "the devices' own 1500, without headers");
     assert_eq!(agent.end(Signal::TERM), Some(0));
     let _agent = site.node.agent("--clamp-mss");
-    assert_eq!(both(), ("1410".into(), "1410".into()), "1450 - 40, both ways");
+    assert_eq!(both(), sizes("1410", "1370"), "1450 - 40 and 1430 - 60, both ways");
+}
+
+#[test]
+fn a_syn_announces_what_the_udp_tunnel_carries() {
+    let Some(bed) = Bed::new() else { return };
+    if !["busybox", "etcdctl", "nft", "tcpdump"].iter().all(|program| installed(program)) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut net = Overlay::running(bed, dir.path());
+    for number in [1, 2] {
+        let site = net.site(number);
+        site.host.ip("link set docker0 mtu 1500");
+        site.container.ip("link set eth0 mtu 1500");
+    }
+    let both = |net: &Overlay| {
+        let (one, two) = (&net.site(1).container, &net.site(2).container);
+        [announced(one, "100.96.2.2", two, "eth0"), announced(two, "100.96.1.2", one, "eth0")]
+    };
+    assert_eq!(both(&net), ["1460", "1460"], "the containers' own 1500 - 40");
+    assert_eq!(net.site_mut(1).stop(Signal::TERM), Some(0));
+    net.site_mut(1).start("--clamp-mss");
+    net.await_both_ways();
+    assert_eq!(both(&net), ["1432", "1432"], "1472 - 40, both ways, where one end alone asks for it");
 }
 
 #[test]
 fn blackholes_of_others_for_the_own_subnet() {
-    let Some((site, _dir)) = site() else { return };
+    let Some((site, _dir)) = both_families() else { return };
     let host = &site.node.host;
-    // What flannel's --ip-blackhole-route leaves stands before the bridge's route, so that no container is reached.
-    host.ip("route add blackhole 10.1.15.0/24");
-    // What somebody else wrote is his.
-    host.ip("route add blackhole 10.1.15.0/24 proto static metric 50");
-    let _agent = site.node.agent("--subnet 10.1.15.0/24");
+    let families = [("-4", "10.1.15.0/24"), ("-6", "fd00:1:0:f::/64")];
+    for (family, subnet) in families {
+        // What flannel's --ip-blackhole-route leaves stands before the bridge's route, so that no container is reached.
+        let metric = if family == "-4" { "" } else { "metric 10" };
+        host.ip(&format!("{family} route add blackhole {subnet} {metric}"));
+        // What somebody else wrote is his.
+        host.ip(&format!("{family} route add blackhole {subnet} proto static metric 50"));
+    }
+    let _agent = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
     site.plug();
-    let routes = eventually("flannel's is gone", || {
-        let routes = host.run("ip -N route show 10.1.15.0/24");
-        let lines: Vec<String> = routes.lines().map(|line| line.trim().to_owned()).collect();
-        if lines.iter().any(|line| line.contains("proto 3")) || lines.len() != 3 { Err(routes) } else { Ok(lines) }
-    });
-    assert!(routes[0].starts_with("10.1.15.0/24 dev cni0"), "{routes:?}");
-    assert!(routes[1].starts_with("6 10.1.15.0/24 proto 4 metric 50"), "{routes:?}");
-    assert!(routes[2].starts_with("6 10.1.15.0/24 proto 116 metric 4294967295"), "{routes:?}");
+    site.plug6();
+    for (family, subnet) in families {
+        let mut routes = eventually("flannel's is gone", || {
+            let routes = host.run(&format!("ip -N {family} route show {subnet}"));
+            let lines: Vec<String> = routes.lines().map(|line| line.trim().to_owned()).collect();
+            if lines.iter().any(|line| line.contains("proto 3 ")) || lines.len() != 3 { Err(routes) } else { Ok(lines) }
+        });
+        // IPv6's are shown in another order.
+        routes.sort_by_key(|line| {
+            line.split("metric ").nth(1).and_then(|rest| rest.split(' ').next()?.parse::<u32>().ok())
+        });
+        let of = |n: usize, words: [&str; 2]| assert!(words.iter().all(|word| routes[n].contains(word)), "{routes:?}");
+        let bridge = usize::from(family == "-6");
+        of(bridge, ["dev cni0", subnet]);
+        of(1 - bridge, ["proto 4", "metric 50"]);
+        of(2, ["proto 116", "metric 4294967295"]);
+    }
     site.peer();
+    site.peer6();
     site.arrives("flannel.1", "10.1.40.0");
-    let finding = site.node.finding("route-shadowed");
-    let fix = finding["fix"].as_str().unwrap();
-    assert_eq!(fix, "ip route del blackhole 10.1.15.0/24 proto static metric 50", "{finding}");
-    host.run(fix);
+    for fix in [
+        "ip route del blackhole 10.1.15.0/24 proto static metric 50",
+        "ip -6 route del blackhole fd00:1:0:f::/64 dev lo proto static metric 50",
+    ] {
+        let finding = eventually("it is named", || {
+            let status = site.node.status();
+            let found = status["findings"].as_array().unwrap().iter().find(|finding| finding["fix"] == fix).cloned();
+            found.ok_or(status)
+        });
+        assert_eq!(finding["code"], "route-shadowed");
+        host.run(fix);
+    }
+    site.arrives("flannel-v6.1", "fd00:1:0:28::");
     eventually("nothing is left to say", || {
         let status = site.node.status();
         if status["findings"] == serde_json::json!([]) { Ok(()) } else { Err(status) }
