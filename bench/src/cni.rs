@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType};
 use serde_json::{Value, json};
 use twill_e2e::cni::{Call, netns};
 use twill_e2e::net::{Bed, Host};
@@ -105,16 +106,32 @@ fn one_by_one(bed: &Bed, ours: &Side<'_>, theirs: &Side<'_>, report: &mut Report
         container.ip("link set eth0 up");
         container.ip("addr add 10.1.15.250/24 dev eth0");
         enter(host);
-        let start = Instant::now();
-        assert!(Command::new("ip").args(["link", "del", "bare0"]).status().unwrap().success());
-        bare.push(start.elapsed().as_secs_f64() * 1e3);
+        bare.push(delete("bare0"));
     }
     report.note("CNI ADD by Debian's bridge + host-local (ms)", &add[1]);
     report.note("CNI ADD by Twill (ms)", &add[0]);
     report.at_most("CNI ADD against Debian's (×)", &[median(&add[0]) / median(&add[1])], 0.25);
     report.note("CNI DEL by Debian's bridge + host-local (ms)", &del[1]);
-    report.note("`ip link del` of such a pair (ms)", &bare);
+    report.note("a bare RTM_DELLINK of such a pair (ms)", &bare);
     report.at_most("CNI DEL by Twill (ms)", &del[0], median(&bare) + 5.0);
+}
+
+/// Milliseconds from RTM_DELLINK to the kernel's acknowledgement.
+fn delete(device: &str) -> f64 {
+    use rustix::net::netlink::SocketAddrNetlink;
+    let socket = rustix::net::socket(AddressFamily::NETLINK, SocketType::RAW, None).unwrap();
+    rustix::net::bind(&socket, &SocketAddrNetlink::new(0, 0)).unwrap();
+    let index = rustix::net::netdevice::name_to_index(&socket, device).unwrap();
+    // struct nlmsghdr (length, RTM_DELLINK, NLM_F_REQUEST | NLM_F_ACK, number, port), struct ifinfomsg (family and type, index, flags).
+    let words = [32, 5 << 16 | 17, 1, 0, 0, index, 0, 0];
+    let message: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
+    let mut answer = [0; 256];
+    let start = Instant::now();
+    rustix::net::send(&socket, &message, SendFlags::empty()).unwrap();
+    rustix::net::recv(&socket, &mut answer, RecvFlags::empty()).unwrap();
+    let took = start.elapsed().as_secs_f64() * 1e3;
+    assert_eq!(answer[16..20], [0; 4], "the kernel deletes {device}");
+    took
 }
 
 fn at_once(bed: &Bed, ours: &Side<'_>, theirs: &Side<'_>, report: &mut Report) {

@@ -44,7 +44,6 @@ pub struct Held {
 impl Folder {
     /// Makes the folder when it is missing, and waits for its lock.
     pub fn open(dir: &Path) -> Result<Self, CniError> {
-        fs::create_dir_all(dir).act(|| format!("make {}", dir.display()))?;
         Self::lock(dir)
     }
 
@@ -122,7 +121,7 @@ impl Folder {
             let marked = put.and_then(|done| {
                 taken.push((ip, done));
                 let last = self.dir.join(format!("last_reserved_ip.{n}"));
-                fs::write(&last, ip.to_string()).act(|| format!("write {}", last.display()))
+                files::overwrite(&last, ip.to_string().as_bytes()).act(|| format!("write {}", last.display()))
             });
             if let Err(error) = marked {
                 let left = taken.iter().filter_map(|(ip, _)| self.free(*ip).err());

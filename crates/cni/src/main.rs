@@ -10,7 +10,7 @@ fn main() -> ExitCode {
     if vars("CNI_COMMAND").is_none() && std::env::args().len() > 1 {
         return about();
     }
-    let mut stdin = Vec::new();
+    let mut stdin = Vec::with_capacity(8 << 10);
     let _ = std::io::stdin().read_to_end(&mut stdin);
     let (text, code) = match twill_cni::run(&vars, &stdin) {
         Ok(text) => (text, ExitCode::SUCCESS),

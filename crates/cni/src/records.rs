@@ -41,10 +41,7 @@ impl Records {
     /// Writes an attachment down.
     pub fn put(&self, attachment: &Attachment) -> Result<Unsynced, CniError> {
         let path = self.0.join(attachment.file_name());
-        let write = || {
-            fs::create_dir_all(&self.0)?;
-            files::put(&path, attachment.to_json()?.as_bytes(), 0o644)
-        };
+        let write = || files::put(&path, attachment.to_json()?.as_bytes(), 0o644);
         write().act(|| format!("write {}", path.display()))
     }
 

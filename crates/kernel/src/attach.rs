@@ -17,7 +17,7 @@ use twill_core::reconcile::{Claim, Desired, Op, Plan, Scope, Step, StepError, Wh
 
 use crate::netns::Netns;
 use crate::nft::Nft;
-use crate::{Interest, Kernel, KernelError, LinuxKernel, sysctl};
+use crate::{Depth, Interest, Kernel, KernelError, LinuxKernel};
 
 /// How often a plan is made anew because somebody else was faster.
 const TRIES: usize = 4;
@@ -65,18 +65,24 @@ impl Failed {
     }
 }
 
-/// What is looked at: links, addresses, routes, rules, and the sysctls of `want`.
-fn interest(want: &Desired) -> Interest {
+/// What is looked at: the sysctls of `want`, and the rest as deep as it says; of links these alone, where there are any.
+fn interest(want: &Desired, depth: Depth, links: &[LinkName]) -> Interest {
     let sysctls = want.host.iter().filter_map(|(key, _)| match key {
         Key::Sysctl(path) => Some(path.clone()),
         _ => None,
     });
-    Interest { devices: Some(BTreeSet::new()), sysctls: sysctls.collect(), firewall: false }
+    let links = (!links.is_empty()).then(|| links.iter().copied().collect());
+    Interest { devices: Some(BTreeSet::new()), sysctls: sysctls.collect(), firewall: false, depth, links }
 }
 
 /// Reads the calling thread's namespace.
-fn open(want: &Desired) -> Result<LinuxKernel, KernelError> {
-    LinuxKernel::open(interest(want))
+fn open(want: &Desired, depth: Depth) -> Result<LinuxKernel, KernelError> {
+    LinuxKernel::open(interest(want, depth, &[]))
+}
+
+/// Looks at everything from now on.
+fn widen(kernel: &mut LinuxKernel) -> Result<(), KernelError> {
+    kernel.set_interest(Interest { links: None, ..kernel.interest().clone() })
 }
 
 /// What was done in a namespace, so that it can be taken back.
@@ -114,7 +120,13 @@ fn settle(
 ) -> Result<(), Failed> {
     let mut tries = 0;
     loop {
-        let plan = plan(&want(kernel.mirror())?, kernel.mirror(), Scope::All);
+        let mut wanted = want(kernel.mirror())?;
+        // What was somebody's is claimed: whoever uses it has to be seen.
+        if !wanted.claim.devices.is_empty() && kernel.interest().links.is_some() {
+            widen(kernel)?;
+            wanted = want(kernel.mirror())?;
+        }
+        let plan = plan(&wanted, kernel.mirror(), Scope::All);
         let outcome = kernel.apply(&plan);
         let worked = plan.steps.iter().zip(&outcome.steps).filter(|(_, result)| result.is_ok());
         worked.for_each(|(step, _)| done.note(&step.op));
@@ -131,7 +143,7 @@ fn settle(
 
 /// Brings the calling thread's namespace to what is wanted.
 pub fn make(want: &Desired) -> Result<(), Failed> {
-    let mut kernel = open(want)?;
+    let mut kernel = open(want, Depth::Routes)?;
     let mut done = Done::default();
     settle(&mut kernel, &mut done, |_| Ok(want.clone())).map_err(|failed| undo(&mut kernel, done, failed))
 }
@@ -195,10 +207,16 @@ pub struct Attached {
 
 /// Attaches a container to the calling thread's namespace. Whatever fails, nothing is left behind.
 pub fn attach(container: &Netns, request: &Request) -> Result<Attached, Failed> {
-    let mut host = open(&request.forwarding())?;
+    // However many containers a host has. One that stands alone has routes on it.
+    let mut host = match request.bridge {
+        Some(bridge) => {
+            LinuxKernel::open(interest(&request.forwarding(), Depth::Links, &[bridge, request.host_device]))?
+        }
+        None => open(&request.forwarding(), Depth::Routes)?,
+    };
     // Of this container, and not written down: what a killed attach has left. Its other end goes with it.
     delete(&mut host, request.host_device)?;
-    let inside = container.visit(|| open(&request.container_before()))??;
+    let inside = container.visit(|| open(&request.container_before(), Depth::Routes))??;
     let mut attached = Attached { host, on_host: Done::default(), inside: (inside, Done::default()) };
     match attached.make(container, request) {
         Ok(()) => Ok(attached),
@@ -218,7 +236,7 @@ impl Attached {
         settle(host, on_host, |have| request.host_side(have))?;
         let side = request.container_side();
         container.visit(|| {
-            inside.read(Scope::All)?;
+            inside.read(Scope::Keys(&[Key::Link(request.ifname)].into()))?;
             settle(inside, in_it, |_| Ok(side.clone()))
         })??;
         // What forwards is not taken back: other containers may need it by now.
@@ -228,7 +246,7 @@ impl Attached {
     /// Takes back what was done, but a bridge that somebody uses by now; told is everything that failed.
     pub fn take_back(self, container: &Netns) -> Result<(), Failed> {
         let Self { mut host, on_host, inside: (mut inside, in_it) } = self;
-        let stale = host.read(Scope::All).err().map(Failed::from);
+        let stale = widen(&mut host).and_then(|()| host.read(Scope::All)).err().map(Failed::from);
         let mut failures: Vec<Failed> = stale.into_iter().chain(take_back(&mut host, on_host)).collect();
         // A container that has ended has nothing to take back.
         let emptied = container.visit(|| match inside.read(Scope::All) {
@@ -248,7 +266,7 @@ fn before(request: &Request, have: &HostState) -> Desired {
     want.host.retain(|_, object| match object {
         Object::Sysctl { path, value } => {
             let for_this_one = &**value == "0" && path.contains("/default/");
-            (!others || for_this_one) && sysctl::read(path).is_ok()
+            (!others || for_this_one) && have.get(&Key::Sysctl(path.clone())).is_some()
         }
         _ => true,
     });
@@ -261,13 +279,13 @@ fn loopback_kind() -> LinkKind {
 
 /// Takes a container's pair away from the calling thread's namespace; false when it is gone already.
 pub fn detach(host_device: LinkName) -> Result<bool, Failed> {
-    delete(&mut open(&Desired::default())?, host_device)
+    delete(&mut LinuxKernel::open(interest(&Desired::default(), Depth::Links, &[host_device]))?, host_device)
 }
 
 /// Takes a container's pair away by its inner end, as another plugin has made it; false when there is no pair of that name.
 pub fn detach_inside(container: &Netns, ifname: LinkName) -> Result<bool, Failed> {
     container.visit(|| {
-        let mut kernel = open(&Desired::default())?;
+        let mut kernel = open(&Desired::default(), Depth::Links)?;
         let is_pair = kernel.mirror().link(ifname).is_some_and(|link| matches!(link.kind, LinkKind::Veth { .. }));
         if is_pair { delete(&mut kernel, ifname) } else { Ok(false) }
     })?
@@ -275,7 +293,7 @@ pub fn detach_inside(container: &Netns, ifname: LinkName) -> Result<bool, Failed
 
 /// The devices of the calling thread's namespace.
 pub fn devices() -> Result<Vec<Link>, Failed> {
-    let kernel = open(&Desired::default())?;
+    let kernel = open(&Desired::default(), Depth::Links)?;
     let links = kernel.mirror().iter().filter_map(|(_, object)| match object {
         Object::Link(link) => Some((**link).clone()),
         _ => None,
@@ -325,8 +343,8 @@ fn tables(name: &TableName) -> Result<(Nft, Option<Table>), Failed> {
 
 /// What of `want` the calling thread's namespace does not hold.
 pub fn differences(want: impl Fn(&HostState) -> Result<Desired, Clash>) -> Result<Plan, Failed> {
-    let mut kernel = open(&Desired::default())?;
+    let mut kernel = open(&Desired::default(), Depth::Routes)?;
     let want = Desired { claim: Claim::default(), ..want(kernel.mirror())? };
-    kernel.set_interest(interest(&want))?;
+    kernel.set_interest(interest(&want, Depth::Routes, &[]))?;
     Ok(plan(&want, kernel.mirror(), Scope::All))
 }

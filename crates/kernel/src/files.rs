@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
+use std::thread::{Scope, ScopedJoinHandle};
 
 use rustix::fs::{FlockOperation, flock};
 
@@ -42,10 +43,18 @@ pub fn read_limited(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>>> {
     Ok(Some(bytes))
 }
 
-/// Puts `bytes` at `path` as [`write_atomic`] does, but without waiting for the disk: that is what the answer is for. The folder must
-/// be there.
+/// Puts `bytes` at `path` as [`write_atomic`] does, but without waiting for the disk: that is what the answer is for.
 pub fn put(path: &Path, bytes: &[u8], mode: u32) -> io::Result<Unsynced> {
-    put_by(path, bytes, mode, |beside| fs::rename(beside, path))
+    in_folder(path, || put_by(path, bytes, mode, |beside| fs::rename(beside, path)))
+}
+
+/// Overwrites a small file in place: a reader may see neither the old content nor the new. The disk is not waited for, nor hurried, as
+/// it is by a file that is cut to nothing first (fs/ext4/file.c `ext4_release_file`).
+pub fn overwrite(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(path)?;
+    file.write_all(bytes)?;
+    let length = bytes.len() as u64;
+    if file.metadata()?.len() > length { file.set_len(length) } else { Ok(()) }
 }
 
 /// [`put`], refused when `path` is there.
@@ -72,6 +81,17 @@ fn put_by(path: &Path, bytes: &[u8], mode: u32, place: impl Fn(&Path) -> io::Res
     })
 }
 
+/// Does `act` at `path`; when the folder is missing, makes it and does it then.
+fn in_folder<T>(path: &Path, act: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    match (act(), path.parent()) {
+        (Err(error), Some(dir)) if error.kind() == io::ErrorKind::NotFound => {
+            fs::create_dir_all(dir)?;
+            act()
+        }
+        (done, _) => done,
+    }
+}
+
 /// Removes a file, without waiting for the disk; `None`: there is none.
 pub fn remove(path: &Path) -> io::Result<Option<Unsynced>> {
     let dir = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
@@ -91,20 +111,33 @@ pub struct Unsynced {
 }
 
 impl Unsynced {
-    /// Waits until the disk has it.
-    pub fn sync(&self) -> io::Result<()> {
+    fn sync(&self) -> io::Result<()> {
         self.file.as_ref().map_or(Ok(()), File::sync_all)?;
         self.dir.sync_all()
     }
 }
 
-/// Waits until the disk has them all; the waits are one.
+/// Waits until the disk has them all.
 pub fn sync_all(changes: &[Unsynced]) -> io::Result<()> {
-    let synced = std::thread::scope(|scope| {
-        let threads: Vec<_> = changes.iter().map(|change| scope.spawn(|| change.sync())).collect();
-        threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect::<Vec<_>>()
-    });
-    synced.into_iter().try_for_each(|ended| ended.map_err(|_| io::Error::other("a thread that syncs panicked"))?)
+    let Some((first, rest)) = changes.split_first() else { return Ok(()) };
+    std::thread::scope(|scope| {
+        let rest = start_sync(scope, rest);
+        first.sync().and(end_sync(rest))
+    })
+}
+
+/// Threads that wait for the disk; to be joined by [`end_sync`].
+pub type Syncing<'scope> = Vec<ScopedJoinHandle<'scope, io::Result<()>>>;
+
+/// Waits for the disk while something else is done. The waits are one: in turn, each would have a flush of the disk for itself.
+pub fn start_sync<'scope>(scope: &'scope Scope<'scope, '_>, changes: &'scope [Unsynced]) -> Syncing<'scope> {
+    changes.iter().map(|change| scope.spawn(|| change.sync())).collect()
+}
+
+/// The end of [`start_sync`].
+pub fn end_sync(syncing: Syncing<'_>) -> io::Result<()> {
+    let panicked = |_| Err(io::Error::other("a thread that syncs panicked"));
+    syncing.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(panicked))
 }
 
 /// An exclusive lock that ends with the process.
@@ -135,10 +168,7 @@ impl Lock {
     }
 
     fn open(path: &Path) -> io::Result<File> {
-        if let Some(dir) = path.parent() {
-            fs::create_dir_all(dir)?;
-        }
-        OpenOptions::new().create(true).append(true).mode(0o600).open(path)
+        in_folder(path, || OpenOptions::new().create(true).append(true).mode(0o600).open(path))
     }
 
     /// The locked file.

@@ -31,7 +31,7 @@ use std::time::Duration;
 use twill_core::host::HostState;
 use twill_core::reconcile::{Changes, Outcome, Plan, Scope};
 
-pub use linux::{Interest, LinuxKernel, Waker};
+pub use linux::{Depth, Interest, LinuxKernel, Waker};
 pub use memory::MemoryKernel;
 
 /// A network namespace that can be read, changed and watched.

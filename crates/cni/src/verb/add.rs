@@ -66,12 +66,11 @@ fn attach(conf: &Conf, device: &Device, target: &Target) -> Result<Answer, CniEr
     let (record, given, changes) = plan.write_down()?;
     let request = &record.request;
     let (attached, published, synced) = thread::scope(|scope| {
-        let disk = scope.spawn(|| files::sync_all(&changes));
+        let disk = files::start_sync(scope, &changes);
         let attached = kernel::attach(&netns, request).map_err(|failed| refused(failed, &records));
         let published = attached.as_ref().map_or(Ok(()), |_| publish(request, &records));
-        (attached, published, disk.join())
+        (attached, published, files::end_sync(disk))
     });
-    let synced = synced.unwrap_or_else(|_| Err(std::io::Error::other("the thread that syncs panicked")));
     let synced = synced.act(|| format!("write {} to the disk", conf.state.display()));
     match (attached, all([published, synced])) {
         (Ok(attached), Ok(())) => Ok(answer(conf, device, (request, dns), &given, &attached.host)),

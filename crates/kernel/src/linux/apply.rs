@@ -10,7 +10,7 @@ use super::dump::{Stale, add_twins, remove_entries};
 use super::{Firewall, LinuxKernel};
 use crate::legacy;
 use crate::netlink::encode::Encoder;
-use crate::netlink::socket::Refusal;
+use crate::netlink::socket::{Refusal, Socket};
 use crate::netlink::wire::Writer;
 use crate::sysctl;
 use crate::tun::{Offloads, TunDevice};
@@ -36,7 +36,8 @@ pub(super) struct Applier<'a> {
 
 impl<'a> Applier<'a> {
     pub(super) fn new(kernel: &'a mut LinuxKernel, plan: &'a Plan) -> Self {
-        let room = kernel.requests.granted().min(kernel.monitor.granted()) / TRUESIZE;
+        let monitor = kernel.monitor.as_ref().map_or(usize::MAX, Socket::granted);
+        let room = kernel.requests.granted().min(monitor) / TRUESIZE;
         Self {
             plan,
             outcome: Outcome { steps: Vec::with_capacity(plan.steps.len()) },
@@ -212,12 +213,18 @@ impl<'a> Applier<'a> {
 
     fn done(&mut self, step: usize) {
         let op = &self.plan.steps[step].op;
-        if matches!(op.object(), Object::Link(_)) {
-            // Index, MAC and cascades come with the link's own messages.
-            self.stale.all |= self.kernel.absorb().is_err();
-            return;
-        }
         match op {
+            Op::Delete(object @ Object::Link(_)) if self.kernel.monitor.is_none() => self.kernel.forget_link(object),
+            op if let Object::Link(link) = op.object() => {
+                // Index, MAC and cascades come with the link's own messages; a bridge may have its MAC from a port.
+                let told = match self.kernel.monitor {
+                    Some(_) => self.kernel.absorb(),
+                    None => {
+                        [Some(link.name), link.master].into_iter().flatten().try_for_each(|n| self.kernel.read_link(n))
+                    }
+                };
+                self.stale.all |= told.is_err();
+            }
             Op::Delete(Object::Route(gone)) => remove_entries(&mut self.kernel.mirror, gone),
             Op::Create(Object::Route(made)) => {
                 if !matches!(self.kernel.mirror.get(&op.object().key()), Some(Object::Route(have)) if have.entries == made.entries)

@@ -6,12 +6,14 @@ use std::io;
 use twill_core::firewall::beside;
 use twill_core::host::{Fdb, HostState, Key, LinkKind, Object, Route, TABLE_LOCAL};
 use twill_core::net::LinkName;
+use twill_core::reconcile::{Op, effect};
 
-use super::{Firewall, Interest, LinuxKernel};
+use super::{Depth, Firewall, Interest, LinuxKernel};
 use crate::legacy;
 use crate::netlink::decode::{self, AF_BRIDGE, AF_INET, AF_INET6};
 use crate::netlink::encode::rtm;
-use crate::netlink::wire::Writer;
+use crate::netlink::socket::Socket;
+use crate::netlink::wire::{Message, Writer};
 
 const FAMILIES: [u8; 2] = [AF_INET, AF_INET6];
 
@@ -20,7 +22,9 @@ const FAMILIES: [u8; 2] = [AF_INET, AF_INET6];
 pub(super) struct Stale {
     /// Everything.
     pub(super) all: bool,
-    /// All addresses.
+    /// These links alone.
+    pub(super) links: BTreeSet<LinkName>,
+    /// All addresses of the links of interest.
     pub(super) addrs: bool,
     /// All rules.
     pub(super) rules: bool,
@@ -59,6 +63,9 @@ impl LinuxKernel {
         if stale.all {
             self.pending.all = true;
             return self.read_all();
+        }
+        for name in stale.links {
+            self.read_link(name)?;
         }
         if stale.addrs {
             self.exchange(Self::dump_addrs, |key| matches!(key, Key::Addr(..)))?;
@@ -113,15 +120,21 @@ impl LinuxKernel {
     /// The whole namespace, anew; one kind after the other, so that no second mirror stands beside the first.
     pub(super) fn read_all(&mut self) -> io::Result<()> {
         // Notifications up to here are part of what is read now.
-        self.monitor.collect()?;
-        self.exchange(Self::dump_links, |key| matches!(key, Key::Link(_)))?;
+        self.monitor.as_mut().map(Socket::collect).transpose()?;
+        match self.interest.links.clone() {
+            Some(links) => links.into_iter().try_for_each(|name| self.read_link(name))?,
+            None => self.exchange(Self::dump_links, |key| matches!(key, Key::Link(_)))?,
+        }
         let kept = |interest: &Interest, key: &Key| match key {
             Key::Neigh(link, _) | Key::Fdb(link, _) => interest.covers(*link),
             Key::Sysctl(path) => interest.sysctls.contains(path),
             _ => true,
         };
         self.mirror.retain(|key, _| kept(&self.interest, key));
-        let mut rest = Stale { addrs: true, rules: true, tables: true, routes: FAMILIES.into(), ..Stale::default() };
+        let depth = self.interest.depth;
+        let routes = if depth == Depth::Links { BTreeSet::new() } else { FAMILIES.into() };
+        let rules = depth == Depth::Whole;
+        let mut rest = Stale { addrs: true, rules, tables: true, routes, ..Stale::default() };
         match self.interest.devices.clone() {
             Some(devices) => rest.devices = devices,
             None => {
@@ -162,13 +175,51 @@ impl LinuxKernel {
         Ok(whole)
     }
 
+    /// One link as it is now.
+    pub(super) fn read_link(&mut self, name: LinkName) -> io::Result<()> {
+        let fill = |w: &mut Writer| {
+            w.put(&[0; 16]);
+            w.text(decode::ifla::IFNAME, name.as_str());
+        };
+        let mut found = Vec::new();
+        match self.requests.ask(rtm::GETLINK, fill, |m| found = m.payload.to_vec()) {
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {
+                if let Some(gone) = self.mirror.link(name).cloned() {
+                    self.forget_link(&Object::Link(Box::new(gone)));
+                }
+                return Ok(());
+            }
+            answered => answered?,
+        }
+        self.names.extend(decode::link_name(&found));
+        self.mirror.extend(decode::link(&found, &self.names).map(|link| Object::Link(Box::new(link))));
+        Ok(())
+    }
+
+    /// A link is gone, and all that stood on it.
+    pub(super) fn forget_link(&mut self, gone: &Object) {
+        if let Some(index) = gone.key().link().and_then(|name| self.names.index(name)) {
+            self.names.remove(index);
+        }
+        effect(&mut self.mirror, &Op::Delete(gone.clone()));
+    }
+
     fn dump_addrs(&mut self, fresh: &mut HostState) -> io::Result<bool> {
         let names = &self.names;
-        self.requests.dump(
-            rtm::GETADDR,
-            |w| w.put(&[0; 8]),
-            |m| fresh.extend(decode::addr(m.payload, names).map(Object::Addr)),
-        )
+        let indexes: Vec<u32> = match &self.interest.links {
+            Some(links) => links.iter().filter_map(|name| names.index(*name)).collect(),
+            None => vec![0],
+        };
+        let mut whole = true;
+        for index in indexes {
+            let fill = |w: &mut Writer| {
+                w.put(&[0; 4]);
+                w.put(&index.to_ne_bytes());
+            };
+            let mut add = |m: Message<'_>| fresh.extend(decode::addr(m.payload, names).map(Object::Addr));
+            whole &= self.requests.dump(rtm::GETADDR, fill, &mut add)?;
+        }
+        Ok(whole)
     }
 
     /// The routes of one address family, all tables but `local`.

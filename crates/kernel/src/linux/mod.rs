@@ -31,6 +31,19 @@ use crate::{Kernel, KernelError, sysctl};
 /// RTNLGRP_LINK 1, NEIGH 3, IPV4_IFADDR 5, IPV4_ROUTE 7, IPV4_RULE 8, IPV6_IFADDR 9, IPV6_ROUTE 11, IPV6_RULE 19.
 const GROUPS: u32 = (1 << 0) | (1 << 2) | (1 << 4) | (1 << 6) | (1 << 7) | (1 << 8) | (1 << 10) | (1 << 18);
 
+/// How much of a namespace is read and followed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Depth {
+    /// Links, addresses, routes and rules, and all that the kernel announces.
+    #[default]
+    Whole,
+    /// Links, addresses and routes, for who makes one change and goes. What others do meanwhile is not seen: on a host where many change
+    /// something at once, each would else be told of all that the others do.
+    Routes,
+    /// The same without routes.
+    Links,
+}
+
 /// What of a namespace is worth a place in the mirror, beside links, addresses, routes and rules.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Interest {
@@ -40,6 +53,10 @@ pub struct Interest {
     pub sysctls: BTreeSet<Box<str>>,
     /// Our nftables table is kept, and those of others that may drop what we forward.
     pub firewall: bool,
+    /// How much of the rest is kept.
+    pub depth: Depth,
+    /// These links and their addresses alone, for who follows nothing; `None`: every link.
+    pub links: Option<BTreeSet<LinkName>>,
 }
 
 impl Interest {
@@ -67,7 +84,8 @@ impl Interest {
 #[derive(Debug)]
 pub struct LinuxKernel {
     requests: Socket,
-    monitor: Socket,
+    /// `None`: nothing is followed.
+    monitor: Option<Socket>,
     firewall: Firewall,
     waker: Arc<OwnedFd>,
     names: Names,
@@ -114,10 +132,12 @@ impl LinuxKernel {
             |groups| Socket::open(None, groups).map_err(|e| KernelError::new("open a routing netlink socket", e));
         let waker = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| KernelError::new("open an eventfd", e.into()))?;
-        let (requests, monitor) = (socket(0)?, socket(GROUPS)?);
-        monitor
-            .ignore_echoes_of(requests.port())
-            .map_err(|e| KernelError::new("filter a routing netlink socket", e))?;
+        let requests = socket(0)?;
+        let monitor = (interest.depth == Depth::Whole).then(|| socket(GROUPS)).transpose()?;
+        if let Some(monitor) = &monitor {
+            let filtered = monitor.ignore_echoes_of(requests.port());
+            filtered.map_err(|e| KernelError::new("filter a routing netlink socket", e))?;
+        }
         let mut kernel = Self {
             requests,
             monitor,
@@ -150,7 +170,7 @@ impl LinuxKernel {
         }
     }
 
-    /// Changes what is kept, and reads what is new.
+    /// Changes what is kept, and reads what is new. What was opened less than whole does not become so.
     pub fn set_interest(&mut self, interest: Interest) -> Result<(), KernelError> {
         if self.interest == interest {
             return Ok(());
@@ -200,7 +220,10 @@ impl Kernel for LinuxKernel {
                     self.poll_sysctls();
                 }
                 let mut stale = Stale::default();
-                keys.iter().for_each(|key| stale.add(key));
+                keys.iter().for_each(|key| match key {
+                    Key::Link(name) if self.monitor.is_none() => drop(stale.links.insert(*name)),
+                    key => stale.add(key),
+                });
                 self.refresh(stale).map_err(failed)
             }
         }
@@ -213,7 +236,8 @@ impl Kernel for LinuxKernel {
     fn changes(&mut self, timeout: Option<Duration>) -> Result<Changes, KernelError> {
         let failed = |e: io::Error| KernelError::new("wait for notifications", e);
         let limit = timeout.map(|t| Timespec { tv_sec: t.as_secs() as _, tv_nsec: t.subsec_nanos().into() });
-        let mut fds = vec![PollFd::new(&self.monitor, PollFlags::IN), PollFd::new(&*self.waker, PollFlags::IN)];
+        let mut fds = vec![PollFd::new(&*self.waker, PollFlags::IN)];
+        fds.extend(self.monitor.iter().map(|monitor| PollFd::new(monitor, PollFlags::IN)));
         if let Firewall::Open(nft) = &self.firewall {
             fds.push(PollFd::new(nft, PollFlags::IN));
         }

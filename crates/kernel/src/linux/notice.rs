@@ -11,6 +11,7 @@ use super::dump::{Stale, add_host};
 use super::{Firewall, LinuxKernel};
 use crate::netlink::decode::{self, AF_BRIDGE};
 use crate::netlink::encode::rtm;
+use crate::netlink::socket::Socket;
 use crate::netlink::wire::{self, Message, flag};
 
 /// The least key of a route.
@@ -19,7 +20,7 @@ const FIRST_ROUTE: RouteKey = RouteKey { table: 0, dst: Prefix::DEFAULT_V4, tos:
 impl LinuxKernel {
     /// Takes in what the kernel has announced.
     pub(super) fn absorb(&mut self) -> io::Result<()> {
-        let (told, lost) = self.monitor.collect()?;
+        let (told, lost) = self.monitor.as_mut().map_or_else(|| Ok(Default::default()), Socket::collect)?;
         let mut stale = Stale { all: lost, ..Stale::default() };
         if let Firewall::Open(nft) = &mut self.firewall {
             stale.tables = nft.changed()?;

@@ -19,6 +19,10 @@ impl Names {
         self.by_name.insert(name, index);
     }
 
+    pub(crate) fn extend(&mut self, found: Option<(u32, LinkName)>) {
+        found.into_iter().for_each(|(index, name)| self.insert(index, name));
+    }
+
     pub(crate) fn remove(&mut self, index: u32) -> Option<LinkName> {
         let name = self.by_index.remove(&index)?;
         // The name may already belong to a new device.

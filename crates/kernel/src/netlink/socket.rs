@@ -8,6 +8,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+use rustix::buffer::spare_capacity;
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{
     AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType, bind, getsockname, recv, send, socket_with,
@@ -41,6 +42,7 @@ pub(crate) struct Socket {
     fd: OwnedFd,
     port: u32,
     seq: u32,
+    /// The last datagram.
     buf: Vec<u8>,
 }
 
@@ -66,7 +68,7 @@ impl Socket {
         }
         bind(&fd, &SocketAddrNetlink::new(0, groups))?;
         let port = SocketAddrNetlink::try_from(getsockname(&fd)?).map_or(0, |own| own.pid());
-        Ok(Self { fd, port, seq: 0, buf: vec![0; 64 << 10] })
+        Ok(Self { fd, port, seq: 0, buf: Vec::with_capacity(64 << 10) })
     }
 
     /// Receive buffer that was really granted, in bytes of kernel memory.
@@ -238,8 +240,9 @@ impl Socket {
     pub(crate) fn collect(&mut self) -> io::Result<(Vec<u8>, bool)> {
         let (mut told, mut lost) = (Vec::new(), false);
         loop {
-            match recv(&self.fd, self.buf.as_mut_slice(), RecvFlags::DONTWAIT) {
-                Ok((len, _)) => told.extend_from_slice(&self.buf[..len]),
+            self.buf.clear();
+            match recv(&self.fd, spare_capacity(&mut self.buf), RecvFlags::DONTWAIT) {
+                Ok(_) => told.extend_from_slice(&self.buf),
                 Err(rustix::io::Errno::AGAIN) => return Ok((told, lost)),
                 Err(rustix::io::Errno::NOBUFS) => lost = true,
                 Err(rustix::io::Errno::INTR) => {}
@@ -261,9 +264,10 @@ impl Socket {
     /// One datagram, waiting for it.
     fn receive(&mut self, on: impl FnMut(Message<'_>)) -> io::Result<()> {
         loop {
-            match recv(&self.fd, self.buf.as_mut_slice(), RecvFlags::empty()) {
-                Ok((len, _)) => {
-                    wire::messages(&self.buf[..len]).for_each(on);
+            self.buf.clear();
+            match recv(&self.fd, spare_capacity(&mut self.buf), RecvFlags::empty()) {
+                Ok(_) => {
+                    wire::messages(&self.buf).for_each(on);
                     return Ok(());
                 }
                 Err(rustix::io::Errno::INTR) => {}

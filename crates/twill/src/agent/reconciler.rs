@@ -263,8 +263,12 @@ impl Reconciler {
                 let devices = devices.chain(claim.devices.iter().copied()).collect();
                 let sysctls =
                     base.iter().filter_map(|(k, _)| if let Key::Sysctl(path) = k { Some(path.clone()) } else { None });
-                let interest =
-                    Interest { devices: Some(devices), sysctls: sysctls.collect(), firewall: claim.firewall };
+                let interest = Interest {
+                    devices: Some(devices),
+                    sysctls: sysctls.collect(),
+                    firewall: claim.firewall,
+                    ..Interest::default()
+                };
                 if let Err(error) = self.kernel.set_interest(interest) {
                     tracing::warn!(%error, "watch the tunnel device");
                 }

@@ -10,7 +10,7 @@ use twill_cni::conf::NETWORKS;
 use twill_cni::error::CniError;
 use twill_cni::ipam::{Folder, who};
 use twill_cni::records::Records;
-use twill_kernel::attach;
+use twill_kernel::{attach, files};
 
 use crate::output::{Failure, Output, columns};
 use crate::stores;
@@ -199,7 +199,7 @@ impl Free {
                 continue;
             };
             if let Some(change) = folder.free(row.address).map_err(failed)? {
-                change.sync()?;
+                files::sync_all(&[change])?;
                 freed.freed.push(row.address);
             }
         }

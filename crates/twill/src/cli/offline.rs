@@ -107,8 +107,12 @@ fn compute(settings: &Settings) -> anyhow::Result<Plan> {
         .host
         .iter()
         .filter_map(|(k, _)| if let Key::Sysctl(path) = k { Some(path.clone()) } else { None });
-    let interest =
-        Interest { devices: Some(wanted.desired().claim.devices.clone()), sysctls: sysctls.collect(), firewall: true };
+    let interest = Interest {
+        devices: Some(wanted.desired().claim.devices.clone()),
+        sysctls: sysctls.collect(),
+        firewall: true,
+        ..Interest::default()
+    };
     let kernel = LinuxKernel::open(interest).context("look at this host's network")?;
     wanted.set_beside(beside::heads(&network.cx.networks, kernel.mirror()));
     Ok(plan(wanted.desired(), kernel.mirror(), Scope::All))
