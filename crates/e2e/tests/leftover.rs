@@ -338,7 +338,7 @@ fn after_flannel(config: &str, programs: &[&str], shown: impl Fn(&Host) -> Strin
         if there { Ok(()) } else { Err((rules, site.node.log("flanneld.log"))) }
     });
     flannel.end(Signal::TERM);
-    taken_over(&site, || shown(&site.node.host), "");
+    taken_over(&site, || shown(&site.node.host), &["flannel"], "");
 }
 
 #[test]
