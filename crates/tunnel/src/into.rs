@@ -76,6 +76,8 @@ impl Into {
         let host = message.from.ip().to_canonical();
         let known = self.peers.at_host(host);
         let mut seen: Option<&Peer> = None;
+        // What of this message came from `seen`, in packets and bytes: the counters are shared, and adding to them costs.
+        let mut passed = (0, 0);
         let (mut at, end) = (message.start, message.start + message.len);
         loop {
             let part = at..end.min(at + message.segment);
@@ -87,15 +89,25 @@ impl Into {
             } else {
                 Inner::check(&self.buffer[part.clone()]).map_err(Cause::from)
             };
-            let passed = checked.and_then(|inner| {
-                let peer = seen.filter(|peer| peer.holds(inner.src)).or_else(|| self.peers.of(inner.src));
-                let peer = peer.filter(|peer| peer.told.host == host).ok_or(Cause::WrongSource)?;
-                peer.counters.into.add(1, part.len(), 0, usize::from(seen.is_none()));
-                seen = Some(peer);
-                Ok(inner)
+            let found = checked.and_then(|inner| {
+                if let Some(peer) = seen.filter(|peer| peer.holds(inner.src)) {
+                    return Ok((inner, peer));
+                }
+                let peer = self.peers.of(inner.src).filter(|peer| peer.told.host == host).ok_or(Cause::WrongSource)?;
+                if let Some(before) = seen {
+                    before.counters.into.add(passed.0, passed.1, 0, 0);
+                    passed = (0, 0);
+                } else {
+                    peer.counters.into.add(0, 0, 0, 1);
+                }
+                Ok((inner, peer))
             });
-            match passed {
-                Ok(inner) => self.coalescer.push(&self.buffer, part, inner),
+            match found {
+                Ok((inner, peer)) => {
+                    seen = Some(peer);
+                    passed = (passed.0 + 1, passed.1 + part.len());
+                    self.coalescer.push(&self.buffer, part, inner);
+                }
                 Err(cause) => shared.counters.drop(cause, 1, known.map(|peer| &*peer.counters)),
             }
             at = next;
@@ -104,6 +116,7 @@ impl Into {
             }
         }
         if let Some(peer) = seen {
+            peer.counters.into.add(passed.0, passed.1, 0, 0);
             peer.counters.seen_now();
         }
     }
