@@ -23,8 +23,9 @@ pub const MAX_BYTES: usize = 65_507;
 pub const SLOT: usize = 65_536;
 /// Messages that go into one call at most.
 const BATCH: usize = 32;
-/// Bytes asked for a socket's queues, so that a burst finds room while the reader is not running.
-const QUEUE: usize = 8 << 20;
+/// Bytes asked for a socket's queues (the kernel doubles them), so that a burst finds room while the reader is not running: 64 TCP
+/// streams that start at once overflow half of it.
+const QUEUE: usize = 16 << 20;
 /// How long a send may wait for room in the queue before it counts as failed.
 const PATIENCE: Duration = Duration::from_millis(200);
 
