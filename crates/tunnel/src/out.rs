@@ -19,6 +19,8 @@ const PACKET: usize = 65_536 + 256;
 /// Packets and bytes that are read before they are sent, when more wait to be read.
 const READS: usize = 64;
 const BYTES: usize = 128 << 10;
+/// Messages for which there is room from the start: a large super-packet leaves in several.
+const MESSAGES: usize = 2 * READS;
 
 /// The pump's own memory.
 pub(crate) struct Out {
@@ -49,9 +51,9 @@ impl Out {
         Self {
             packet: vec![0; PACKET],
             cut: Vec::with_capacity(BYTES + 2 * PACKET),
-            batch: Vec::with_capacity(READS),
-            notes: Vec::with_capacity(READS),
-            failed: Vec::with_capacity(READS),
+            batch: Vec::with_capacity(MESSAGES),
+            notes: Vec::with_capacity(MESSAGES),
+            failed: Vec::with_capacity(MESSAGES),
             error: Vec::with_capacity(2048),
             peers: Arc::default(),
             version: 0,

@@ -129,6 +129,17 @@ fn no_packet_costs_an_allocation() {
     let passed = rounds(&loops, || out.round(&state, (&loops, &loops, None::<&MemoryIcmp>), usize::MAX));
     assert!(passed >= 50 * (42 + 46 + 100), "{passed}");
 
+    // Nor the first time: as many messages as one round can make, each too unlike the one before it to go with it.
+    let mut from_kernel: Vec<_> = (0..63).map(|n| plain(packet(1, 2, 17, &vec![0x5a; 20 + n]))).collect();
+    from_kernel.push(from_device(1, 2, 65_000));
+    let most = Loops { from_kernel, ..loops };
+    most.next.set(0);
+    let mut fresh = Out::new();
+    let info = measure(|| {
+        fresh.round(&state, (&most, &most, None::<&MemoryIcmp>), usize::MAX).unwrap();
+    });
+    assert_eq!(info.count_total, 0, "{info:?}");
+
     // The same from the wire: what a peer would have cut, and what is dropped.
     let mut cut = Vec::new();
     let bulk = from_device(2, 1, 60_000);
