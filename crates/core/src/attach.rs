@@ -158,7 +158,7 @@ impl Request {
             pair.port = Some(self.port);
         } else {
             let alone = self.gateways.iter().map(|gateway| Inet::host(gateway.addr));
-            host.extend(alone.map(|inet| Object::Addr(Addr { link, inet, scope: 0 })));
+            host.extend(alone.map(|inet| Object::Addr(Addr::global(link, inet))));
             let ways = self.addresses.iter().map(|inet| Way::new(Prefix::host(inet.addr), None));
             host.extend(ways.map(|way| way.route(link)));
         }
@@ -208,7 +208,7 @@ impl Request {
         let (link, kind) = (self.ifname, LinkKind::Veth { peer: None, peer_netns: None });
         let mac = Some(self.mac.unwrap_or_else(|| self.derive("container")));
         host.insert(Object::Link(Box::new(Link { mac, mtu: self.mtu, ..Link::up(link, kind) })));
-        host.extend(self.addresses.iter().map(|&inet| Object::Addr(Addr { link, inet, scope: 0 })));
+        host.extend(self.addresses.iter().map(|&inet| Object::Addr(Addr::global(link, inet))));
         host.extend(self.routes.iter().map(|way| way.route(link)));
         Desired { host, claim: Claim::default() }
     }
@@ -293,7 +293,7 @@ fn list(items: &[impl std::fmt::Display]) -> String {
 pub fn bridge(name: LinkName, addresses: &[Inet], mtu: Option<Mtu>) -> HostState {
     let mut host = HostState::new();
     host.insert(Object::Link(Box::new(Link { mtu, ..Link::up(name, LinkKind::Bridge) })));
-    host.extend(addresses.iter().map(|&inet| Object::Addr(Addr { link: name, inet, scope: 0 })));
+    host.extend(addresses.iter().map(|&inet| Object::Addr(Addr::global(name, inet))));
     host
 }
 
@@ -477,7 +477,7 @@ pub(crate) mod tests {
         have.insert(Object::Link(Box::new(port)));
         let refused = request().host_side(&have).unwrap_err().to_string();
         assert_eq!(refused, "the bridge cni0 has 10.1.99.1/24, and serves veth9");
-        have.insert(Object::Addr(Addr { link: bridge, inet: "10.1.15.1/24".parse().unwrap(), scope: 0 }));
+        have.insert(Object::Addr(Addr::global(bridge, "10.1.15.1/24".parse().unwrap())));
         assert!(request().host_side(&have).is_ok(), "ours beside it");
         let dummy: HostState =
             [Object::Link(Box::new(Link::up(bridge, LinkKind::Other { name: "dummy".into() })))].into_iter().collect();

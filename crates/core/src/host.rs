@@ -185,6 +185,9 @@ pub struct Vxlan {
     pub port: Port,
     /// Outer source address.
     pub local: Option<IpAddr>,
+    /// Where frames for unknown and all destinations go (IFLA_VXLAN_GROUP); wanted: nowhere.
+    #[serde(default)]
+    pub remote: Option<IpAddr>,
     /// Underlay device (IFLA_VXLAN_LINK).
     pub lower: Option<LinkName>,
     /// Learn MAC → host from received frames.
@@ -223,6 +226,16 @@ pub struct Addr {
     pub inet: Inet,
     /// Scope: 0 global, 253 link, 254 host.
     pub scope: u8,
+    /// It has a lifetime, at whose end the kernel takes it away or out of use.
+    #[serde(default)]
+    pub expires: bool,
+}
+
+impl Addr {
+    /// An address that is known everywhere, and stays.
+    pub const fn global(link: LinkName, inet: Inet) -> Self {
+        Self { link, inet, scope: 0, expires: false }
+    }
 }
 
 /// A neighbour entry.
@@ -462,7 +475,8 @@ impl LinkKind {
         match (self, have) {
             (LinkKind::Veth { .. }, LinkKind::Veth { .. }) => true,
             (LinkKind::Vxlan(w), LinkKind::Vxlan(h)) => {
-                (w.vni, w.port, w.learning, w.gbp, w.outer) == (h.vni, h.port, h.learning, h.gbp, h.outer)
+                (w.vni, w.port, w.remote, w.learning, w.gbp, w.outer)
+                    == (h.vni, h.port, h.remote, h.learning, h.gbp, h.outer)
                     && wish(w.local, h.local)
                     && wish(w.lower, h.lower)
             }

@@ -27,6 +27,7 @@ fn ip(text: &str) -> IpAddr {
 fn tunnel(device: &str) -> Vec<Object> {
     let make = |change: &dyn Fn(&mut Link, &mut Vxlan)| {
         let mut vxlan = Vxlan {
+            remote: None,
             vni: Vni::try_from(1).unwrap(),
             port: Port::try_from(8472).unwrap(),
             local: Some(ip(if device == V4 { "10.168.0.2" } else { "fd00:168::2" })),
@@ -65,7 +66,7 @@ fn tunnel(device: &str) -> Vec<Object> {
 }
 
 fn address(device: &str, inet: &str) -> Vec<Object> {
-    vec![Object::Addr(Addr { link: name(device), inet: inet.parse().unwrap(), scope: 0 })]
+    vec![Object::Addr(Addr::global(name(device), inet.parse().unwrap()))]
 }
 
 fn neigh(device: &str, address: &str) -> Vec<Object> {

@@ -39,8 +39,17 @@ fn picture(node: &Node, sysctls: &[String]) -> BTreeSet<String> {
         if on_ours(&link) || link["linkinfo"]["info_kind"] == "vxlan" {
             lines.insert(link_line(&link));
             let dev = word(&link["ifname"]);
-            for addr in link["addr_info"].as_array().unwrap().iter().filter(|addr| addr["scope"] == "global") {
-                lines.insert(format!("address {}/{} dev {dev}", word(&addr["local"]), addr["prefixlen"]));
+            for addr in link["addr_info"].as_array().unwrap().iter().filter(|a| !word(&a["local"]).starts_with("fe80"))
+            {
+                let mut line = format!("address {}/{} dev {dev}", word(&addr["local"]), addr["prefixlen"]);
+                // ip prints all ones for ever.
+                if addr["valid_life_time"] != u32::MAX {
+                    line += " expires";
+                }
+                if addr["scope"] != "global" {
+                    line += &format!(" scope {}", word(&addr["scope"]));
+                }
+                lines.insert(line);
             }
         }
     }
@@ -96,7 +105,10 @@ fn link_line(link: &Value) -> String {
     let local = if data["local"] == Value::Null { word(&data["local6"]) } else { word(&data["local"]) };
     let learning = if data["learning"] == true { "learning" } else { "nolearning" };
     let up = link["flags"].as_array().unwrap().contains(&json!("UP"));
-    let fixed = ["ttl", "tos", "df"].map(|key| (key, &data[key])).into_iter().chain([("master", &link["master"])]);
+    let fixed = ["ttl", "tos", "df", "remote", "remote6"]
+        .map(|key| (key, &data[key]))
+        .into_iter()
+        .chain([("master", &link["master"])]);
     let is_set = |value: &Value| ![json!(null), json!(0), json!("unset"), json!("auto")].contains(value);
     let mut stray: String = fixed.filter(|(_, v)| is_set(v)).map(|(key, value)| format!(" {key} {value}")).collect();
     if link["flags"].as_array().unwrap().contains(&json!("NOARP")) {
@@ -160,11 +172,20 @@ fn harms(line: &str) -> Vec<String> {
             format!("ip link set {name} type vxlan ttl 1"),
             format!("ip link set {name} type vxlan tos 4"),
             format!("ip link set {name} type vxlan df set"),
+            format!("ip link set {name} type vxlan remote {other}"),
         ],
-        "address" => vec![
-            format!("ip addr del {name} dev {dev}"),
-            format!("ip addr add {} dev {dev}", if v6 { "fd00:1:0:99::1/64" } else { "10.1.99.1/24" }),
-        ],
+        "address" => {
+            let mut harms = vec![
+                format!("ip addr del {name} dev {dev}"),
+                format!("ip addr change {name} dev {dev} valid_lft 1000 preferred_lft 1000"),
+                format!("ip addr add {} dev {dev}", if v6 { "fd00:1:0:99::1/64" } else { "10.1.99.1/24" }),
+            ];
+            // The scope of an IPv6 address follows from the address.
+            if !v6 {
+                harms.push(format!("ip addr del {name} dev {dev} ; ip addr add {name} dev {dev} scope link"));
+            }
+            harms
+        }
         "route" if name == "blackhole" => {
             let dst = words[2];
             let ip = if dst.contains(':') { "ip -6" } else { "ip" };
@@ -177,7 +198,7 @@ fn harms(line: &str) -> Vec<String> {
         }
         "route" => {
             let (proto, via) = ("proto 116", after("via"));
-            let twin = if v6 { "fd00:1:0:77::" } else { "10.1.77.0" };
+            let twin = if v6 { "fd00:1:0:41::9" } else { "10.1.41.9" };
             vec![
                 format!("{ip} route del {name}"),
                 format!("{ip} route replace {name} via {twin} dev {dev} onlink {proto}{metric}"),
@@ -274,7 +295,7 @@ fn every_object_of_the_live_desired_state_comes_back_whatever_is_done_to_it() {
     // would be a fight.
     let mut reverts: BTreeMap<&str, usize> = BTreeMap::new();
     let mut repairs = 0;
-    for nth in 0..16 {
+    for nth in 0..17 {
         for (line, harm) in wanted.iter().filter_map(|line| Some((line, harms(line).into_iter().nth(nth)?))) {
             // What hangs on a device is dropped with it, and put right with it.
             let all = line.starts_with("link") || line.starts_with("address") || line.contains("/disable_ipv6");

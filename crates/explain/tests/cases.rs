@@ -64,7 +64,7 @@ impl Build for PlaceFacts {
     fn addr(&mut self, link: &str, inet: &str) -> &mut Self {
         let inet: Inet = inet.parse().unwrap();
         let link = link_name(link);
-        self.state.insert(Object::Addr(Addr { link, inet, scope: 0 }));
+        self.state.insert(Object::Addr(Addr::global(link, inet)));
         if inet.len() < 32 || inet.addr.is_ipv6() && inet.len() < 128 {
             let entry = RouteEntry {
                 via: None,
@@ -157,6 +157,7 @@ fn vxlan(local: &str) -> LinkKind {
         lower: Some(link_name("eth0")),
         learning: false,
         gbp: false,
+        remote: None,
         outer: OuterHeader::default(),
     })
 }

@@ -58,6 +58,7 @@ fn link() -> impl Strategy<Value = Object> {
                 lower,
                 learning,
                 gbp,
+                remote: None,
                 outer: OuterHeader { ttl, tos, df },
             })),
     ];
@@ -84,7 +85,7 @@ fn object() -> impl Strategy<Value = Object> {
         route(),
         link(),
         (device(), address(), 0..129u8, any::<u8>()).prop_map(|(link, ip, len, scope)| {
-            Object::Addr(Addr { link, inet: Inet::new(ip, len.min(family_bits(&ip))).unwrap(), scope })
+            Object::Addr(Addr { link, inet: Inet::new(ip, len.min(family_bits(&ip))).unwrap(), scope, expires: false })
         }),
         (entry(), any::<bool>()).prop_map(|((link, mac, ip), permanent)| {
             let state = if permanent { 0x80 } else { 0x40 };

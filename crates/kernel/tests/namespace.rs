@@ -57,12 +57,13 @@ fn desired(peers: u8) -> Desired {
         lower: Some(name("eth0")),
         learning: false,
         gbp: false,
+        remote: None,
         outer: OuterHeader::default(),
     });
     let mac = Some("5e:f8:4f:00:e3:37".parse().unwrap());
     let mtu = Some(Mtu::try_from(1450).unwrap());
     host.insert(Object::Link(Box::new(Link { mac, mtu, ..Link::up(link, kind) })));
-    host.insert(Object::Addr(Addr { link, inet: "10.1.15.0/32".parse().unwrap(), scope: 0 }));
+    host.insert(Object::Addr(Addr::global(link, "10.1.15.0/32".parse().unwrap())));
     host.insert(Object::Sysctl { path: "net/ipv4/ip_forward".into(), value: "1".into() });
     for n in 1..=peers {
         let vtep: std::net::IpAddr = format!("10.1.{}.0", 100 + n).parse().unwrap();

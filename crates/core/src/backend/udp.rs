@@ -89,7 +89,7 @@ impl Backend for UdpConfig {
         for (network, subnet) in own(cx) {
             // With the network's length the kernel makes the one route that is needed; flannel has /32 and a route of its own.
             if let Ok(inet) = Inet::new(subnet.addr(), network.len()) {
-                host.insert(Object::Addr(Addr { link: name, inet, scope: 0 }));
+                host.insert(Object::Addr(Addr::global(name, inet)));
             }
             host.extend(forwarding(name, subnet.is_v4()));
         }

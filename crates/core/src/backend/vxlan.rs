@@ -78,11 +78,12 @@ impl Backend for VxlanConfig {
                 lower: Some(cx.underlay.link),
                 learning: self.learning,
                 gbp: self.gbp,
+                remote: None,
                 outer: OuterHeader::default(),
             });
             let (mac, mtu) = (Some(cx.mac(name)), Some(self.mtu(&cx.underlay, v4)?));
             host.insert(Object::Link(Box::new(Link { mac, mtu, arp: Some(true), ..Link::up(name, kind) })));
-            host.insert(Object::Addr(Addr { link: name, inet: Inet::host(subnet.addr()), scope: 0 }));
+            host.insert(Object::Addr(Addr::global(name, Inet::host(subnet.addr()))));
             host.extend(forwarding(name, v4));
         }
         Ok(host)

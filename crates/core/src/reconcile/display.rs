@@ -12,7 +12,10 @@ impl fmt::Display for Object {
         match self {
             Object::Link(link) => link.fmt(f),
             Object::Sysctl { path, value } => write!(f, "sysctl {path} = {value}"),
-            Object::Addr(Addr { link, inet, .. }) => write!(f, "address {inet} dev {link}"),
+            Object::Addr(Addr { link, inet, scope, expires }) => {
+                let scope = if *scope == 0 { String::new() } else { format!(" scope {scope}") };
+                write!(f, "address {inet} dev {link}{scope}{}", if *expires { " expires" } else { "" })
+            }
             Object::Neigh(neigh) => write!(f, "neigh {}", words::neigh_line(neigh)),
             Object::Fdb(fdb) => {
                 write!(f, "fdb {}{}", words::fdb_line(fdb).replace('\n', "; "), more(fdb.special))

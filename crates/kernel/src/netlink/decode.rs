@@ -36,12 +36,14 @@ pub(crate) mod ifla {
     pub(crate) const BRPORT_ISOLATED: u16 = 33;
     pub(crate) const VETH_PEER: u16 = 1;
     pub(crate) const VXLAN_ID: u16 = 1;
+    pub(crate) const VXLAN_GROUP: u16 = 2;
     pub(crate) const VXLAN_LINK: u16 = 3;
     pub(crate) const VXLAN_LOCAL: u16 = 4;
     pub(crate) const VXLAN_TTL: u16 = 5;
     pub(crate) const VXLAN_TOS: u16 = 6;
     pub(crate) const VXLAN_LEARNING: u16 = 7;
     pub(crate) const VXLAN_PORT: u16 = 15;
+    pub(crate) const VXLAN_GROUP6: u16 = 16;
     pub(crate) const VXLAN_LOCAL6: u16 = 17;
     pub(crate) const VXLAN_GBP: u16 = 23;
     pub(crate) const VXLAN_DF: u16 = 29;
@@ -148,14 +150,13 @@ fn port_flags(info: &[u8]) -> Option<PortFlags> {
 
 fn vxlan(data: &[u8], names: &Names) -> Option<Vxlan> {
     let byte = |kind| attr(data, kind).and_then(|v| v.first()).copied().unwrap_or_default();
+    let address = |v4, v6| attr(data, v4).or(attr(data, v6)).and_then(ip).filter(|ip| !ip.is_unspecified());
     let port = attr(data, ifla::VXLAN_PORT).and_then(|v| Some(u16::from_be_bytes(v.try_into().ok()?)));
     Some(Vxlan {
         vni: Vni::try_from(i64::from(u32_at(attr(data, ifla::VXLAN_ID)?, 0)?)).ok()?,
         port: Port::try_from(i64::from(port?)).ok()?,
-        local: attr(data, ifla::VXLAN_LOCAL)
-            .or(attr(data, ifla::VXLAN_LOCAL6))
-            .and_then(ip)
-            .filter(|ip| !ip.is_unspecified()),
+        local: address(ifla::VXLAN_LOCAL, ifla::VXLAN_LOCAL6),
+        remote: address(ifla::VXLAN_GROUP, ifla::VXLAN_GROUP6),
         lower: attr(data, ifla::VXLAN_LINK).and_then(|v| names.name(u32_at(v, 0)?)),
         learning: byte(ifla::VXLAN_LEARNING) != 0,
         gbp: attr(data, ifla::VXLAN_GBP).is_some(),
@@ -168,10 +169,13 @@ pub(crate) fn addr(payload: &[u8], names: &Names) -> Option<Addr> {
     let rest = payload.get(8..)?;
     // IFA_LOCAL (2) is the own address where the two differ, IFA_ADDRESS (1) the peer's or the only one.
     let own = attr(rest, 2).or(attr(rest, 1)).and_then(ip)?;
+    // IFA_CACHEINFO (6): seconds for which it is preferred, and valid; all ones is for ever.
+    let expires = attr(rest, 6).is_some_and(|times| (0..2).any(|n| u32_at(times, 4 * n) != Some(u32::MAX)));
     Some(Addr {
         link: names.name(u32_at(payload, 4)?)?,
         inet: Inet::new(own, *payload.get(1)?).ok()?,
         scope: *payload.get(3)?,
+        expires,
     })
 }
 

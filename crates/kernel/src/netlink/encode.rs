@@ -72,6 +72,11 @@ impl Encoder<'_> {
                 self.fdb(from, true)?;
                 self.fdb_hosts(to)
             }
+            // The kernel changes the lifetime of an address in place, and nothing else of it.
+            Op::Update { from: Object::Addr(from), to: Object::Addr(to) } if from.scope != to.scope => {
+                self.addr(from, true)?;
+                self.addr(to, false)
+            }
             Op::Delete(object) => self.object(object, true),
             Op::Create(object) | Op::Update { to: object, .. } | Op::Recreate { to: object, .. } => {
                 self.object(object, false)
@@ -219,7 +224,11 @@ impl Encoder<'_> {
                         outer_attrs(w, vxlan.outer);
                     }
                     if vxlan.local.is_some() && vxlan.local != was.local {
-                        local_attr(w, vxlan);
+                        address_attr(w, vxlan.local, ifla::VXLAN_LOCAL, ifla::VXLAN_LOCAL6);
+                    }
+                    if let (Some(was), None) = (was.remote, vxlan.remote) {
+                        let nowhere = if was.is_ipv4() { IpAddr::from([0; 4]) } else { IpAddr::from([0; 16]) };
+                        address_attr(w, Some(nowhere), ifla::VXLAN_GROUP, ifla::VXLAN_GROUP6);
                     }
                     if let Some(lower) = lower {
                         w.attr(ifla::VXLAN_LINK, &lower.to_ne_bytes());
@@ -418,7 +427,7 @@ fn vxlan_attrs(w: &mut Writer, vxlan: &Vxlan, lower: Option<u32>) {
         w.attr(ifla::VXLAN_GBP, &[]);
     }
     outer_attrs(w, vxlan.outer);
-    local_attr(w, vxlan);
+    address_attr(w, vxlan.local, ifla::VXLAN_LOCAL, ifla::VXLAN_LOCAL6);
     if let Some(lower) = lower {
         w.attr(ifla::VXLAN_LINK, &lower.to_ne_bytes());
     }
@@ -430,10 +439,10 @@ fn outer_attrs(w: &mut Writer, outer: OuterHeader) {
     }
 }
 
-fn local_attr(w: &mut Writer, vxlan: &Vxlan) {
-    match vxlan.local {
-        Some(IpAddr::V4(ip)) => w.attr(ifla::VXLAN_LOCAL, &ip.octets()),
-        Some(IpAddr::V6(ip)) => w.attr(ifla::VXLAN_LOCAL6, &ip.octets()),
+fn address_attr(w: &mut Writer, address: Option<IpAddr>, v4: u16, v6: u16) {
+    match address {
+        Some(IpAddr::V4(ip)) => w.attr(v4, &ip.octets()),
+        Some(IpAddr::V6(ip)) => w.attr(v6, &ip.octets()),
         None => {}
     }
 }

@@ -199,6 +199,7 @@ fn objects(own: (u8, IpAddr), other: (u8, IpAddr)) -> Result<HostState, BadValue
         lower: Some("eth0".parse()?),
         learning: false,
         gbp: false,
+        remote: None,
         outer: Default::default(),
     });
     let device = Link { mac: Some(mac(own.0)), mtu: Some(MTU.try_into()?), ..Link::up(link, kind) };
@@ -207,7 +208,7 @@ fn objects(own: (u8, IpAddr), other: (u8, IpAddr)) -> Result<HostState, BadValue
     let fdb = Fdb { link, mac: mac(other.0), dst: there, port: None, permanent: true, special: false, state: 0 };
     let all = [
         Object::Link(Box::new(device)),
-        Object::Addr(Addr { link, inet: Inet::new(inner(own.0), NETWORK)?, scope: 0 }),
+        Object::Addr(Addr::global(link, Inet::new(inner(own.0), NETWORK)?)),
         Object::Neigh(neigh),
         Object::Fdb(fdb),
     ];
