@@ -131,6 +131,93 @@ fn a_family_that_the_host_lacks_is_named_and_the_other_goes_on() {
 }
 
 #[test]
+fn a_family_that_is_lost_takes_nothing_of_the_other_with_it() {
+    let Some((site, _dir)) = site() else { return };
+    site.node.put("config", DUAL);
+    let agent = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
+    site.plug();
+    site.plug6();
+    site.peer();
+    site.peer6();
+    let own = || site.node.leases().into_iter().find(|(name, _)| name == "10.1.15.0-24&fd00:1:0:f::-64").unwrap().1;
+    let told = own();
+    assert!(told.contains(r#""PublicIPv6":"fd00:168::2""#) && told.contains("BackendV6Data"), "{told}");
+    let v4_goes_on = |when: &str| {
+        let finding = site.node.finding("family-missing");
+        assert!(finding["evidence"].as_str().unwrap().contains("IPv6"), "{when}: {finding}");
+        let inside = site.arrives("flannel.1", "10.1.40.0");
+        assert!(inside.contains("IP 10.1.15.2 > 10.1.40.0: "), "{when}: {inside}");
+        let out = site.arrives("eth0", "10.168.0.3");
+        assert!(out.contains("IP 10.168.0.2 > 10.168.0.3: "), "{when}: {out}");
+        // A lease with a subnet and no address for it would have others drop the whole node.
+        assert_eq!(own(), told, "{when}");
+    };
+    site.node.host.ip("addr del fd00:168::2/64 dev eth0");
+    v4_goes_on("while it runs");
+    agent.end(rustix::process::Signal::TERM);
+    let _agent = site.node.agent("");
+    v4_goes_on("at a start, as before the router has advertised");
+    site.node.host.ip("addr add fd00:168::7/64 dev eth0 nodad");
+    eventually("the family comes back with its address", || {
+        let (now, status) = (own(), site.node.status());
+        let good = now == told.replace("fd00:168::2", "fd00:168::7") && status["findings"] == json!([]);
+        if good { Ok(()) } else { Err((now, status, site.node.log("agent.log"))) }
+    });
+    // Somebody else's lease that lacks one: the other is served.
+    let half = r#"{"PublicIP":"10.168.0.41","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:29"}}"#;
+    site.node.put("subnets/10.1.41.0-24&fd00:1:0:29::-64", half);
+    site.node.await_peer(41, true);
+    let finding = site.node.finding("bad-lease-value");
+    assert!(finding["evidence"].as_str().unwrap().contains("PublicIPv6 is missing"), "{finding}");
+    let full = half
+        .replace("null", r#""fd00:168::41""#)
+        .replace("}}", r#"},"BackendV6Data":{"VNI":1,"VtepMAC":"02:00:00:00:06:29"}}"#);
+    site.node.put("subnets/10.1.41.0-24&fd00:1:0:29::-64", &full);
+    eventually("it has both", || {
+        let routes = site.node.host.run("ip -6 route show dev flannel-v6.1");
+        let status = site.node.status();
+        if routes.contains("fd00:1:0:29::/64") && status["findings"] == json!([]) {
+            Ok(())
+        } else {
+            Err((routes, status))
+        }
+    });
+}
+
+#[test]
+fn a_networks_families_are_changed_one_by_one() {
+    let Some((site, _dir)) = site() else { return };
+    let v4 = r#"{"Network":"10.1.0.0/16","Backend":{"Type":"vxlan"}}"#;
+    site.node.put("config", v4);
+    let _agent = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
+    site.plug();
+    site.peer();
+    let shown = |device: &str| site.node.host.try_run(&format!("ip link show {device}")).status.success();
+    let before = site.node.host.json("link show flannel.1")[0]["ifindex"].clone();
+    for (config, devices, in_env) in [
+        (DUAL, [true, true], [true, true]),
+        (v4, [true, false], [true, false]),
+        (DUAL, [true, true], [true, true]),
+        (ALONE, [false, true], [false, true]),
+    ] {
+        site.node.put("config", config);
+        eventually(config, || {
+            let seen = (["flannel.1", "flannel-v6.1"].map(shown), env(&site));
+            let env = [seen.1.contains("FLANNEL_SUBNET="), seen.1.contains("FLANNEL_IPV6_SUBNET=")];
+            let table = site.node.host.run("nft list table inet twill");
+            let rules = [table.contains("ip saddr 10.1.0.0/16"), table.contains("ip6 saddr fd00:1::/48")];
+            let good = seen.0 == devices && env == in_env && rules == devices;
+            if good { Ok(()) } else { Err((seen, table, site.node.log("agent.log"))) }
+        });
+        if devices[0] {
+            // The family that stays is not touched.
+            assert_eq!(site.node.host.json("link show flannel.1")[0]["ifindex"], before);
+            site.arrives("flannel.1", "10.1.40.0");
+        }
+    }
+}
+
+#[test]
 fn the_mtu_follows_the_underlay_for_each_family_and_too_small_a_one_is_named() {
     let Some((site, _dir)) = site() else { return };
     site.node.put("config", DUAL);

@@ -98,6 +98,15 @@ fn a_flushed_ruleset_comes_back_and_a_restart_touches_nothing() {
             if now == before { Ok(()) } else { Err((now, site.node.log("agent.log"))) }
         });
     }
+    // Again and again: that somebody does so is said, and the way out still comes back.
+    for _ in 0..8 {
+        host.run("nft flush ruleset");
+        eventually("the table is back once more", || {
+            let now = ruleset(host);
+            if now == before { Ok(()) } else { Err((now, site.node.log("agent.log"))) }
+        });
+    }
+    assert!(site.node.finding("fought-over")["object"].as_str().unwrap().starts_with("table inet twill"));
     let out = site.arrives("eth0", "10.168.0.3");
     assert!(out.contains("IP 10.168.0.2 > 10.168.0.3"), "{out}");
     eventually("the journal tells", || {

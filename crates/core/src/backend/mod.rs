@@ -67,6 +67,8 @@ pub struct Reach {
     pub objects: Vec<Object>,
     /// In the tunnel, where the backend has one.
     pub tunnel: Option<TunnelPeer>,
+    /// Why one of its families is left out.
+    pub fault: Option<PeerFault>,
 }
 
 /// A backend that cannot work with this configuration on this host.
@@ -97,7 +99,7 @@ pub trait Backend: std::fmt::Debug + Send + Sync {
     fn mtu(&self, underlay: &Underlay, v4: bool) -> Result<Mtu, Refusal>;
     /// Own objects: device, address, sysctls.
     fn base(&self, cx: &Cx) -> Result<HostState, Refusal>;
-    /// What reaches a peer. A fault drops that peer only.
+    /// What reaches a peer. A fault drops that peer only, and what is missing for one family that family only.
     fn peer(&self, cx: &Cx, peer: &Peer) -> Result<Reach, PeerFault>;
     /// The tunnel that user space runs, where the backend has one. A backend opens no socket.
     fn tunnel(&self, _cx: &Cx) -> Result<Option<TunnelSpec>, Refusal> {

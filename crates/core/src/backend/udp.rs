@@ -105,7 +105,7 @@ impl Backend for UdpConfig {
         }
         let host = host_of(cx, lease, self.over_v4)?;
         let tunnel = TunnelPeer { name: lease.key.to_string(), host, subnets };
-        Ok(Reach { objects: Vec::new(), tunnel: Some(tunnel) })
+        Ok(Reach { objects: Vec::new(), tunnel: Some(tunnel), fault: None })
     }
 
     fn attrs(&self, cx: &Cx) -> LeaseAttrs {

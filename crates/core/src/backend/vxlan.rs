@@ -91,48 +91,18 @@ impl Backend for VxlanConfig {
 
     fn peer(&self, cx: &Cx, peer: &Peer) -> Result<Reach, PeerFault> {
         let lease = &peer.lease;
-        let mut objects = Vec::with_capacity(3);
+        let mut reach = Reach { objects: Vec::with_capacity(3), ..Reach::default() };
         for subnet in lease.key.subnets().filter(|s| cx.subnets.iter().any(|own| own.is_v4() == s.is_v4())) {
-            let v4 = subnet.is_v4();
-            let Some(link) = self.device_of(v4) else { continue };
-            let host = host_of(cx, lease, v4)?;
-            let mac = self.vtep_mac(lease, v4)?;
-            if mac == cx.mac(link) {
-                return Err(lease.fault("mac-clash", format!("its VtepMAC {mac} is this node's own")));
+            match self.way(cx, lease, subnet) {
+                Ok(objects) => reach.objects.extend(objects.into_iter().flatten()),
+                Err(fault) if fault.code == "bad-lease-value" => reach.fault = Some(fault),
+                Err(fault) => return Err(fault),
             }
-            let vtep = subnet.addr();
-            objects.push(Object::Neigh(Neigh {
-                link,
-                ip: vtep,
-                mac: Some(mac),
-                permanent: true,
-                state: NUD_PERMANENT,
-            }));
-            objects.push(Object::Fdb(Fdb {
-                link,
-                mac,
-                dst: Few::One(host),
-                port: None,
-                permanent: true,
-                special: false,
-                state: NUD_PERMANENT,
-            }));
-            objects.push(Object::Route(Route {
-                key: RouteKey { table: TABLE_MAIN, dst: subnet, tos: 0, metric: metric(&cx.networks, &subnet) },
-                entries: Few::One(RouteEntry {
-                    via: Some(vtep),
-                    dev: Some(link),
-                    onlink: true,
-                    protocol: PROTO_TWILL,
-                    kind: 1,
-                    scope: 0,
-                    src: None,
-                    special: false,
-                    usurper: Remark::default(),
-                }),
-            }));
         }
-        Ok(Reach { objects, tunnel: None })
+        match reach.fault {
+            Some(fault) if reach.objects.is_empty() => Err(fault),
+            _ => Ok(reach),
+        }
     }
 
     fn attrs(&self, cx: &Cx) -> LeaseAttrs {
@@ -158,6 +128,34 @@ impl VxlanConfig {
     /// `flannel.<VNI>` or `flannel-v6.<VNI>`; the longest, `flannel-v6.16777215`, is over Linux's 15 bytes: `None`.
     fn device_of(&self, v4: bool) -> Option<LinkName> {
         format!("flannel{}.{}", if v4 { "" } else { "-v6" }, self.vni).parse().ok()
+    }
+
+    /// What reaches a peer in the family of its subnet.
+    fn way(&self, cx: &Cx, lease: &Lease, subnet: Prefix) -> Result<Option<[Object; 3]>, PeerFault> {
+        let v4 = subnet.is_v4();
+        let Some(link) = self.device_of(v4) else { return Ok(None) };
+        let host = host_of(cx, lease, v4)?;
+        let mac = self.vtep_mac(lease, v4)?;
+        if mac == cx.mac(link) {
+            return Err(lease.fault("mac-clash", format!("its VtepMAC {mac} is this node's own")));
+        }
+        let vtep = subnet.addr();
+        let neigh = Neigh { link, ip: vtep, mac: Some(mac), permanent: true, state: NUD_PERMANENT };
+        let fdb =
+            Fdb { link, mac, dst: Few::One(host), port: None, permanent: true, special: false, state: NUD_PERMANENT };
+        let entry = RouteEntry {
+            via: Some(vtep),
+            dev: Some(link),
+            onlink: true,
+            protocol: PROTO_TWILL,
+            kind: 1,
+            scope: 0,
+            src: None,
+            special: false,
+            usurper: Remark::default(),
+        };
+        let key = RouteKey { table: TABLE_MAIN, dst: subnet, tos: 0, metric: metric(&cx.networks, &subnet) };
+        Ok(Some([Object::Neigh(neigh), Object::Fdb(fdb), Object::Route(Route { key, entries: Few::One(entry) })]))
     }
 
     /// `VtepMAC`, once type and VNI agree with ours.

@@ -15,6 +15,8 @@ const FIGHT_WINDOW: Duration = Duration::from_secs(10);
 const BURST: Duration = Duration::from_millis(5);
 /// How long we leave a fought-over object alone, and the longest backoff of a failing step.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// The same for a table of the firewall: while it is gone, what leaves has the wrong address, and nothing is guarded.
+const TABLES_WAIT: Duration = Duration::from_secs(1);
 /// The first backoff of a failing step.
 const FIRST_WAIT: Duration = Duration::from_millis(100);
 
@@ -66,6 +68,7 @@ impl Healer {
                 self.troubled.remove(&key);
             }
             Ok(()) => {
+                let wait = if matches!(key, Key::Table(_)) { TABLES_WAIT } else { LONGEST_WAIT };
                 let trouble = self.troubled.entry(key).or_default();
                 trouble.failures = 0;
                 trouble.error = None;
@@ -75,7 +78,7 @@ impl Healer {
                     trouble.reverts.push_back(now);
                 }
                 trouble.fought = trouble.reverts.len() >= FIGHT_REVERTS;
-                trouble.not_before = trouble.fought.then(|| now + LONGEST_WAIT);
+                trouble.not_before = trouble.fought.then(|| now + wait);
             }
             Err(StepError::Skipped(_)) => {}
             Err(error) => {

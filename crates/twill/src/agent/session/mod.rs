@@ -260,10 +260,13 @@ impl Session {
             if *name == *own_name {
                 continue;
             }
-            let reach = match network.peer(&self.leases, &name) {
-                None => Reach { objects: self.kept.get(&name).cloned().unwrap_or_default(), tunnel: None },
+            let mut reach = match network.peer(&self.leases, &name) {
+                None => Reach { objects: self.kept.get(&name).cloned().unwrap_or_default(), ..Reach::default() },
                 Some(Ok(reach)) => reach,
-                Some(Err(fault)) => {
+                Some(Err(fault)) => Reach { fault: Some(fault), ..Reach::default() },
+            };
+            match reach.fault.take() {
+                Some(fault) => {
                     let finding = Finding {
                         code: fault.code.into(),
                         object: format!("lease {name}"),
@@ -273,11 +276,9 @@ impl Session {
                     if self.faults.insert(name.clone(), finding.clone()) != Some(finding) {
                         tracing::warn!(code = fault.code, "{fault}");
                     }
-                    peers.push((name, Reach::default()));
-                    continue;
                 }
-            };
-            self.faults.remove(&name);
+                None => drop(self.faults.remove(&name)),
+            }
             peers.push((name, reach));
             if peers.len() == BATCH {
                 self.order(Order::Peers(std::mem::take(&mut peers)));
@@ -564,7 +565,7 @@ impl Session {
                 node: attrs.and_then(|a| a.node).map(|n| n.to_string()),
                 fault: match network.peer(&self.leases, name) {
                     None => Some("the store's listing lacks it: kept as it stands in the kernel".into()),
-                    Some(known) => known.err().map(|fault| fault.reason),
+                    Some(known) => known.map_or_else(Some, |reach| reach.fault).map(|fault| fault.reason),
                 },
                 probe: None,
             }

@@ -115,9 +115,20 @@ impl Session {
         }
     }
 
-    /// What our lease is to say of us.
+    /// What our lease is to say of us. A family that this host lacks for now keeps what was said of it: peers, flannel's above all, have no
+    /// use for a subnet without an address, and the other family is not to suffer from it.
     pub(super) fn told(&self, network: &Network, lease: &Lease) -> LeaseAttrs {
         let mut attrs = network.backend.attrs(&network.cx);
+        let lacks = |v4: bool| {
+            let underlay = network.cx.underlay.public(network.backend.over_v4(v4));
+            underlay.is_none() && lease.key.subnets().any(|subnet| subnet.is_v4() == v4)
+        };
+        if lacks(true) {
+            (attrs.public_ip, attrs.backend_data) = (lease.attrs.public_ip, lease.attrs.backend_data.clone());
+        }
+        if lacks(false) {
+            (attrs.public_ipv6, attrs.backend_v6_data) = (lease.attrs.public_ipv6, lease.attrs.backend_v6_data.clone());
+        }
         attrs.node = Some(self.state.node);
         attrs.twill_extra = lease.attrs.twill_extra.clone();
         attrs
