@@ -170,3 +170,35 @@ fn jumbo_packets_into_a_small_device_are_answered_with_its_mtu() {
     post(one, "release");
     net.await_both_ways();
 }
+
+#[test]
+fn a_lease_whose_host_is_inside_the_network_loops_nothing() {
+    let Some((net, _dir)) = running() else { return };
+    let one = net.site(1);
+    // A host in its own subnet, one in a good peer's, and one in ours.
+    let leases = [("100.96.7.0-24", "100.96.7.7"), ("100.96.8.0-24", "100.96.2.2"), ("100.96.9.0-24", "100.96.1.2")];
+    for (name, host) in leases {
+        let key = format!("/coreos.com/network/subnets/{name}");
+        assert!(net.etcdctl(&["put", &key, &format!(r#"{{"PublicIP":"{host}"}}"#)]).status.success());
+    }
+    eventually("each is named", || {
+        let status = one.status();
+        let findings = status["findings"].as_array().cloned().unwrap_or_default();
+        let named = |(name, _): &(&str, &str)| {
+            let object = format!("lease {name}");
+            findings.iter().any(|finding| finding["object"] == object && finding["code"] == "bad-lease-value")
+        };
+        if leases.iter().all(named) { Ok(()) } else { Err(status.to_string()) }
+    });
+    let sent = || one.status()["tunnel"]["sent"]["packets"].as_u64().unwrap();
+    let before = (one.dropped("no-peer"), sent());
+    for subnet in [7, 8, 9] {
+        let out = one.container.try_run(&format!("ping -n -c 1 -W 5 100.96.{subnet}.2"));
+        let said = String::from_utf8(out.stdout).unwrap();
+        assert!(said.contains("Destination Net Unreachable"), "{said}");
+    }
+    // The kernel's own neighbour discovery may end there as well.
+    assert!(one.dropped("no-peer") >= before.0 + 3, "{}", one.status());
+    assert_eq!(sent(), before.1, "{}", one.status());
+    net.await_both_ways();
+}
