@@ -87,6 +87,14 @@ fn strangers_never_reach_the_socket_and_peers_go_on() {
         if now == ["10.168.0.3"] { Ok(()) } else { Err((now, one.log())) }
     });
     assert_eq!(rules(&one.host)[0].0, handle, "no rule was made anew");
+    // A table that takes the place of an altered one counts on.
+    let before = (rules(&one.host)[0].1, one.dropped("not-a-peer"));
+    one.host.run("nft add chain inet twill altered");
+    eventually("the table is made anew", || match rules(&one.host)[..] {
+        [(new, counted)] if new != handle || !one.host.run("nft list chains").contains("altered") => Ok(counted),
+        _ => Err(one.log()),
+    });
+    assert!(rules(&one.host)[0].1 >= before.0 && one.dropped("not-a-peer") >= before.1, "{before:?}");
     net.await_both_ways();
 }
 

@@ -13,6 +13,6 @@ pub fn read(attributes: &[u8]) -> Rule {
 /// The attributes that ask for this rule.
 pub fn write(rule: &Rule) -> Vec<u8> {
     let mut writer = Writer::default();
-    encode::rule(&mut writer, rule);
+    encode::rule(&mut writer, rule, 0);
     writer.buf
 }

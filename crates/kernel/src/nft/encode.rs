@@ -7,7 +7,8 @@ use twill_core::firewall::{
 };
 
 use super::uapi::{
-    REG, REG_NEXT, REG_VERDICT, UDATA_COMMENT, chain, data, fib, lookup, masq, maxseg, meta, nat, payload, rule, set,
+    COUNTER_PACKETS, REG, REG_NEXT, REG_VERDICT, UDATA_COMMENT, chain, data, fib, lookup, masq, maxseg, meta, nat,
+    payload, rule, set,
 };
 use crate::netlink::wire::Writer;
 
@@ -79,9 +80,18 @@ pub(super) fn elements(w: &mut Writer, table: &str, name: &str, elements: &[IpAd
     });
 }
 
-/// A rule's expressions and comment.
-pub(super) fn rule(w: &mut Writer, what: &Rule) {
-    w.nest(rule::EXPRESSIONS, |w| what.exprs.iter().for_each(|e| expr(w, e)));
+/// A rule's expressions and comment; its counter has seen `counted` packets.
+pub(super) fn rule(w: &mut Writer, what: &Rule, counted: u64) {
+    w.nest(rule::EXPRESSIONS, |w| {
+        for e in &what.exprs {
+            match e {
+                Expr::Counter if counted > 0 => {
+                    element(w, "counter", |w| w.attr(COUNTER_PACKETS, &counted.to_be_bytes()));
+                }
+                _ => expr(w, e),
+            }
+        }
+    });
     if let Some(text) = &what.comment {
         comment(w, rule::USERDATA, text);
     }

@@ -221,9 +221,15 @@ impl Nft {
             }
             _ => Vec::new(),
         };
+        let counted = match op.object() {
+            Object::Table(new) if new.chains.contains_key(policy::STRANGERS) => {
+                packets(&mut self.requests, &new.name, policy::STRANGERS).unwrap_or_default()
+            }
+            _ => 0,
+        };
         let mut batch = Batch::new(&mut self.requests);
         match op {
-            Op::Create(Object::Table(new)) => batch.create(new),
+            Op::Create(Object::Table(new)) => batch.create(new, counted),
             Op::Delete(Object::Table(old)) => batch.delete(&old.name),
             Op::Delete(Object::Head(old)) => batch.delete_rules(&old.at.table, &gone),
             Op::Delete(Object::Leftover(left)) => {
@@ -237,7 +243,7 @@ impl Nft {
                     Op::Update { from: Object::Table(old), .. } if new.differs_in_elements(old) => {
                         batch.change_elements(old, new)
                     }
-                    _ => batch.replace(new),
+                    _ => batch.replace(new, counted),
                 },
                 Object::Head(new) => {
                     batch.delete_rules(&new.at.table, &gone);
@@ -259,7 +265,10 @@ impl AsFd for Nft {
 
 /// Packets that the counters of a chain's rules have seen, in the calling thread's namespace.
 pub fn counted(table: &TableName, chain: &str) -> io::Result<u64> {
-    let mut socket = Socket::open(Some(netlink::NETFILTER), 0)?;
+    packets(&mut Socket::open(Some(netlink::NETFILTER), 0)?, table, chain)
+}
+
+fn packets(socket: &mut Socket, table: &TableName, chain: &str) -> io::Result<u64> {
     let fill = |w: &mut Writer| {
         w.put(&header(encode::family(table.family)));
         w.text(rule::TABLE, &table.name);
@@ -304,7 +313,8 @@ impl<'a> Batch<'a> {
         self.writer.end();
     }
 
-    fn create(&mut self, new: &Table) {
+    /// `strangers` were counted before: a table that takes another one's place counts on.
+    fn create(&mut self, new: &Table, mut strangers: u64) {
         let TableName { family, name } = &new.name;
         self.message(msg::NEW_TABLE, flag::CREATE | flag::EXCL, *family, |w| {
             w.text(table::NAME, name);
@@ -323,10 +333,11 @@ impl<'a> Batch<'a> {
         for (chain, what) in
             new.chains.iter().flat_map(|(name, chain)| chain.rules.iter().map(move |rule| (name, rule)))
         {
+            let counted = if **chain == *policy::STRANGERS { std::mem::take(&mut strangers) } else { 0 };
             self.message(msg::NEW_RULE, flag::CREATE | flag::APPEND, *family, |w| {
                 w.text(rule::TABLE, name);
                 w.text(rule::CHAIN, chain);
-                encode::rule(w, what);
+                encode::rule(w, what, counted);
             });
         }
     }
@@ -350,10 +361,10 @@ impl<'a> Batch<'a> {
     }
 
     /// Whatever is there now makes room within the same transaction.
-    fn replace(&mut self, new: &Table) {
+    fn replace(&mut self, new: &Table, strangers: u64) {
         self.message(msg::NEW_TABLE, flag::CREATE, new.name.family, |w| w.text(table::NAME, &new.name.name));
         self.delete(&new.name);
-        self.create(new);
+        self.create(new, strangers);
     }
 
     fn delete(&mut self, old: &TableName) {
@@ -377,7 +388,7 @@ impl<'a> Batch<'a> {
             self.message(msg::NEW_RULE, flag::CREATE, table.family, |w| {
                 w.text(rule::TABLE, &table.name);
                 w.text(rule::CHAIN, chain);
-                encode::rule(w, what);
+                encode::rule(w, what, 0);
             });
         }
     }
