@@ -158,6 +158,28 @@ fn by_hand(peers: u32) -> f64 {
     start.elapsed().as_secs_f64() * 1e3
 }
 
+/// The real flannel on the same leases, where it is built (`scripts/install-test-needs`): cold, once, since it takes its time.
+fn by_flannel(rig: &Rig, peers: u32, report: &mut Report) {
+    let flannel = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/tools/flanneld"));
+    if !flannel.is_file() {
+        return println!("SKIP: {} is not built", flannel.display());
+    }
+    let before = rig.prefixes();
+    let start = Instant::now();
+    let mut command = rig.host.command(flannel);
+    command.args(["--iface", "eth0", "--healthz-port", "0", "--subnet-file"]).arg(rig.dir.path().join("flannel.env"));
+    let log = std::fs::File::create(rig.dir.path().join("agent.log")).unwrap();
+    let agent = Process(command.stderr(log).spawn().unwrap());
+    rig.wait_for(before + peers);
+    report.note(
+        &format!("{peers} peers, flannel v0.27.4 cold, exec to last route (ms)"),
+        &[start.elapsed().as_secs_f64() * 1e3],
+    );
+    report.note(&format!("{peers} peers, flannel's resident memory (MB)"), &[kb(&agent, "VmRSS") / 1024.0]);
+    drop(agent);
+    let _ = rig.host.try_run("ip link del flannel.1");
+}
+
 /// Ten and twenty thousand peers.
 pub(crate) fn cold(twill: &Path, report: &mut Report) {
     let mut medians = Vec::new();
@@ -194,6 +216,8 @@ pub(crate) fn cold(twill: &Path, report: &mut Report) {
             std::thread::sleep(Duration::from_secs(2));
             change(&rig, report);
             settled(&agent, report, 10_000, 0.6);
+            rig.clear(agent);
+            by_flannel(&rig, peers, report);
         }
     }
     report.at_most("20000 against 10000 peers, cold (×)", &[medians[1] / medians[0]], 2.2);
@@ -266,22 +290,24 @@ fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64()
 }
 
+/// A line of the process's status, in kilobytes.
+fn kb(process: &Process, field: &str) -> f64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", process.0.id())).unwrap();
+    let line = status.lines().find_map(|l| l.strip_prefix(field)).unwrap();
+    line.trim_start_matches(':').trim().trim_end_matches(" kB").parse().unwrap()
+}
+
 /// Memory and idle CPU of an agent that has nothing to do.
 fn settled(agent: &Process, report: &mut Report, peers: u32, most: f64) {
     let pid = agent.0.id();
     std::thread::sleep(Duration::from_secs(2));
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let kb = |field: &str| {
-        let line = status.lines().find_map(|l| l.strip_prefix(field)).unwrap();
-        line.trim_start_matches(':').trim().trim_end_matches(" kB").parse::<f64>().unwrap()
-    };
-    let rss = kb("VmRSS");
+    let rss = kb(agent, "VmRSS");
     if peers >= 10_000 {
         report.at_most(&format!("{peers} peers, resident memory (MB)"), &[rss / 1024.0], 25.0);
     } else {
         report.note(&format!("{peers} peers, resident memory (MB)"), &[rss / 1024.0]);
     }
-    report.note("of it the program's own pages, not shared with its file (MB)", &[kb("RssAnon") / 1024.0]);
+    report.note("of it the program's own pages, not shared with its file (MB)", &[kb(agent, "RssAnon") / 1024.0]);
     let busy = || {
         let ns = |t: std::fs::DirEntry| std::fs::read_to_string(t.path().join("schedstat")).unwrap_or_default();
         let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();

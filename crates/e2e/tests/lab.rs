@@ -466,8 +466,15 @@ fn each_entry_altered_while_the_agent_is_held_changes_the_explanation() {
         let fdb = lab.run("exec node1 -- bridge fdb show dev flannel.1");
         let mac = fdb.lines().find(|l| l.contains("10.168.0.3")).unwrap().split_whitespace().next().unwrap().to_owned();
         let route = "10.1.16.0/24 via 10.1.16.0 dev flannel.1 proto 116 onlink";
+        let refuses = |kind: &str, says: &'static str| {
+            let [fault, mend] = ["add", "del"].map(|verb| format!("ip route {verb} {kind} 10.1.16.3"));
+            (fault, mend, "node1", "route-refuses", says)
+        };
         // What is typed on node1 and where the path then ends, the last one last: it stays for the agent.
         for (fault, mend, place, code, says) in [
+            refuses("unreachable", "errno 113"),
+            refuses("prohibit", "errno 13"),
+            refuses("blackhole", "errno 22"),
             // The default route takes it to the underlay, which is no router.
             (
                 format!("ip route del {route}"),

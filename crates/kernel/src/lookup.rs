@@ -67,10 +67,8 @@ impl Router {
         );
         match asked {
             Ok(()) => Ok(answer),
-            // ENETUNREACH, EHOSTUNREACH, EINVAL (blackhole), EACCES (prohibit): the tables say no.
-            Err(e) if [libc::ENETUNREACH, libc::EHOSTUNREACH, libc::ESRCH].contains(&e.raw_os_error().unwrap_or(0)) => {
-                Ok(None)
-            }
+            // EHOSTUNREACH (unreachable), EINVAL (blackhole) and EACCES (prohibit) are what a route says.
+            Err(e) if [libc::ENETUNREACH, libc::ESRCH].contains(&e.raw_os_error().unwrap_or(0)) => Ok(None),
             Err(e) => Err(KernelError::new(&format!("look up the route to {}", question.dst), e)),
         }
     }
