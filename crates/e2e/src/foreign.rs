@@ -26,13 +26,29 @@ pub enum Foreign {
     KubeProxy,
 }
 
+/// What `twill agent --check` asks to be opened between all nodes, and the store's, in the words of firewalld.
+pub const OPEN: [&str; 3] = ["--add-port=8472/udp", "--add-port=8285/udp", "--add-port=2379/tcp"];
+
 /// Programs that run as long as this lives; rules stay.
-#[derive(Debug)]
-pub struct Running(Vec<Child>);
+#[derive(Debug, Default)]
+pub struct Running {
+    children: Vec<Child>,
+    /// firewalld's bus.
+    bus: String,
+}
+
+impl Running {
+    /// `firewall-cmd WORDS`, which must work.
+    pub fn ask(&self, host: &Host, words: &[&str]) {
+        let mut command = host.command("firewall-cmd");
+        let out = command.args(words).env("DBUS_SYSTEM_BUS_ADDRESS", &self.bus).output().unwrap();
+        assert!(out.status.success(), "{words:?}: {out:?}");
+    }
+}
 
 impl Drop for Running {
     fn drop(&mut self) {
-        for child in self.0.iter_mut().rev() {
+        for child in self.children.iter_mut().rev() {
             let _ = kill_process(Pid::from_child(child), Signal::TERM);
             let _ = child.wait();
         }
@@ -93,13 +109,13 @@ impl Foreign {
                     host.run(&format!("{program} -A FORWARD -m conntrack --ctstate INVALID -j DROP"));
                     host.run(&format!("{program} -P FORWARD DROP"));
                 }
-                Running(Vec::new())
+                Running::default()
             }
             Foreign::IptablesLegacy => {
                 for program in ["iptables-legacy", "ip6tables-legacy"] {
                     host.run(&format!("{program} -w -P FORWARD DROP"));
                 }
-                Running(Vec::new())
+                Running::default()
             }
             Foreign::KubeProxy => {
                 for (ip, header, network, services) in [
@@ -112,7 +128,7 @@ impl Foreign {
                     child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
                     assert!(child.wait().unwrap().success(), "{text}");
                 }
-                Running(Vec::new())
+                Running::default()
             }
             Foreign::Firewalld => firewalld(host, dir),
             Foreign::Docker => docker(host, dir, "nft"),
@@ -139,17 +155,17 @@ fn firewalld(host: &Host, dir: &Path) -> Running {
     let address = format!("unix:path={}", bus.display());
     let mut command = host.command("dbus-daemon");
     command.arg(format!("--config-file={}", config.display())).args(["--nofork", "--nopidfile"]);
-    let mut all = Running(vec![quiet(command)]);
+    let mut all = Running { children: vec![quiet(command)], bus: address.clone() };
     eventually("the bus listens", || if bus.exists() { Ok(()) } else { Err(()) });
     let mut command = host.command("firewalld");
     command.args(["--nofork", "--nopid", "--system-config"]).arg(dir.join("firewalld"));
     command.arg("--log-file").arg(dir.join("firewalld.log")).env("DBUS_SYSTEM_BUS_ADDRESS", &address);
     std::fs::create_dir_all(dir.join("firewalld")).unwrap();
-    all.0.push(quiet(command));
-    // What `twill agent --check` asks to be opened between all nodes, and the store's, as an admin opens them.
+    all.children.push(quiet(command));
+    // As an admin opens them.
     eventually("firewalld opens the ports", || {
         let mut command = host.command("firewall-cmd");
-        command.args(["--add-port=8472/udp", "--add-port=8285/udp", "--add-port=2379/tcp"]);
+        command.args(OPEN);
         let out = command.env("DBUS_SYSTEM_BUS_ADDRESS", &address).output().unwrap();
         if out.status.success() { Ok(()) } else { Err(out) }
     });
@@ -180,7 +196,7 @@ fn docker(host: &Host, dir: &Path, back_end: &str) -> Running {
     command.env("PATH", path);
     let log = std::fs::File::create(home.join("log")).unwrap();
     let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
-    let running = Running(vec![child]);
+    let running = Running { children: vec![child], bus: String::new() };
     eventually("dockerd answers", || {
         let mut command = Command::new("docker");
         let out = command.arg("--host").arg(format!("unix://{}", socket.display())).arg("info").output().unwrap();

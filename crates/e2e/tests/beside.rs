@@ -236,9 +236,17 @@ fn firewalld_that_rejects_gets_our_accepts_whoever_starts_first() {
     let agent = site.node.agent("--subnet 10.1.15.0/24");
     site.plug();
     site.peer();
-    let _firewalld = Foreign::Firewalld.start(host, dir.path());
+    let firewalld = Foreign::Firewalld.start(host, dir.path());
     accepted();
     passes(&site);
+    // It writes its tables anew.
+    for how in ["--reload", "--complete-reload"] {
+        firewalld.ask(host, &[how]);
+        accepted();
+        // A reload forgets what was not written down.
+        firewalld.ask(host, &twill_e2e::foreign::OPEN);
+        passes(&site);
+    }
     // The agent starts beside a firewalld that is there, and finds its rules as it left them.
     assert_eq!(agent.end(Signal::TERM), Some(0));
     let before = ruleset(host);

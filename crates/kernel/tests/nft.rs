@@ -136,7 +136,13 @@ fn table() -> impl Strategy<Value = Table> {
             ("inner", None, inner),
         ];
         let chains = chains.map(|(name, base, rules)| (name.into(), Chain { base, rules }));
-        Table { name: TableName::twill(), comment: Some(policy::TAG.into()), sets, chains: chains.into() }
+        Table {
+            name: TableName::twill(),
+            comment: Some(policy::TAG.into()),
+            dormant: false,
+            sets,
+            chains: chains.into(),
+        }
     })
 }
 

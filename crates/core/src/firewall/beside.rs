@@ -90,7 +90,7 @@ pub fn roots(table: &TableName, chains: &BTreeMap<Box<str>, Option<Base>>) -> Ve
 
 /// What of ours, and of flannel's, stands in somebody else's table.
 pub fn found_in(table: &Table) -> Vec<Object> {
-    if table.name.is_twills() {
+    if table.is_ours() {
         return Vec::new();
     }
     let mut found = Vec::new();
@@ -131,10 +131,10 @@ pub fn heads(networks: &[Prefix], have: &HostState) -> Vec<Object> {
     heads
 }
 
-/// Tables that are neither ours nor flannel's.
+/// Tables that are neither ours nor flannel's, and in force.
 fn foreign_tables(have: &HostState) -> impl Iterator<Item = &Table> {
     have.iter().filter_map(|(_, object)| match object {
-        Object::Table(table) if !table.is_ours() && !is_flannels(&table.name) => Some(&**table),
+        Object::Table(table) if !table.is_ours() && !is_flannels(&table.name) && !table.dormant => Some(&**table),
         _ => None,
     })
 }

@@ -65,6 +65,9 @@ pub struct Table {
     pub name: TableName,
     /// What `nft` shows as `comment`: by this a table is known as ours.
     pub comment: Option<Box<str>>,
+    /// Nothing in it is in force (`flags dormant`).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub dormant: bool,
     /// Sets of addresses by name; of others' tables they are not read.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub sets: BTreeMap<Box<str>, Set>,
@@ -320,7 +323,8 @@ impl Table {
     /// True when nothing but the elements of sets tells the two apart.
     pub fn differs_in_elements(&self, other: &Table) -> bool {
         let kinds = |table: &Table| table.sets.iter().map(|(name, set)| (name.clone(), set.v4)).collect::<Vec<_>>();
-        (&self.name, &self.comment, &self.chains) == (&other.name, &other.comment, &other.chains)
+        (&self.name, &self.comment, self.dormant, &self.chains)
+            == (&other.name, &other.comment, other.dormant, &other.chains)
             && kinds(self) == kinds(other)
     }
 

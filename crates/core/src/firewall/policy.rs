@@ -84,7 +84,7 @@ impl Policy {
         add("leaving", ChainKind::Nat, Hook::Postrouting, SRCNAT, self.masquerade());
         let peers = |at: SocketAddr| (PEERS.into(), Set { v4: at.is_ipv4(), ..Set::default() });
         let sets = self.socket.into_iter().map(peers).collect();
-        Table { name: TableName::twill(), comment: Some(TAG.into()), sets, chains }
+        Table { name: TableName::twill(), comment: Some(TAG.into()), dormant: false, sets, chains }
     }
 
     fn subnet(&self, network: &Prefix) -> Option<&Prefix> {

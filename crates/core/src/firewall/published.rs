@@ -59,8 +59,13 @@ pub fn table<'a>(attached: impl IntoIterator<Item = &'a Request>) -> Option<Tabl
     add("loopback", base(ChainKind::Filter, Hook::Input, FILTER), guarded.into_iter().map(guard).collect());
     led.append(&mut beyond);
     add("leaving", base(ChainKind::Nat, Hook::Postrouting, SRCNAT), led);
-    let table =
-        |chains| Table { name: TableName::twill_cni(), comment: Some(TAG.into()), sets: BTreeMap::new(), chains };
+    let table = |chains| Table {
+        name: TableName::twill_cni(),
+        comment: Some(TAG.into()),
+        dormant: false,
+        sets: BTreeMap::new(),
+        chains,
+    };
     (!chains.is_empty()).then(|| table(chains))
 }
 

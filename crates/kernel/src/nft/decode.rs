@@ -27,11 +27,12 @@ pub(super) fn body(payload: &[u8]) -> Option<(Family, &[u8])> {
     Some((family, payload.get(4..)?))
 }
 
-/// A table's name and comment.
-pub(super) fn table(payload: &[u8]) -> Option<(TableName, Option<Box<str>>)> {
+/// A table's name and comment, and whether it is dormant.
+pub(super) fn table(payload: &[u8]) -> Option<(TableName, Option<Box<str>>, bool)> {
     let (family, body) = body(payload)?;
     let name = text(attr(body, table::NAME)?)?;
-    Some((TableName::new(family, name), attr(body, table::USERDATA).and_then(comment)))
+    let dormant = number(body, table::FLAGS).is_some_and(|flags| flags & table::DORMANT != 0);
+    Some((TableName::new(family, name), attr(body, table::USERDATA).and_then(comment), dormant))
 }
 
 /// A chain's table, name and base.

@@ -39,6 +39,7 @@ pub(crate) struct Nft {
 /// A table before its rules are read: what it is known by, and where its chains are entered.
 struct Frame {
     comment: Option<Box<str>>,
+    dormant: bool,
     bases: BTreeMap<Box<str>, Option<Base>>,
 }
 
@@ -80,9 +81,9 @@ impl Nft {
             msg::GET_TABLE,
             |w| w.put(&header(0)),
             |m| {
-                let table = decode::table(m.payload).filter(|(name, _)| which(name));
-                if let Some((name, comment)) = table {
-                    found.insert(name, Frame { comment, bases: BTreeMap::new() });
+                let table = decode::table(m.payload).filter(|(name, ..)| which(name));
+                if let Some((name, comment, dormant)) = table {
+                    found.insert(name, Frame { comment, dormant, bases: BTreeMap::new() });
                 }
             },
         )?;
@@ -97,7 +98,7 @@ impl Nft {
             },
         )?;
         let mut tables = Vec::new();
-        for (name, Frame { comment, bases }) in found {
+        for (name, Frame { comment, dormant, bases }) in found {
             let mut todo = beside::roots(&name, &bases);
             if todo.is_empty() && !name.is_twills() && !beside::is_flannels(&name) {
                 continue;
@@ -118,7 +119,7 @@ impl Nft {
                 chains.insert(chain.clone(), Chain { base: bases.get(&chain).copied().flatten(), rules });
             }
             let sets = if name == TableName::twill() { self.sets(&name, &mut whole)? } else { BTreeMap::new() };
-            tables.push(Table { name, comment, sets, chains });
+            tables.push(Table { name, comment, dormant, sets, chains });
         }
         Ok(whole.then_some(tables))
     }

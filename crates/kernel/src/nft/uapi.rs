@@ -32,7 +32,10 @@ pub(super) mod msg {
 /// NFTA_TABLE_*.
 pub(super) mod table {
     pub(in super::super) const NAME: u16 = 1;
+    pub(in super::super) const FLAGS: u16 = 2;
     pub(in super::super) const USERDATA: u16 = 6;
+    /// NFT_TABLE_F_DORMANT.
+    pub(in super::super) const DORMANT: u32 = 1;
 }
 
 /// NFTA_CHAIN_*, NFTA_HOOK_*.
