@@ -365,8 +365,11 @@ fn bytes(packet: &Packet, number: u16) -> Vec<u8> {
 
 /// The source of a packet that carries this number to this destination.
 fn source(bytes: &[u8], number: u16, v4: bool) -> Option<IpAddr> {
-    let (at, len, udp) = if v4 { (12, 4, 20) } else { (8, 16, 40) };
-    let same = bytes[0] >> 4 == if v4 { 4 } else { 6 } && bytes.get(udp + 2..udp + 4)? == number.to_be_bytes();
+    let (protocol, at, len, udp) = if v4 { (9, 12, 4, 20) } else { (6, 8, 16, 40) };
+    // The node tells of a better way (ICMP), and then a checksum stands where the port does.
+    let same = bytes[0] >> 4 == if v4 { 4 } else { 6 }
+        && bytes.get(protocol) == Some(&17)
+        && bytes.get(udp + 2..udp + 4)? == number.to_be_bytes();
     let address = &bytes[at..at + len];
     same.then(|| match v4 {
         true => IpAddr::from(<[u8; 4]>::try_from(address).unwrap()),
