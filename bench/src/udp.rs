@@ -1,5 +1,6 @@
 //! The udp backend beside kernel VXLAN, host routes, the bare underlay and a naive tunnel: every round measures all of them in turn.
 
+mod flannel;
 mod flood;
 mod load;
 mod many;
@@ -26,6 +27,9 @@ pub(crate) fn run(rounds: usize, wants: impl Fn(&str) -> bool, report: &mut Repo
     }
     if wants("udp-rtt") {
         rtt(&nets, rounds, report);
+    }
+    if wants("udp-flannel") {
+        flannel::run(&nets, rounds, report);
     }
     if wants("udp-many") {
         many::run(&nets, rounds, report);

@@ -79,7 +79,7 @@ impl Cluster {
     }
 
     fn flannel(&self, n: usize) -> Daemon {
-        flanneld(&self.nodes[n], STORE, &self.dir.path().join(&self.nodes[n].name), "")
+        flanneld("flanneld", &self.nodes[n], STORE, &self.dir.path().join(&self.nodes[n].name), "")
     }
 
     /// Starts our agent on what is there, and waits until nothing is left for it to do.

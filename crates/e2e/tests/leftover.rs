@@ -330,7 +330,7 @@ fn flannels_tables_in_nftables() {
 fn after_flannel(config: &str, programs: &[&str], shown: impl Fn(&Host) -> String) {
     let Some((site, dir)) = site(&[&["flanneld"], programs].concat()) else { return };
     site.node.put("config", config);
-    let flannel = flanneld(&site.node.host, "http://127.0.0.1:2379", dir.path(), "--ip-masq");
+    let flannel = flanneld("flanneld", &site.node.host, "http://127.0.0.1:2379", dir.path(), "--ip-masq");
     eventually("flannel's rules stand", || {
         let rules = shown(&site.node.host);
         let there =
