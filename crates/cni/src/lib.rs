@@ -30,14 +30,13 @@ pub type Said = Result<String, String>;
 
 /// Runs one call: the environment says which, stdin is the configuration.
 pub fn run(vars: Vars<'_>, stdin: &[u8]) -> Said {
-    let version = conf::version_of(stdin);
-    answer(vars, stdin, &version).map_err(|error| error.to_json(&version))
+    answer(vars, stdin).map_err(|error| error.to_json(&conf::version_of(stdin)))
 }
 
-fn answer(vars: Vars<'_>, stdin: &[u8], version: &str) -> Result<String, CniError> {
+fn answer(vars: Vars<'_>, stdin: &[u8]) -> Result<String, CniError> {
     let verb = env::verb(vars)?;
     if verb == Verb::Version {
-        return Ok(Version::list(version));
+        return Ok(Version::list(&conf::version_of(stdin)));
     }
     let conf = conf::Conf::parse(stdin)?;
     match verb {
@@ -46,6 +45,6 @@ fn answer(vars: Vars<'_>, stdin: &[u8], version: &str) -> Result<String, CniErro
         Verb::Check => verb::check::run(conf, &Target::read(vars)?),
         Verb::Status => verb::status::run(&conf),
         Verb::Gc => verb::gc::run(&conf),
-        Verb::Version => Ok(Version::list(version)),
+        Verb::Version => Ok(Version::list(conf.version.as_str())),
     }
 }

@@ -304,6 +304,80 @@ fn what_is_no_host_port_is_refused_and_leaves_nothing_behind() {
     assert_eq!(a.json("link").as_array().unwrap().len(), 1);
 }
 
+/// One after the other, as a runtime calls a chain: each with what the one before has answered, DEL from the end.
+fn chain(runtime: &Runtime, verb: &str, confs: &[Value], container: &Host, mut prev: Value) -> Value {
+    let mut confs = confs.to_vec();
+    if verb == "DEL" {
+        confs.reverse();
+    }
+    for mut conf in confs {
+        conf["cniVersion"] = json!("1.0.0");
+        conf["name"] = json!("net");
+        if !prev.is_null() {
+            conf["prevResult"] = prev.clone();
+        }
+        let name = conf["type"].as_str().unwrap();
+        let program = if name == "twill-cni" { bin(name) } else { Path::new(REFERENCE).join(name) };
+        let call = Call { verb, conf: &conf, id: "a", netns: Some(netns(container)), args: "" };
+        let said = runtime.finish(runtime.command(&program, &call), &conf);
+        let said = said.unwrap_or_else(|e| panic!("{verb} by {name}: {e:#}"));
+        if verb == "ADD" {
+            prev = said;
+        }
+    }
+    prev
+}
+
+/// Where Debian puts the reference plugins.
+const REFERENCE: &str = "/usr/lib/cni";
+
+#[test]
+fn debians_portmap_bandwidth_firewall_and_tuning_work_behind_ours() {
+    let Some(place) = place() else { return };
+    if !["iptables", "tc"].iter().all(|program| installed(program)) {
+        return;
+    }
+    if !Path::new(REFERENCE).join("firewall").exists() {
+        return println!("SKIP: containernetworking-plugins is not installed");
+    }
+    let Place { runtime, outside, a, .. } = &place;
+    let host = &runtime.host;
+    let _server = serve(outside, "outside", 7000);
+    outside.ip("route add 10.1.15.0/24 via 10.168.0.2");
+    host.run("iptables -P FORWARD DROP");
+    let ours = runtime.conf("1.0.0", json!({}));
+    let rate = 8_000_000;
+    let confs = [
+        ours.clone(),
+        json!({"type": "portmap", "snat": true, "runtimeConfig": {"portMappings": [port(8080, 80, "tcp")]}}),
+        json!({"type": "bandwidth", "ingressRate": rate, "ingressBurst": rate, "egressRate": rate, "egressBurst": rate}),
+        json!({"type": "firewall", "backend": "iptables"}),
+        json!({"type": "tuning", "sysctl": {"net.ipv4.conf.eth0.log_martians": "1"}}),
+    ];
+    // Ours alone: the host lets nothing through.
+    let said = chain(runtime, "ADD", &confs[..1], a, Value::Null);
+    assert!(ask(a, "tcp", "10.168.0.3", 7000).is_err());
+    chain(runtime, "DEL", &confs[..1], a, said);
+    let said = chain(runtime, "ADD", &confs, a, Value::Null);
+    answers(a, "tcp", "10.168.0.3", 7000, "outside 10.1.15.3");
+    host.run("iptables -P FORWARD ACCEPT");
+    answers(outside, "tcp", "10.168.0.2", 8080, "a 10.168.0.3");
+    let pair = said["interfaces"][1]["name"].as_str().unwrap();
+    let shown: Value = serde_json::from_str(&host.run(&format!("tc -j qdisc show dev {pair}"))).unwrap();
+    let bucket =
+        shown.as_array().unwrap().iter().find(|qdisc| qdisc["kind"] == "tbf").unwrap_or_else(|| panic!("{shown:#}"));
+    assert_eq!(bucket["options"]["rate"], rate / 8);
+    assert_eq!(runtime.links().len(), 5, "lo, eth0, cni0, the pair, and bandwidth's for the other direction");
+    assert_eq!(a.run("cat /proc/sys/net/ipv4/conf/eth0/log_martians").trim(), "1");
+    // Debian's portmap looks for IPv4's rules in IPv6's table: it never passes.
+    let checked: Vec<Value> = confs.iter().filter(|conf| conf["type"] != "portmap").cloned().collect();
+    chain(runtime, "CHECK", &checked, a, said.clone());
+    chain(runtime, "DEL", &confs, a, said);
+    assert!(ask(outside, "tcp", "10.168.0.2", 8080).is_err());
+    assert!(!host.run("iptables-save").contains("10.1.15.3"), "firewall and portmap have taken their rules back");
+    assert_eq!((runtime.links(), runtime.held()), (["lo", "eth0", "cni0"].map(str::to_owned).to_vec(), vec![]));
+}
+
 #[test]
 fn many_at_once_lose_no_host_port() {
     let Some(place) = place() else { return };

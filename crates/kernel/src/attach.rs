@@ -80,9 +80,26 @@ fn open(want: &Desired, depth: Depth) -> Result<LinuxKernel, KernelError> {
     LinuxKernel::open(interest(want, depth, &[]))
 }
 
-/// Looks at everything from now on.
+/// Reads the calling thread's namespace, a container's: a new one has no device yet, and then no route.
+fn open_inside(want: &Desired) -> Result<LinuxKernel, KernelError> {
+    let mut kernel = open(want, Depth::Links)?;
+    if has_devices(kernel.mirror()) {
+        widen(&mut kernel)?;
+    }
+    Ok(kernel)
+}
+
+/// More than the loopback device.
+fn has_devices(have: &HostState) -> bool {
+    have.iter().any(|(_, o)| matches!(o, Object::Link(link) if link.kind != loopback_kind()))
+}
+
+/// Reads everything, now and from now on.
 fn widen(kernel: &mut LinuxKernel) -> Result<(), KernelError> {
-    kernel.set_interest(Interest { links: None, ..kernel.interest().clone() })
+    let is = kernel.interest();
+    let depth = if is.depth == Depth::Links { Depth::Routes } else { is.depth };
+    let wide = Interest { links: None, depth, ..is.clone() };
+    if *kernel.interest() == wide { kernel.read(Scope::All) } else { kernel.set_interest(wide) }
 }
 
 /// What was done in a namespace, so that it can be taken back.
@@ -133,7 +150,7 @@ fn settle(
         tries += 1;
         match plan.steps.iter().zip(outcome.steps).find_map(|(step, result)| Some((step, result.err()?))) {
             None => return Ok(()),
-            Some((_, StepError::Refused { errno, .. })) if tries < TRIES && raced(errno) => kernel.read(Scope::All)?,
+            Some((_, StepError::Refused { errno, .. })) if tries < TRIES && raced(errno) => widen(kernel)?,
             Some((step, cause)) => {
                 return Err(Failed::Step { act: format!("{} {}", step.op.verb(), step.op.object()), cause });
             }
@@ -143,7 +160,7 @@ fn settle(
 
 /// Brings the calling thread's namespace to what is wanted.
 pub fn make(want: &Desired) -> Result<(), Failed> {
-    let mut kernel = open(want, Depth::Routes)?;
+    let mut kernel = open(want, Depth::Whole)?;
     let mut done = Done::default();
     settle(&mut kernel, &mut done, |_| Ok(want.clone())).map_err(|failed| undo(&mut kernel, done, failed))
 }
@@ -216,7 +233,7 @@ pub fn attach(container: &Netns, request: &Request) -> Result<Attached, Failed> 
     };
     // Of this container, and not written down: what a killed attach has left. Its other end goes with it.
     delete(&mut host, request.host_device)?;
-    let inside = container.visit(|| open(&request.container_before(), Depth::Routes))??;
+    let inside = container.visit(|| open_inside(&request.container_before()))??;
     let mut attached = Attached { host, on_host: Done::default(), inside: (inside, Done::default()) };
     match attached.make(container, request) {
         Ok(()) => Ok(attached),
@@ -239,6 +256,9 @@ impl Attached {
             inside.read(Scope::Keys(&[Key::Link(request.ifname)].into()))?;
             settle(inside, in_it, |_| Ok(side.clone()))
         })??;
+        // As the kernel has made them; a bridge may have its MAC from a port.
+        let made = request.bridge.into_iter().chain([request.host_device]).map(Key::Link).collect();
+        host.read(Scope::Keys(&made))?;
         // What forwards is not taken back: other containers may need it by now.
         settle(host, &mut Done::default(), |_| Ok(request.forwarding()))
     }
@@ -246,10 +266,10 @@ impl Attached {
     /// Takes back what was done, but a bridge that somebody uses by now; told is everything that failed.
     pub fn take_back(self, container: &Netns) -> Result<(), Failed> {
         let Self { mut host, on_host, inside: (mut inside, in_it) } = self;
-        let stale = widen(&mut host).and_then(|()| host.read(Scope::All)).err().map(Failed::from);
+        let stale = widen(&mut host).err().map(Failed::from);
         let mut failures: Vec<Failed> = stale.into_iter().chain(take_back(&mut host, on_host)).collect();
         // A container that has ended has nothing to take back.
-        let emptied = container.visit(|| match inside.read(Scope::All) {
+        let emptied = container.visit(|| match widen(&mut inside) {
             Err(error) => vec![error.into()],
             Ok(()) => take_back(&mut inside, in_it),
         });
@@ -262,7 +282,7 @@ impl Attached {
 /// has no such file.
 fn before(request: &Request, have: &HostState) -> Desired {
     let mut want = request.container_before();
-    let others = have.iter().any(|(_, o)| matches!(o, Object::Link(link) if link.kind != loopback_kind()));
+    let others = has_devices(have);
     want.host.retain(|_, object| match object {
         Object::Sysctl { path, value } => {
             let for_this_one = &**value == "0" && path.contains("/default/");

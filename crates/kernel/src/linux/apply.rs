@@ -214,15 +214,10 @@ impl<'a> Applier<'a> {
     fn done(&mut self, step: usize) {
         let op = &self.plan.steps[step].op;
         match op {
-            Op::Delete(object @ Object::Link(_)) if self.kernel.monitor.is_none() => self.kernel.forget_link(object),
-            op if let Object::Link(link) = op.object() => {
-                // Index, MAC and cascades come with the link's own messages; a bridge may have its MAC from a port.
-                let told = match self.kernel.monitor {
-                    Some(_) => self.kernel.absorb(),
-                    None => {
-                        [Some(link.name), link.master].into_iter().flatten().try_for_each(|n| self.kernel.read_link(n))
-                    }
-                };
+            op if matches!(op.object(), Object::Link(_)) => {
+                // Index, MAC and cascades come with the link's own messages; without them it is taken to be as asked for.
+                let told =
+                    if self.kernel.monitor.is_some() { self.kernel.absorb() } else { self.kernel.take_as_asked(op) };
                 self.stale.all |= told.is_err();
             }
             Op::Delete(Object::Route(gone)) => remove_entries(&mut self.kernel.mirror, gone),

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io;
 
+use rustix::net::netdevice::name_to_index;
 use twill_core::firewall::beside;
 use twill_core::host::{Fdb, HostState, Key, LinkKind, Object, Route, TABLE_LOCAL};
 use twill_core::net::LinkName;
@@ -184,10 +185,8 @@ impl LinuxKernel {
         let mut found = Vec::new();
         match self.requests.ask(rtm::GETLINK, fill, |m| found = m.payload.to_vec()) {
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {
-                if let Some(gone) = self.mirror.link(name).cloned() {
-                    self.forget_link(&Object::Link(Box::new(gone)));
-                }
-                return Ok(());
+                let gone = self.mirror.link(name).cloned();
+                return gone.map_or(Ok(()), |gone| self.take_as_asked(&Op::Delete(Object::Link(Box::new(gone)))));
             }
             answered => answered?,
         }
@@ -196,12 +195,19 @@ impl LinuxKernel {
         Ok(())
     }
 
-    /// A link is gone, and all that stood on it.
-    pub(super) fn forget_link(&mut self, gone: &Object) {
-        if let Some(index) = gone.key().link().and_then(|name| self.names.index(name)) {
-            self.names.remove(index);
+    /// A link was made, changed or deleted. To read it at once would cost the kernel a wait: the other end of a pair is not up yet, and
+    /// who asks for a link without a carrier has its queues stopped first (net/core/rtnetlink.c `rtnl_getlink`).
+    pub(super) fn take_as_asked(&mut self, op: &Op) -> io::Result<()> {
+        effect(&mut self.mirror, op);
+        let Some(name) = op.object().key().link() else { return Ok(()) };
+        match (op, self.names.index(name)) {
+            (Op::Delete(_), Some(index)) => drop(self.names.remove(index)),
+            (Op::Create(_) | Op::Recreate { .. }, _) => {
+                self.names.insert(name_to_index(&self.requests, name.as_str())?, name)
+            }
+            _ => {}
         }
-        effect(&mut self.mirror, &Op::Delete(gone.clone()));
+        Ok(())
     }
 
     fn dump_addrs(&mut self, fresh: &mut HostState) -> io::Result<bool> {

@@ -141,6 +141,9 @@ impl Encoder<'_> {
         let w = &mut *self.writer;
         w.text(ifla::IFNAME, link.name.as_str());
         link_attrs(w, link, master);
+        if matches!(link.kind, LinkKind::Veth { .. }) {
+            one_queue(w);
+        }
         match &link.kind {
             LinkKind::Vxlan(vxlan) => {
                 w.nest(ifla::LINKINFO, |w| {
@@ -154,6 +157,7 @@ impl Encoder<'_> {
                 w.nest(ifla::INFO_DATA, |w| {
                     w.nest(ifla::VETH_PEER, |w| {
                         w.put(&[0; 16]);
+                        one_queue(w);
                         if let Some(peer) = peer {
                             w.text(ifla::IFNAME, peer.as_str());
                         }
@@ -405,6 +409,13 @@ impl Encoder<'_> {
 /// The kernel replaces the host of unicast entries only (`vxlan_fdb_update_existing`); they have one.
 fn replaceable(fdb: &Fdb) -> bool {
     fdb.port.is_some() || (fdb.mac.is_unicast() && fdb.dst.as_slice().len() <= 1)
+}
+
+/// A pair uses one queue for each direction. The kernel would make one for each CPU, and then wait for all of them while it takes the
+/// others out of use (drivers/net/veth.c `veth_init_queues`).
+fn one_queue(w: &mut Writer) {
+    w.attr(ifla::NUM_TX_QUEUES, &1u32.to_ne_bytes());
+    w.attr(ifla::NUM_RX_QUEUES, &1u32.to_ne_bytes());
 }
 
 fn link_attrs(w: &mut Writer, link: &Link, master: Option<u32>) {
