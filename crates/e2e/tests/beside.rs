@@ -60,6 +60,28 @@ fn iptables_that_drops_gets_our_accepts_repaired_and_removed() {
     accepts(host, "DOCKER-USER", true);
     accepts(host, "FORWARD", false);
     passes(&site);
+    // What drops before it, or without it, is not answered from there.
+    for rule in ["-s 10.1.0.0/16 -j DROP", "-j guard"] {
+        if rule == "-j guard" {
+            host.run("iptables-nft -N guard");
+            host.run("iptables-nft -A guard -d 10.1.0.0/16 -j REJECT");
+        }
+        host.run(&format!("iptables-nft -I FORWARD {rule}"));
+        accepts(host, "FORWARD", true);
+        accepts(host, "DOCKER-USER", false);
+        passes(&site);
+        host.run(&format!("iptables-nft -D FORWARD {rule}"));
+        accepts(host, "DOCKER-USER", true);
+        accepts(host, "FORWARD", false);
+    }
+    host.run("iptables-nft -I FORWARD -i docker0 -j DOCKER-USER");
+    host.run("iptables-nft -D FORWARD -j DOCKER-USER");
+    accepts(host, "FORWARD", true);
+    passes(&site);
+    host.run("iptables-nft -I FORWARD -j DOCKER-USER");
+    host.run("iptables-nft -D FORWARD -i docker0 -j DOCKER-USER");
+    accepts(host, "DOCKER-USER", true);
+    accepts(host, "FORWARD", false);
     assert_eq!(site.node.twill_json("plan")["steps"], serde_json::json!([]));
     // A firewall that drops nothing needs nothing.
     host.run("iptables-nft -F FORWARD");

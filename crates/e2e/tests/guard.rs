@@ -112,6 +112,42 @@ fn nobody_comes_through_the_tunnel_with_an_address_of_this_nodes() {
 }
 
 #[test]
+fn a_udp_tunnel_takes_no_address_of_this_nodes_from_a_peer_in_either_family() {
+    let Some((site, _dir)) = site("udp") else { return };
+    let _agent = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
+    site.plug();
+    site.plug6();
+    let lease = json!({"PublicIP": "10.168.0.3", "PublicIPv6": "fd00:168::3"});
+    site.node.put("subnets/10.1.40.0-24&fd00:1:0:28::-64", &lease.to_string());
+    let tunnel = |what: &str| {
+        let tunnel = &site.node.status()["tunnel"];
+        if what == "received" {
+            return tunnel["received"]["packets"].as_u64().unwrap();
+        }
+        let drops = tunnel["drops"].as_array().cloned().unwrap_or_default();
+        drops.iter().find(|drop| drop["cause"] == what).map_or(0, |drop| drop["packets"].as_u64().unwrap())
+    };
+    // IPv6, IPv4: header and a UDP datagram of one byte.
+    let six = |from: &str| format!("60000000000911 40{from}fd000001 0000000f 0000000000000002 a55a a55a0009000058");
+    let four = |from: &str, sum: &str| format!("4500001d000100004011{sum}{from}0a010f02 a55aa55a0009000058");
+    for (packet, what) in [
+        (six("fd000001 0000000f 0000000000000009"), "wrong-source"),
+        (six("fd000001 00000028 0000000000000002"), "received"),
+        (four("0a010f09", "48c3"), "wrong-source"),
+        (four("0a012802", "2fca"), "received"),
+    ] {
+        let (packet, before) = (packet.replace(' ', ""), tunnel(what));
+        eventually(&format!("{packet}: {what}"), || {
+            site.node
+                .other
+                .run(&format!("{} packet 10.168.0.3:5555 10.168.0.2:8285 {packet}", env!("CARGO_BIN_EXE_wire")));
+            let now = tunnel(what);
+            if now > before { Ok(()) } else { Err((now, site.node.status())) }
+        });
+    }
+}
+
+#[test]
 fn containers_of_a_subnet_that_was_taken_away_run_on_and_are_fenced_off() {
     for backend in ["vxlan", "udp"] {
         let Some((site, _dir)) = site(backend) else { return };

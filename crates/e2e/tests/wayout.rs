@@ -248,6 +248,34 @@ fn a_kernel_without_nf_tables_is_named_and_the_network_goes_on() {
 }
 
 #[test]
+fn no_program_is_started_for_the_firewall() {
+    let Some((site, _dir)) = site() else { return };
+    if !["strace", "iptables-nft"].iter().all(|program| installed(program)) {
+        return;
+    }
+    let host = &site.node.host;
+    let agent = site.node.agent("--subnet 10.1.15.0/24");
+    let before = ruleset(host);
+    let mut command = host.command("strace");
+    command.args(["-f", "-e", "trace=execve,execveat,sendto,sendmsg", "-p", &agent.pid().to_string()]);
+    let trace = std::fs::File::create(site.node.file("strace.log")).unwrap();
+    let mut strace = command.stdin(Stdio::null()).stderr(trace).spawn().unwrap();
+    let said = || site.node.log("strace.log");
+    eventually("strace is attached", || if said().contains("attached") { Ok(()) } else { Err(said()) });
+    host.run("nft flush ruleset");
+    eventually("the table is back", || if ruleset(host) == before { Ok(()) } else { Err(ruleset(host)) });
+    host.run("iptables-nft -P FORWARD DROP");
+    eventually("our accepts stand", || {
+        let rules = host.run("iptables-nft -S FORWARD");
+        if rules.matches("--comment twill").count() == 2 { Ok(()) } else { Err(rules) }
+    });
+    let _ = kill_process(Pid::from_child(&strace), Signal::TERM);
+    strace.wait().unwrap();
+    let said = said();
+    assert!(said.contains("NFNL_SUBSYS_NFTABLES") && !said.contains("execve"), "{said}");
+}
+
+#[test]
 fn a_syn_announces_what_the_tunnel_carries_where_that_is_asked_for() {
     let Some((site, _dir)) = both_families() else { return };
     if !installed("busybox") {

@@ -145,11 +145,22 @@ fn enters(chain: &Chain, hook: Hook) -> bool {
 
 /// The chain to stand in, for a base chain that may drop; `None`: it drops nothing.
 fn place<'a>(table: &'a Table, base: &'a str) -> Option<&'a str> {
-    let reached = reached(table, base);
-    let policy = table.chains[base].base.is_some_and(|base| base.drops);
-    let rules = || reached.iter().filter_map(|name| table.chains.get(*name)).flat_map(|chain| &chain.rules);
-    let drops = policy || rules().any(|rule| rule.comment.as_deref() != Some(TAG) && rule.exprs.iter().any(is_drop));
-    drops.then(|| reached.get(DOCKER_USER).copied().unwrap_or(base))
+    let chain = &table.chains[base];
+    let policy = chain.base.is_some_and(|base| base.drops);
+    let first = chain.rules.iter().position(|rule| may_drop(table, rule)).unwrap_or(chain.rules.len());
+    let drops = policy || first < chain.rules.len();
+    // Docker's place for the rules of others, unless a drop stands before it, or not everything passes there.
+    let to_docker = |rule: &Rule| rule.exprs.iter().flat_map(Expr::leads_to).any(|to| &**to == DOCKER_USER);
+    let plain = |rule: &Rule| rule.exprs.iter().all(|expr| matches!(expr, Expr::Counter | Expr::Verdict(_)));
+    let docker = chain.rules.iter().position(|rule| to_docker(rule) && plain(rule)).filter(|at| *at <= first);
+    drops.then(|| if docker.is_some() { DOCKER_USER } else { base })
+}
+
+/// True for a rule of somebody else that drops, or that leads to one.
+fn may_drop(table: &Table, rule: &Rule) -> bool {
+    let drops = |rule: &Rule| rule.comment.as_deref() != Some(TAG) && rule.exprs.iter().any(is_drop);
+    let beyond = rule.exprs.iter().flat_map(Expr::leads_to).flat_map(|to| reached(table, to));
+    drops(rule) || beyond.filter_map(|name| table.chains.get(name)).flat_map(|chain| &chain.rules).any(drops)
 }
 
 /// A chain and all that it leads to.
