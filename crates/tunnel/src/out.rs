@@ -141,27 +141,27 @@ impl Out {
         }
     }
 
-    /// What stands from `start` on goes to a peer: behind what goes there already, where one call can carry both.
+    /// What stands from `start` on goes to a peer: as much as fits behind what goes there already, where one call can carry both.
     fn append(&mut self, peer: usize, start: usize, size: usize) {
-        let len = self.cut.len() - start;
+        let (mut at, end) = (start, self.cut.len());
         let to = self.peers.at(peer).to;
-        let count = len.div_ceil(size);
         if let (Some(last), Some(note)) = (self.batch.last_mut(), self.notes.last_mut()) {
             let whole = last.len % last.segment == 0;
-            let fits = last.len + len <= MAX_BYTES && last.count() + count <= MAX_SEGMENTS;
-            let like = size == last.segment || (count == 1 && size < last.segment);
-            if note.peer == peer && whole && fits && like {
-                last.len += len;
-                note.super_packets += 1;
-                return;
+            let single = end - start <= size;
+            let like = size == last.segment || (single && size < last.segment);
+            if note.peer == peer && whole && like {
+                let room = MAX_SEGMENTS.min(MAX_BYTES / last.segment).saturating_sub(last.count());
+                at = end.min(start + room * size);
+                last.len += at - start;
+                note.super_packets += usize::from(at > start);
             }
         }
         // What is too much for one call goes in equal parts: a small rest would cost as much as a large one.
         let run = MAX_SEGMENTS.min(MAX_BYTES / size).max(1);
-        let run = count.div_ceil(count.div_ceil(run));
-        let mut at = start;
-        while at < start + len {
-            let part = (run * size).min(start + len - at);
+        let count = (end - at).div_ceil(size);
+        let run = count.div_ceil(count.div_ceil(run).max(1));
+        while at < end {
+            let part = (run * size).min(end - at);
             self.batch.push(Outgoing { to, start: at, len: part, segment: size });
             self.notes.push(Note { peer, super_packets: usize::from(at == start) });
             at += part;

@@ -147,6 +147,25 @@ fn one_call_carries_the_largest_super_packet_in_halves() {
 }
 
 #[test]
+fn what_waits_behind_fills_a_call_up() {
+    let mut a = End::new(1, &[2, 3], Offloads::ALL);
+    // 45 packets each, to one peer, to another, and to the first again.
+    for to in [2, 2, 3, 2] {
+        let (vnet, packet) = super_packet(1, to, 45 * 1432, 1432);
+        a.tun.feed(&[&vnet.emit()[..], &packet].concat());
+    }
+    let (vnet, packet) = super_packet(1, 2, 45 * 1432, 1432);
+    let sent = a.send(vnet, &packet);
+    let order: Vec<u8> = sent.iter().map(|d| d.bytes[18]).collect();
+    assert_eq!(order, [[2; 90].as_slice(), &[3; 45], &[2; 90]].concat());
+    let sequence: Vec<&[u8]> = sent.iter().map(|d| &d.bytes[24..28]).collect();
+    assert!(sequence.chunks(45).all(|one| one.is_sorted()), "each in order");
+    // Of two neighbours the second fills what the first has left; the bytes of a round end it behind each two.
+    let sent: Vec<_> = a.counters().peers.iter().map(|peer| (peer.sent.super_packets, peer.sent.messages)).collect();
+    assert_eq!(sent, [(4, 7), (1, 2)]);
+}
+
+#[test]
 fn without_offloads_each_packet_crosses_alone() {
     let (mut a, mut b) = (End::new(1, &[2], Offloads::NONE), End::new(2, &[1], Offloads::NONE));
     for n in 0..100u8 {
