@@ -15,7 +15,7 @@ use super::{
     Base, Chain, ChainKind, ChainName, Cmp, Datum, Expr, Family, Field, Head, Hook, Leftover, Load, Rule, Table,
     TableName, Verdict,
 };
-use crate::host::{HostState, Object};
+use crate::host::{HostState, LinkKind, Object};
 use crate::net::{LinkName, Prefix, ip_to_bits};
 use crate::reconcile::Finding;
 
@@ -203,7 +203,16 @@ pub fn early_drops(networks: &[Prefix], tunnels: &BTreeSet<LinkName>, have: &Hos
     let mut findings = Vec::new();
     for table in foreign_tables(have) {
         let bases = table.chains.iter().filter(|(_, chain)| enters(chain, Hook::Prerouting));
-        let chains: BTreeSet<&str> = bases.flat_map(|(name, _)| reached(table, name)).collect();
+        let bases: Vec<&Box<str>> = bases.map(|(name, _)| name).collect();
+        for name in &bases {
+            let devices = tunnels.iter().filter(|tunnel| of_family(table, tunnel, have));
+            findings.extend(
+                devices
+                    .filter(|tunnel| closed(&table.chains[&***name], tunnel))
+                    .map(|tunnel| shut(&table.name, name, tunnel)),
+            );
+        }
+        let chains: BTreeSet<&str> = bases.iter().flat_map(|name| reached(table, name)).collect();
         for name in chains {
             let rules = table.chains.get(name).into_iter().flat_map(|chain| &chain.rules);
             for rule in rules.filter(|rule| rule.exprs.iter().any(is_drop) && concerns(rule, networks, tunnels)) {
@@ -241,6 +250,43 @@ fn compared_with(load: &Load, value: &Datum) -> Option<Prefix> {
     let Datum::Ip(ip) = value else { return None };
     let address = matches!(load.field, Field::SrcV4 | Field::SrcV6 | Field::DstV4 | Field::DstV6);
     Prefix::truncate(*ip, length(load)?).ok().filter(|_| address)
+}
+
+/// True for a tunnel that is there and whose packets pass this table.
+fn of_family(table: &Table, tunnel: &LinkName, have: &HostState) -> bool {
+    have.link(*tunnel).is_some_and(|link| match (&link.kind, table.name.family) {
+        (LinkKind::Vxlan(vxlan), Family::Ip) => vxlan.is_v4(),
+        (LinkKind::Vxlan(vxlan), Family::Ip6) => !vxlan.is_v4(),
+        _ => true,
+    })
+}
+
+/// True for a chain that drops what comes by this device whatever it is: by a rule, or at its end because no rule accepts it.
+fn closed(chain: &Chain, tunnel: &LinkName) -> bool {
+    // Compares nothing, but perhaps the device with this one, or the family.
+    let whatever = |rule: &&Rule| {
+        rule.exprs.iter().all(|expr| match expr {
+            Expr::Match { load: Load { field: Field::Iif, mask: None }, op: Cmp::Eq, value } => {
+                *value == Datum::Name(*tunnel)
+            }
+            Expr::Match { load: Load { field: Field::NfProto, .. }, .. } | Expr::Counter => true,
+            Expr::Verdict(verdict) => matches!(verdict, Verdict::Accept | Verdict::Drop),
+            other => is_drop(other) && !matches!(other, Expr::Choose { .. }),
+        })
+    };
+    let ends = |rule: &&Rule| rule.exprs.last().is_some_and(|last| matches!(last, Expr::Verdict(_)) || is_drop(last));
+    let mut ends = chain.rules.iter().filter(ends).filter(whatever);
+    let policy = chain.base.is_some_and(|base| base.drops);
+    ends.find_map(|rule| rule.exprs.last()).map_or(policy, is_drop)
+}
+
+fn shut(table: &TableName, chain: &str, tunnel: &LinkName) -> Finding {
+    Finding {
+        code: "dropped-before-forward".into(),
+        object: format!("chain {table} {chain}"),
+        evidence: format!("it drops what comes through {tunnel}: no rule before accepts it"),
+        fix: format!("nft insert rule {table} {chain} iifname {tunnel} accept"),
+    }
 }
 
 fn early_drop(table: &TableName, chain: &str, rule: &Rule) -> Finding {
