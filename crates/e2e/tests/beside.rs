@@ -358,6 +358,13 @@ fn legacy_iptables_that_drops_is_named_with_the_commands_that_let_pass() {
                 "ip6tables-legacy -w -t mangle -A PREROUTING -s fd00::/16 -j DROP",
             ],
         ),
+        (
+            "dropped-before-forward",
+            [
+                "iptables-legacy -w -t raw -A PREROUTING -i flannel.1 -j DROP",
+                "ip6tables-legacy -w -t mangle -A PREROUTING -i flannel-v6.1 -j DROP",
+            ],
+        ),
         ("legacy-drops-forward", ["iptables-legacy -w -P FORWARD DROP", "ip6tables-legacy -w -A FORWARD -j REJECT"]),
         (
             "legacy-drops-forward",

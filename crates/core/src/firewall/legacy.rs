@@ -47,6 +47,8 @@ pub fn findings(networks: &[Prefix], tunnels: &BTreeSet<LinkName>, chains: &[Leg
                 let hit =
                     chain.rules.iter().enumerate().filter(|(n, rule)| hits(rule, &chain.rules[..*n], &ours, tunnels));
                 findings.extend(hit.map(|(_, rule)| early(chain, rule)));
+                let shut = tunnels.iter().filter(|tunnel| !ours.is_empty() && shuts(chain, tunnel));
+                findings.extend(shut.map(|tunnel| shut_to(chain, tunnel)));
             }
         }
     }
@@ -79,6 +81,15 @@ fn hits(rule: &LegacyRule, before: &[LegacyRule], networks: &[&Prefix], tunnels:
     rule.drops && named && !elsewhere && !before.iter().any(accepted)
 }
 
+/// True for a chain that drops what comes by a device whatever it is.
+fn shuts(chain: &LegacyChain, tunnel: &LinkName) -> bool {
+    let whatever = |rule: &&LegacyRule| {
+        let from = rule.from.as_ref().is_none_or(|(device, is)| (tunnel.as_str() == &**device) == *is);
+        from && rule.ends.0.len() == 0 && rule.ends.1.len() == 0
+    };
+    chain.rules.iter().find(whatever).is_some_and(|rule| rule.drops)
+}
+
 fn program(chain: &LegacyChain) -> &'static str {
     if chain.v4 { "iptables-legacy" } else { "ip6tables-legacy" }
 }
@@ -98,6 +109,15 @@ fn forward(chain: &LegacyChain, network: &Prefix) -> Finding {
             "it drops forwarded packets, and no rule before that accepts {network}; nftables cannot override it"
         ),
         fix: format!("{}; {}", insert("-s"), insert("-d")),
+    }
+}
+
+fn shut_to(chain: &LegacyChain, tunnel: &LinkName) -> Finding {
+    Finding {
+        code: "dropped-before-forward".into(),
+        object: object(chain),
+        evidence: format!("it drops what comes through {tunnel}: no rule before accepts it"),
+        fix: format!("{} -t {} -I {} -i {tunnel} -j ACCEPT", program(chain), chain.table, chain.name),
     }
 }
 
