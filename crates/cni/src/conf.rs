@@ -12,7 +12,7 @@ use twill_core::ipam::{BadRange, Range, RangeSet};
 use twill_core::net::{Inet, LinkName, MacAddr, Mtu, Prefix};
 use twill_core::ports::{PortMap, Transport};
 
-use crate::env::address;
+use crate::env::{address, unicast};
 use crate::error::{CniError, Code};
 use crate::result::{Answer, RouteTo, Version};
 
@@ -264,7 +264,9 @@ impl Conf {
     fn asked(&mut self, raw: &Raw) -> Result<(), CniError> {
         for asked in [&raw.args.cni, &raw.runtime_config] {
             if let Some(text) = &asked.mac {
-                let mac = text.parse().map_err(|e| config(format!("mac: {e}"), "write it as 02:00:00:00:00:09"))?;
+                let mac = unicast(text).ok_or_else(|| {
+                    config(format!("mac: {text:?} is not the MAC address of a device"), "write it as 02:00:00:00:00:09")
+                })?;
                 if let Some(device) = &mut self.device {
                     device.mac = Some(mac);
                 }

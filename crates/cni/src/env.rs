@@ -122,9 +122,16 @@ impl Args {
         let ips = pairs.get("IP").copied().unwrap_or_default();
         let ips =
             ips.split(',').filter(|ip| !ip.is_empty()).map(|ip| address(ip).ok_or_else(|| bad("IP", ip, "an address")));
-        let mac = pairs.get("MAC").map(|mac| mac.parse().map_err(|_| bad("MAC", mac, "a MAC address"))).transpose()?;
+        let mac =
+            pairs.get("MAC").map(|mac| unicast(mac).ok_or_else(|| bad("MAC", mac, "the MAC address of a device")));
+        let mac = mac.transpose()?;
         Ok(Self { ips: ips.collect::<Result<_, _>>()?, mac })
     }
+}
+
+/// A MAC address that a device can have.
+pub(crate) fn unicast(text: &str) -> Option<MacAddr> {
+    text.parse().ok().filter(MacAddr::is_unicast)
 }
 
 /// An address with or without a length.

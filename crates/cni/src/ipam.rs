@@ -68,6 +68,15 @@ impl Folder {
             let msg = format!("{ip} is asked for, and lies in no range of the network: {}", ranges.join(", "));
             return Err(CniError::new(Code::Addresses, msg, "ask for an address inside of them"));
         }
+        for set in sets {
+            let mut of_set = asked.iter().filter(|ip| set.find(**ip).is_some());
+            if let Some(first) = of_set.next()
+                && let Some(other) = of_set.find(|ip| *ip != first)
+            {
+                let msg = format!("{first} and {other} are asked for, and a container gets one address of {set}");
+                return Err(CniError::new(Code::Addresses, msg, "ask for one of them"));
+            }
+        }
         let chosen = sets.iter().enumerate().map(|(n, set)| match asked.iter().find(|ip| set.find(**ip).is_some()) {
             Some(ip) => self.ask(set, *ip),
             None => set.next(self.last(n), |ip| !self.file(ip).exists()).ok_or_else(|| self.full(set)),

@@ -253,6 +253,13 @@ fn bad_input_is_named_and_leaves_nothing_behind() {
     refused(7, "type", &adds(&own(json!({"type": ""})), "a", &netns_a));
     refused(7, "bridge", &adds(&own(json!({"bridge": "a/b"})), "a", &netns_a));
     refused(7, "mtu", &adds(&own(json!({"mtu": 1})), "a", &netns_a));
+    refused(7, "needs 1280", &adds(&own(json!({"mtu": 1279})), "a", &netns_a));
+    refused(7, "01:00:5e:00:00:01", &adds(&own(json!({"runtimeConfig": {"mac": "01:00:5e:00:00:01"}})), "a", &netns_a));
+    refused(4, "MAC=", &Call { args: "MAC=00:00:00:00:00:00", ..adds(&conf, "a", &netns_a) });
+    let route = json!({"ipam": {"routes": [{"dst": "10.99.0.0/16", "priority": -1}]}});
+    refused(7, "priority -1", &adds(&own(route), "a", &netns_a));
+    let two = json!({"runtimeConfig": {"ips": ["10.1.15.7", "10.1.15.8"]}});
+    refused(102, "10.1.15.7 and 10.1.15.8", &adds(&own(two), "a", &netns_a));
     refused(2, "vlan", &adds(&own(json!({"vlan": 7})), "a", &netns_a));
     refused(2, "dhcp", &adds(&own(json!({"ipam": {"type": "dhcp"}})), "a", &netns_a));
     refused(7, "10.9.0.0/31", &adds(&own(range("10.9.0.0/31")), "a", &netns_a));
@@ -263,6 +270,10 @@ fn bad_input_is_named_and_leaves_nothing_behind() {
     refused(4, "CNI_ARGS", &Call { args: "IP=here", ..adds(&conf, "a", &netns_a) });
     refused(3, "has ended", &adds(&conf, "a", "/proc/1/gone"));
     refused(3, "no network namespace", &adds(&conf, "a", file.to_str().unwrap()));
+    // Nobody will ever write into it.
+    let pipe = runtime.file("pipe");
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    refused(3, "no network namespace", &adds(&conf, "a", pipe.to_str().unwrap()));
     refused(3, "host's own", &adds(&conf, "a", &netns(&runtime.host)));
     refused(101, "eth0 already", &adds(&conf, "b", &netns(&b)));
     refused(101, "taken", &adds(&conf, "taken", &netns_a));

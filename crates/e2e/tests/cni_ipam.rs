@@ -458,6 +458,10 @@ fn install_puts_the_plugin_in_place_once_the_node_is_ready_and_uninstall_gives_t
     for name in ["twill-cni", "flannel", "bridge", "host-local"] {
         assert!(std::fs::read(bins.join(name)).unwrap() == program, "{name}");
     }
+    // A newer release goes wherever the older one is, asked for again or not.
+    ["twill-cni", "flannel"].iter().for_each(|name| std::fs::write(bins.join(name), "older").unwrap());
+    node.twill(&format!("cni install {at}")).1.unwrap();
+    assert!(["twill-cni", "flannel"].iter().all(|name| std::fs::read(bins.join(name)).unwrap() == program));
     let conflist: Value = serde_json::from_slice(&std::fs::read(confs.join("10-twill.conflist")).unwrap()).unwrap();
     assert_eq!(conflist["cniVersion"], "1.0.0");
     // A container starts by what was installed, and holds off the uninstallation.
@@ -484,5 +488,20 @@ fn install_puts_the_plugin_in_place_once_the_node_is_ready_and_uninstall_gives_t
     let left: Vec<_> = std::fs::read_dir(&bins).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left, ["bridge"]);
     assert_eq!(std::fs::read(bins.join("bridge")).unwrap(), b"the original");
+    // What its package brings while the name is ours stays, and not what was kept.
+    node.twill(&format!("cni install {at} --take-over bridge")).1.unwrap();
+    std::fs::write(bins.join("bridge"), "a newer original").unwrap();
+    node.twill(&format!("cni install {at} --take-over bridge")).1.unwrap();
+    assert!(std::fs::read(bins.join("bridge")).unwrap() == program);
+    node.twill(&format!("cni uninstall {at}")).1.unwrap();
+    assert_eq!(std::fs::read(bins.join("bridge")).unwrap(), b"a newer original");
+    node.twill(&format!("cni install {at} --take-over bridge")).1.unwrap();
+    std::fs::write(bins.join("bridge"), "a newer original").unwrap();
+    node.twill(&format!("cni uninstall {at}")).1.unwrap();
+    let left: Vec<_> = std::fs::read_dir(&bins).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(
+        (left, std::fs::read(bins.join("bridge")).unwrap()),
+        (vec!["bridge".into()], b"a newer original".to_vec())
+    );
     assert_eq!(std::fs::read_dir(&confs).unwrap().count(), 0);
 }

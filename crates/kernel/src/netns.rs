@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
@@ -14,9 +15,9 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space,
 pub struct Netns(File);
 
 impl Netns {
-    /// Opens a path such as /proc/PID/ns/net or /run/netns/NAME.
+    /// Opens a path such as /proc/PID/ns/net or /run/netns/NAME. What is no namespace is not waited for, a pipe for instance.
     pub fn open(path: &Path) -> io::Result<Self> {
-        File::open(path).map(Self)
+        File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map(Self)
     }
 
     /// The namespace of the calling thread.

@@ -23,6 +23,8 @@ use crate::sweep::sweep;
 
 /// More bytes than resolv.conf has.
 const RESOLV_LIMIT: u64 = 1 << 16;
+/// The least MTU that IPv6 runs on.
+const IPV6_MTU: u32 = 1280;
 
 /// Runs ADD.
 pub fn run(mut conf: Conf, target: &Target) -> Result<String, CniError> {
@@ -178,6 +180,12 @@ fn request(conf: &Conf, device: &Device, target: &Target, given: &[Given]) -> Re
         routes.push(way(route, given)?);
     }
     routes.iter_mut().for_each(|way| way.onlink = alone && way.via.is_some());
+    if let Some(mtu) = device.mtu.filter(|mtu| mtu.get() < IPV6_MTU)
+        && let Some(v6) = given.iter().find(|given| given.inet.addr.is_ipv6())
+    {
+        let msg = format!("the MTU is {mtu}, and {} needs {IPV6_MTU} (RFC 8200)", v6.inet.addr);
+        return Err(CniError::new(Code::Config, msg, "raise mtu, or leave the IPv6 range out"));
+    }
     Ok(Request {
         container_id: target.container_id.clone(),
         ifname: target.ifname,
@@ -213,10 +221,14 @@ fn way(route: &RouteTo, given: &[Given]) -> Result<Way, CniError> {
     let gateway = given.iter().map(|given| given.gateway).find(|gateway| gateway.is_ipv4() == route.dst.is_v4());
     let mut way = Way::new(route.dst, route.gw.or(gateway));
     for (key, value) in &route.rest {
-        let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
+        let number = || {
+            let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
+            let msg = format!("the route to {} has the {key} {value}", route.dst);
+            number.ok_or_else(|| CniError::new(Code::Config, msg, "write a number from 0 to 4294967295"))
+        };
         match key.as_str() {
-            "priority" => way.metric = number,
-            "table" => way.table = number,
+            "priority" => way.metric = Some(number()?),
+            "table" => way.table = Some(number()?),
             _ => {
                 let msg = format!("the route to {} has {key}, which is not built in", route.dst);
                 return Err(CniError::new(Code::Unsupported, msg, format!("take {key} out of the configuration")));

@@ -9,6 +9,7 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::folder::StateDir;
 use crate::agent::control;
 use crate::agent::view::{FamilyProbe, PeerView, Peers, Probe, TunnelView, View, WayView};
 use crate::output::{FINDINGS, Failure, Output, columns};
@@ -233,9 +234,8 @@ pub(crate) struct Leave {
     /// Leave although containers are attached
     #[arg(long)]
     force: bool,
-    /// Folder of the agent's state [default: /var/lib/twill]
-    #[arg(long, value_name = "DIR", env = "TWILL_STATE_DIR")]
-    state_dir: Option<PathBuf>,
+    #[command(flatten)]
+    state: StateDir,
     #[command(flatten)]
     socket: Socket,
     #[command(flatten)]
@@ -252,7 +252,7 @@ struct Left {
 
 impl Leave {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
-        let state_dir = self.state_dir.clone().unwrap_or_else(stores::state_dir);
+        let state_dir = self.state.path();
         let attached = attachments(&state_dir);
         if !attached.is_empty() && !self.force && !self.dry_run {
             let message =

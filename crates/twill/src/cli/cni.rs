@@ -14,9 +14,9 @@ use twill_core::flannel::subnet_env::SubnetEnv;
 use twill_kernel::{attach, files};
 
 use super::ask::Socket;
+use super::folder::StateDir;
 use crate::agent::view::View;
 use crate::output::{Failure, Output};
-use crate::stores;
 
 /// The plugin's program, and its own configuration's file.
 const PLUGIN: &str = "twill-cni";
@@ -77,9 +77,8 @@ struct Where {
     /// Folder of the configurations
     #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
     conf_dir: PathBuf,
-    /// Folder of the agent's state [default: /var/lib/twill]
-    #[arg(long, value_name = "DIR", env = "TWILL_STATE_DIR")]
-    state_dir: Option<PathBuf>,
+    #[command(flatten)]
+    state: StateDir,
     /// Say what would be done, and do nothing
     #[arg(long)]
     dry_run: bool,
@@ -218,11 +217,17 @@ impl Install {
         self.ready(&subnet_file)?;
         let program = self.program()?;
         let mut done = Done { dry_run: self.at.dry_run, ..Done::default() };
-        self.at.write(&mut done, self.at.bin_dir.join(PLUGIN), &program, 0o755)?;
-        for name in names {
-            self.at.keep(&mut done, name, &program)?;
+        // A newer release goes wherever the older one is; neither is anybody's original.
+        let is_ours = |name: &Name| self.at.has_taken(*name) || self.at.holds(name.program(), &program);
+        let taken: BTreeSet<Name> = Name::ALL.into_iter().filter(is_ours).collect();
+        for name in names.difference(&taken) {
+            self.at.keep(&mut done, *name)?;
+        }
+        for name in names.union(&taken) {
             self.at.write(&mut done, self.at.bin_dir.join(name.program()), &program, 0o755)?;
         }
+        // After them: while it is the older one, they are known by it.
+        self.at.write(&mut done, self.at.bin_dir.join(PLUGIN), &program, 0o755)?;
         // Last: what it names is there by now.
         let text = serde_json::to_string_pretty(&self.conflist(&subnet_file))? + "\n";
         self.at.write(&mut done, self.at.conf_dir.join(CONFLIST), text.as_bytes(), 0o644)?;
@@ -271,7 +276,7 @@ impl Install {
         if subnet_file != Path::new(SUBNET_FILE) {
             plugin["subnetFile"] = json!(subnet_file);
         }
-        let state = self.at.state();
+        let state = self.at.state.path();
         if state != Path::new(STATE) {
             plugin["stateDir"] = json!(state);
             plugin["ipam"] = json!({"dataDir": state.join("networks")});
@@ -281,12 +286,17 @@ impl Install {
 }
 
 impl Where {
-    fn state(&self) -> PathBuf {
-        self.state_dir.clone().unwrap_or_else(stores::state_dir)
-    }
-
     fn kept(&self, name: Name) -> PathBuf {
         self.bin_dir.join(format!("{}.{KEPT}", name.program()))
+    }
+
+    /// True when the plugin that is installed stands under that name.
+    fn has_taken(&self, name: Name) -> bool {
+        fs::read(self.bin_dir.join(PLUGIN)).is_ok_and(|ours| self.holds(name.program(), &ours))
+    }
+
+    fn holds(&self, name: &str, program: &[u8]) -> bool {
+        fs::read(self.bin_dir.join(name)).is_ok_and(|there| there == program)
     }
 
     fn write(&self, done: &mut Done, path: PathBuf, bytes: &[u8], mode: u32) -> Result<(), Failure> {
@@ -300,17 +310,14 @@ impl Where {
         Ok(())
     }
 
-    /// Keeps the program of that name, unless it is ours already.
-    fn keep(&self, done: &mut Done, name: Name, program: &[u8]) -> Result<(), Failure> {
+    /// Keeps the program of that name, if there is one: what its package has brought meanwhile goes before what was kept.
+    fn keep(&self, done: &mut Done, name: Name) -> Result<(), Failure> {
         let (path, kept) = (self.bin_dir.join(name.program()), self.kept(name));
-        let there = match fs::read(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            there => there.map_err(|error| failed("read", &path, &error))?,
-        };
-        if there == program || kept.exists() {
+        if !path.exists() {
             return Ok(());
         }
         if !self.dry_run {
+            files::remove(&kept).map_err(|error| failed("remove", &kept, &error))?;
             fs::hard_link(&path, &kept).map_err(|error| failed("keep", &path, &error))?;
         }
         done.kept.push(kept);
@@ -331,7 +338,7 @@ impl Where {
 
 impl Uninstall {
     fn run(self) -> anyhow::Result<ExitCode> {
-        let records = twill_cni::records::Records::new(self.at.state().join("attachments")).all();
+        let records = twill_cni::records::Records::new(self.at.state.path().join("attachments")).all();
         let records = records.map_err(|e| Failure::new("ipam-failed", e.msg).hint(e.details))?;
         let attached: Vec<String> =
             records.iter().filter(|r| r.network.is_some()).map(|r| r.request.container_id.clone()).collect();
@@ -344,15 +351,18 @@ impl Uninstall {
         // First: nobody is to be sent here any more.
         self.at.remove(&mut done, self.at.conf_dir.join(CONFLIST))?;
         let plugin = self.at.bin_dir.join(PLUGIN);
-        let program = fs::read(&plugin).unwrap_or_default();
         for name in Name::ALL {
             let (path, kept) = (self.at.bin_dir.join(name.program()), self.at.kept(name));
-            if kept.exists() {
+            let ours = self.at.has_taken(name);
+            if kept.exists() && path.exists() && !ours {
+                // Its package has brought a newer one.
+                self.at.remove(&mut done, kept)?;
+            } else if kept.exists() {
                 if !self.at.dry_run {
                     fs::rename(&kept, &path).map_err(|error| failed("restore", &path, &error))?;
                 }
                 done.restored.push(path);
-            } else if !program.is_empty() && fs::read(&path).is_ok_and(|there| there == program) {
+            } else if ours {
                 self.at.remove(&mut done, path)?;
             }
         }

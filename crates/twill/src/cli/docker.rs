@@ -14,8 +14,8 @@ use twill_core::flannel::subnet_env::SubnetEnv;
 use twill_core::net::Inet;
 use twill_kernel::files;
 
+use super::folder::StateDir;
 use crate::output::{Failure, Output};
-use crate::stores;
 
 /// What is written down of an installation, below the state folder.
 const RECORD: &str = "docker.json";
@@ -49,9 +49,8 @@ struct Where {
     /// Docker's settings
     #[arg(long, value_name = "FILE", default_value = "/etc/docker/daemon.json")]
     file: PathBuf,
-    /// Folder of the agent's state [default: /var/lib/twill]
-    #[arg(long, value_name = "DIR", env = "TWILL_STATE_DIR")]
-    state_dir: Option<PathBuf>,
+    #[command(flatten)]
+    state: StateDir,
     /// Say what would be done, and do nothing
     #[arg(long)]
     dry_run: bool,
@@ -132,7 +131,7 @@ fn failed(act: &str, path: &Path, error: impl std::fmt::Display) -> Failure {
 
 impl Where {
     fn record_file(&self) -> PathBuf {
-        self.state_dir.clone().unwrap_or_else(stores::state_dir).join(RECORD)
+        self.state.path().join(RECORD)
     }
 
     fn record(&self) -> Result<Record, Failure> {

@@ -12,8 +12,8 @@ use twill_cni::ipam::{Folder, who};
 use twill_cni::records::Records;
 use twill_kernel::{attach, files};
 
+use super::folder::StateDir;
 use crate::output::{Failure, Output, columns};
-use crate::stores;
 
 /// The addresses of this node's containers: who holds which, and what leaked.
 #[derive(Debug, Args)]
@@ -38,9 +38,8 @@ struct Where {
     /// Folder of the address files
     #[arg(long, value_name = "DIR", env = "TWILL_IPAM_DIR", default_value = NETWORKS)]
     data_dir: PathBuf,
-    /// Folder of the agent's state [default: /var/lib/twill]
-    #[arg(long, value_name = "DIR", env = "TWILL_STATE_DIR")]
-    state_dir: Option<PathBuf>,
+    #[command(flatten)]
+    state: StateDir,
     /// Only this network
     #[arg(long, value_name = "NAME")]
     network: Option<String>,
@@ -134,7 +133,7 @@ impl Where {
     }
 
     fn rows(&self) -> anyhow::Result<Vec<Row>> {
-        let state_dir = self.state_dir.clone().unwrap_or_else(stores::state_dir);
+        let state_dir = self.state.path();
         let records = Records::new(state_dir.join("attachments")).all().map_err(failed)?;
         let devices = attach::devices().map_err(|e| Failure::new("ipam-failed", e.to_string()))?;
         let boot = twill_kernel::files::boot_id()?;

@@ -6,6 +6,7 @@ mod check;
 mod cni;
 mod completions;
 mod docker;
+mod folder;
 mod ip;
 mod ipam;
 mod lab;

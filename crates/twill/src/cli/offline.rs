@@ -18,12 +18,13 @@ use twill_core::reconcile::{Claim, Desired, Plan, Scope, Wanted, plan};
 use twill_kernel::{Interest, Kernel, LinuxKernel};
 use twill_store::RawConfig;
 
+use super::folder::StateDir;
 use crate::agent::compose::{self, Network};
 use crate::agent::settings::{AgentArgs, Settings};
 use crate::agent::view::PlanView;
 use crate::agent::{load_state, refuse_beside_flannel};
 use crate::output::{Failure, Output, columns};
-use crate::stores::{self, StoreArgs};
+use crate::stores::StoreArgs;
 
 /// Show what the agent would change right now; touches nothing, takes no lease, needs no agent.
 #[derive(Debug, Args)]
@@ -208,9 +209,8 @@ pub(crate) struct Clean {
     /// Only say what would be removed
     #[arg(long)]
     dry_run: bool,
-    /// Folder of the agent's state [default: /var/lib/twill]
-    #[arg(long, value_name = "DIR", env = "TWILL_STATE_DIR")]
-    state_dir: Option<PathBuf>,
+    #[command(flatten)]
+    state: StateDir,
     /// File for container runtimes [default: /run/flannel/subnet.env]
     #[arg(long, value_name = "FILE", env = "TWILL_SUBNET_FILE")]
     subnet_file: Option<PathBuf>,
@@ -228,7 +228,7 @@ struct Cleaned {
 
 impl Clean {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
-        let state_dir = self.state_dir.clone().unwrap_or_else(stores::state_dir);
+        let state_dir = self.state.path();
         let lock = twill_kernel::files::Lock::try_exclusive(&state_dir.join("agent.lock"))
             .with_context(|| format!("lock {}", state_dir.display()))?;
         if lock.is_none() && !self.dry_run {
