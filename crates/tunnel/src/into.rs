@@ -13,7 +13,8 @@ use crate::peers::{Peer, Peers};
 use crate::threads::work;
 use crate::{Lost, Shared, is_gone};
 
-/// Messages in one receive.
+/// Messages in one receive. What other numbers gave, and what cannot be saved at all:
+/// docs/decisions/0014-what-a-tunnel-in-user-space-cannot-get-below.md.
 const MESSAGES: usize = 4;
 /// Slices in one write; a super-packet of more pieces is copied together first.
 const SLICES: usize = 128;
