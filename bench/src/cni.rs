@@ -1,14 +1,13 @@
 //! Attaching containers: our plugin, and Debian's bridge with host-local, call by call in turn.
 
-use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::time::Instant;
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType};
 use serde_json::{Value, json};
-use twill_e2e::cni::{Call, netns};
+use twill_e2e::cni::{Call, netns, start};
 use twill_e2e::net::{Bed, Host};
 
 use crate::report::{Report, median};
@@ -36,10 +35,7 @@ impl Side<'_> {
             .env("CNI_CONTAINERID", id)
             .env("CNI_IFNAME", "eth0")
             .env("CNI_PATH", REFERENCE);
-        command.env("CNI_NETNS", netns(container)).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        child.stdin.take().unwrap().write_all(self.conf.to_string().as_bytes()).unwrap();
-        child
+        start(command.env("CNI_NETNS", netns(container)), self.conf.to_string().as_bytes())
     }
 
     /// Milliseconds of one call.
@@ -167,13 +163,11 @@ fn full(ours: &Side<'_>, dir: &Path, report: &mut Report) {
             let conf = alone(name);
             let id = format!("c{n}");
             let call = Call { verb: "ADD", conf: &conf, id: &id, netns: None, args: "" };
-            let start = Instant::now();
+            let begun = Instant::now();
             let mut command = Command::new(&ours.program);
             command.env("CNI_COMMAND", call.verb).env("CNI_CONTAINERID", call.id).env("CNI_IFNAME", "eth0");
-            let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-            child.stdin.take().unwrap().write_all(conf.to_string().as_bytes()).unwrap();
-            finish(child);
-            samples[which].push(start.elapsed().as_secs_f64() * 1e3);
+            finish(start(command, conf.to_string().as_bytes()));
+            samples[which].push(begun.elapsed().as_secs_f64() * 1e3);
         }
     }
     report.note("an address, none held (ms)", &samples[0]);

@@ -1,9 +1,10 @@
 //! A CNI runtime for tests: calls a plugin as container runtimes do, on a [`Host`], with its files in a folder of its own.
 
+use std::borrow::BorrowMut;
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 
@@ -102,10 +103,7 @@ impl Runtime {
 
     /// The same, with any bytes.
     pub fn finish_raw(&self, command: &mut Command, stdin: &[u8]) -> Result<Value, Value> {
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        // A plugin that is killed does not read.
-        let _ = child.stdin.take().unwrap().write_all(stdin);
-        let out = child.wait_with_output().unwrap();
+        let out = start(command.stderr(Stdio::piped()), stdin).wait_with_output().unwrap();
         let text = String::from_utf8(out.stdout).unwrap();
         let said = if text.is_empty() {
             Value::Null
@@ -164,6 +162,14 @@ impl Runtime {
         let links = self.host.json("link");
         links.as_array().unwrap().iter().map(|link| link["ifname"].as_str().unwrap().to_owned()).collect()
     }
+}
+
+/// Starts a command with these bytes on stdin; its stdout is kept.
+pub fn start(mut command: impl BorrowMut<Command>, stdin: &[u8]) -> Child {
+    let mut child = command.borrow_mut().stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    // A plugin that is killed does not read.
+    let _ = child.stdin.take().unwrap().write_all(stdin);
+    child
 }
 
 /// A container's namespace as a path.

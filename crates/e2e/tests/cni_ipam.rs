@@ -2,10 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 
 use serde_json::{Value, json};
-use twill_e2e::cni::{Call, Runtime, netns};
+use twill_e2e::cni::{Call, Runtime, netns, start};
 use twill_e2e::net::{Bed, Host};
 use twill_e2e::node::Node;
 use twill_e2e::{bin, eventually, installed};
@@ -52,7 +52,7 @@ fn concurrent_processes_never_share_an_address() {
         .map(|n| {
             let id = format!("c{n}");
             let call = Call { verb: "ADD", conf: &conf, id: &id, netns: None, args: "" };
-            start(runtime.command(&bin("twill-cni"), &call), &conf)
+            start(runtime.command(&bin("twill-cni"), &call), conf.to_string().as_bytes())
         })
         .collect();
     let given = started.into_iter().map(|child| {
@@ -61,14 +61,6 @@ fn concurrent_processes_never_share_an_address() {
     });
     assert_eq!(given.collect::<BTreeSet<_>>().len(), 30);
     assert_eq!(runtime.held().len(), 30);
-}
-
-fn start(mut command: Command, conf: &Value) -> Child {
-    use std::io::Write;
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-    // One that is killed does not read.
-    let _ = child.stdin.take().unwrap().write_all(conf.to_string().as_bytes());
-    child
 }
 
 #[test]
@@ -139,8 +131,8 @@ fn within(runtime: &Runtime, command: Command, call: &Call<'_>) -> Command {
 fn killed(runtime: &Runtime, call: &Call<'_>, n: usize, beside: Option<&Call<'_>>) -> bool {
     let mut command = strace(&["-o", "/dev/null", "-e", &format!("inject=all:signal=KILL:when={n}")]);
     command.arg(bin("twill-cni"));
-    let victim = start(within(runtime, command, call), call.conf);
-    let other = beside.map(|call| start(runtime.command(&bin("twill-cni"), call), call.conf));
+    let victim = start(within(runtime, command, call), call.conf.to_string().as_bytes());
+    let other = beside.map(|call| start(runtime.command(&bin("twill-cni"), call), call.conf.to_string().as_bytes()));
     if let Some(other) = other {
         let out = other.wait_with_output().unwrap();
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stdout));
@@ -370,7 +362,7 @@ fn a_leak_is_freed_by_the_agent_and_after_a_reboot() {
             .env("CNI_CONTAINERID", id)
             .env("CNI_IFNAME", "eth0")
             .env("CNI_NETNS", netns(container));
-        let out = start(command, &conf).wait_with_output().unwrap();
+        let out = start(command, conf.to_string().as_bytes()).wait_with_output().unwrap();
         (out.status.success(), String::from_utf8(out.stdout).unwrap())
     };
     // One that stays, one that ends without a DEL: its device goes with its namespace.
@@ -477,7 +469,7 @@ fn install_puts_the_plugin_in_place_once_the_node_is_ready_and_uninstall_gives_t
             .env("CNI_CONTAINERID", "c")
             .env("CNI_IFNAME", "eth0")
             .env("CNI_NETNS", netns(&container));
-        start(command, &conf).wait_with_output().unwrap()
+        start(command, conf.to_string().as_bytes()).wait_with_output().unwrap()
     };
     let said = call("ADD");
     assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stdout));

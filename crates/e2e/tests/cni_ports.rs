@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 
 use serde_json::{Value, json};
-use twill_e2e::cni::{Call, Runtime, netns};
+use twill_e2e::cni::{Call, Runtime, netns, start};
 use twill_e2e::net::{Bed, Host};
 use twill_e2e::node::Node;
 use twill_e2e::site::ruleset;
@@ -391,7 +391,7 @@ fn many_at_once_lose_no_host_port() {
             .zip(&confs)
             .map(|(container, conf)| {
                 let call = Call { verb, conf, id: &container.name, netns: Some(netns(container)), args: "" };
-                start(&mut runtime.command(&bin("twill-cni"), &call), conf)
+                start(&mut runtime.command(&bin("twill-cni"), &call), conf.to_string().as_bytes())
             })
             .collect();
         for child in started {
@@ -403,13 +403,6 @@ fn many_at_once_lose_no_host_port() {
     assert_eq!(published(&runtime.host).len(), 16 * 2 * 2);
     all_at_once("DEL");
     assert_eq!((published(&runtime.host), runtime.attachments()), (vec![], vec![]));
-}
-
-fn start(command: &mut std::process::Command, conf: &Value) -> Child {
-    use std::io::Write;
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    child.stdin.take().unwrap().write_all(conf.to_string().as_bytes()).unwrap();
-    child
 }
 
 #[test]
@@ -431,7 +424,7 @@ fn the_agent_restores_host_ports_after_a_flush_and_after_it_was_away() {
     let call = |verb: &str| {
         let mut command = node.host.command(bin("twill-cni"));
         command.env("CNI_COMMAND", verb).env("CNI_CONTAINERID", "a").env("CNI_IFNAME", "eth0");
-        let out = start(command.env("CNI_NETNS", netns(&a)), &conf).wait_with_output().unwrap();
+        let out = start(command.env("CNI_NETNS", netns(&a)), conf.to_string().as_bytes()).wait_with_output().unwrap();
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stdout));
     };
     call("ADD");

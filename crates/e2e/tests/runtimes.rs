@@ -98,6 +98,7 @@ struct Container<'a> {
     /// Of its host.
     n: usize,
     address: String,
+    by_netavark: bool,
     /// A command of busybox inside.
     exec: &'a dyn Fn(&[&str]) -> Command,
 }
@@ -136,7 +137,9 @@ impl Site {
     /// All that is promised to the containers of two hosts.
     fn joins(&self, containers: [&Container<'_>; 2]) {
         for (from, to) in [(containers[0], containers[1]), (containers[1], containers[0])] {
-            let sent = format!(" > {}: ICMP echo request", to.address);
+            // Netavark masquerades everything.
+            let seen = if from.by_netavark { String::new() } else { format!("IP {}", from.address) };
+            let sent = format!("{seen} > {}: ICMP echo request", to.address);
             self.pings(from, &to.address, &self.hosts[to.n], "any", &sent);
             eventually(&format!("{} serves {}", to.address, from.address), || {
                 let url = format!("http://{}/name", to.address);
@@ -219,7 +222,8 @@ fn docker_over(backend: &str) {
         docker.run(&[&["run", "--detach", "--name", "box", "--publish", "8080:80", "box:1"], &SERVE[..]].concat());
         docker.run(&["inspect", "-f", "{{.NetworkSettings.IPAddress}}", "box"]).trim().to_owned()
     });
-    let [one, two] = [0, 1].map(|n| Container { n, address: addresses[n].clone(), exec: &execs[n] });
+    let [one, two] =
+        [0, 1].map(|n| Container { n, address: addresses[n].clone(), by_netavark: false, exec: &execs[n] });
     site.joins([&one, &two]);
     (0..2).for_each(|n| site.publishes(n, PORT));
     daemons.iter().for_each(|docker| drop(docker.run(&["rm", "--force", "box"])));
@@ -418,7 +422,7 @@ fn by_the_plugin_over(backend: &str) {
     (0..2).for_each(|n| site.install(n));
     let podman = Podman::new(&site, 0, "cni");
     let address = podman.start();
-    let by_podman = Container { n: 0, address, exec: &|words| podman.exec(words) };
+    let by_podman = Container { n: 0, address, by_netavark: false, exec: &|words| podman.exec(words) };
     let save = site.dir.path().join("saved.tar");
     podman.run(&["save", "--output", save.to_str().unwrap(), "localhost/box:1"]);
     // A pod's own, as kubelet's packages bring it.
@@ -435,7 +439,7 @@ fn by_the_plugin_over(backend: &str) {
     let shown = text(exec(&["ip", "-4", "addr", "show", "eth0"])).unwrap();
     let address = shown.split_whitespace().skip_while(|word| *word != "inet").nth(1).unwrap();
     let address = address.split('/').next().unwrap().to_owned();
-    let by_ctr = Container { n: 1, address, exec: &exec };
+    let by_ctr = Container { n: 1, address, by_netavark: false, exec: &exec };
     // Both addresses are the node's own, as its files say.
     for container in [&by_podman, &by_ctr] {
         let data = format!("--data-dir {}/state/networks", site.home(container.n).display());
@@ -487,8 +491,8 @@ fn netavark_over(backend: &str) {
     text(command.env("CONTAINERS_CONF", own.settings())).unwrap_or_else(|e| panic!("{line}: {e}"));
     site.install(1);
     let by_plugin = Podman::new(&site, 1, "cni");
-    let one = Container { n: 0, address: own.start(), exec: &|words| own.exec(words) };
-    let two = Container { n: 1, address: by_plugin.start(), exec: &|words| by_plugin.exec(words) };
+    let one = Container { n: 0, address: own.start(), by_netavark: true, exec: &|words| own.exec(words) };
+    let two = Container { n: 1, address: by_plugin.start(), by_netavark: false, exec: &|words| by_plugin.exec(words) };
     site.joins([&one, &two]);
     (0..2).for_each(|n| site.publishes(n, PORT));
 }
