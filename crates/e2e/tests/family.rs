@@ -182,6 +182,15 @@ fn a_family_that_is_lost_takes_nothing_of_the_other_with_it() {
             Err((routes, status))
         }
     });
+    // It is named all the same where the way to the store goes with it.
+    let host = &site.node.host;
+    host.run("nft add table inet closed");
+    host.run("nft add chain inet closed out { type filter hook output priority 0 ; }");
+    host.run("nft add rule inet closed out oifname lo tcp dport 2379 drop");
+    host.ip("addr del fd00:168::7/64 dev eth0");
+    site.node.finding("family-missing");
+    site.arrives("flannel.1", "10.1.40.0");
+    host.run("nft delete table inet closed");
 }
 
 #[test]

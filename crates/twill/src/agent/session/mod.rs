@@ -478,6 +478,8 @@ impl Session {
             return Ok(Some(End::Again));
         }
         self.show_underlay(&chosen);
+        // Before the store is asked, which may be away with the address.
+        self.show_left_out(&now);
         network.cx.underlay = chosen.underlay;
         match self.refresh(network, own.clone()).await? {
             Some(lease) => *own = lease,

@@ -156,7 +156,9 @@ impl Session {
         for code in ["family-missing", "mtu-too-small"] {
             match refusals.iter().find(|refusal| refusal.code == code) {
                 Some(Refusal { message, hint, .. }) => {
-                    tracing::warn!(code, hint, "{message}: the other family goes on");
+                    if !self.has_found(code, message) {
+                        tracing::warn!(code, hint, "{message}: the other family goes on");
+                    }
                     self.find(code, "node", message, hint);
                 }
                 None => self.unfind(code),
