@@ -2,6 +2,7 @@
 //!
 //! The tests in `tests/` run real programs in network namespaces that they made themselves, and look from outside.
 
+pub mod capture;
 pub mod cni;
 pub mod flannel;
 pub mod foreign;
@@ -68,6 +69,19 @@ pub fn eventually<T, E: Debug>(what: &str, mut check: impl FnMut() -> Result<T, 
             Err(_) => std::thread::sleep(Duration::from_millis(10)),
         }
     }
+}
+
+/// True when this machine grants what a backend needs; when not, says so as a counted skip.
+pub fn grants(backend: &str) -> bool {
+    if backend != "udp" {
+        return true;
+    }
+    // A distribution lets everybody open it; a machine that does not lets nobody but root have a TUN device.
+    let opened = std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun");
+    if let Err(error) = &opened {
+        println!("SKIP: no TUN device may be made: open /dev/net/tun: {error}");
+    }
+    opened.is_ok()
 }
 
 /// True when the program is on PATH; when it is not, says so as a counted skip.

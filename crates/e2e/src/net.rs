@@ -137,6 +137,8 @@ fn inside(user: Option<u32>, net: Option<u32>, program: impl AsRef<std::ffi::OsS
         let mut command = Command::new("nsenter");
         if let Some(pid) = user {
             command.arg("--preserve-credentials").arg(format!("--user=/proc/{pid}/ns/user"));
+            // The lock of iptables-legacy is root's, and for the host's own tables.
+            command.env("XTABLES_LOCKFILE", "/dev/null");
         }
         if let Some(pid) = net {
             command.arg(format!("--net=/proc/{pid}/ns/net"));

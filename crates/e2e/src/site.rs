@@ -8,9 +8,9 @@
 use std::path::Path;
 use std::process::Stdio;
 
-use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
+use crate::capture::Capture;
 use crate::eventually;
 use crate::net::{Bed, Host};
 use crate::node::Node;
@@ -118,16 +118,12 @@ impl Site {
 /// What the first echo request that arrives at `device` of `at` looks like, while `from` pings `to` and is answered.
 pub fn arrives(from: &Host, to: &str, at: &Host, device: &str, what_else: impl Fn() -> String) -> String {
     eventually(&format!("{to} answers {} and is seen on {device} of {}", from.name, at.name), || {
-        let mut command = at.command("tcpdump");
-        command.args(["-i", device, "-n", "-l", "-c", "1", "-Z", "root", "--immediate-mode", "-Q", "in"]);
-        command.arg("icmp[0] == 8 or icmp6[0] == 128");
-        let capture = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let capture = Capture::start(at, device, &[], Some(1), "inbound and (icmp[0] == 8 or icmp6[0] == 128)");
         let ping = from.try_run(&format!("ping -c 5 -i 0.2 -W 1 {to}"));
         if !ping.status.success() {
-            kill_process(Pid::from_child(&capture), Signal::TERM).unwrap();
+            capture.stop();
         }
-        let seen = capture.wait_with_output().unwrap();
-        let text = String::from_utf8_lossy(&seen.stdout).into_owned();
+        let text = capture.text();
         if ping.status.success() { Ok(text) } else { Err((text, what_else())) }
     })
 }
@@ -135,16 +131,14 @@ pub fn arrives(from: &Host, to: &str, at: &Host, device: &str, what_else: impl F
 /// The segment size that the first SYN announces which arrives at a device.
 pub fn announced(from: &Host, to: &str, at: &Host, device: &str) -> String {
     eventually("a SYN arrives", || {
-        let mut command = at.command("tcpdump");
-        command.args(["-i", device, "-n", "-l", "-c", "1", "-Z", "root", "--immediate-mode", "-Q", "in"]);
-        let capture = command.arg("tcp[tcpflags] == tcp-syn or (ip6[6] == 6 and ip6[53] == 2)");
-        let capture = capture.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let syn = "inbound and (tcp[tcpflags] == tcp-syn or (ip6[6] == 6 and ip6[53] == 2))";
+        let capture = Capture::start(at, device, &[], Some(1), syn);
         // Nobody listens: the SYN is what counts. Sent again and again, since tcpdump may be late.
         let line =
             format!("for n in 1 2 3 4 5 6 7 8; do timeout 1 sh -c 'busybox nc {to} 80 </dev/null'; sleep 0.1; done");
         from.command("sh").args(["-c", &line]).stdin(Stdio::null()).output().unwrap();
-        let _ = kill_process(Pid::from_child(&capture), Signal::TERM);
-        let seen = String::from_utf8_lossy(&capture.wait_with_output().unwrap().stdout).into_owned();
+        capture.stop();
+        let seen = capture.text();
         let size = seen.split("mss ").nth(1).and_then(|rest| rest.split([',', ']']).next()).map(str::to_owned);
         size.ok_or(seen)
     })

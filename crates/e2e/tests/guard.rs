@@ -9,12 +9,12 @@ use rustix::process::Signal;
 use serde_json::json;
 use twill_e2e::net::Bed;
 use twill_e2e::site::Site;
-use twill_e2e::{eventually, installed};
+use twill_e2e::{eventually, grants, installed};
 
 /// Both families, over a backend.
 fn site(backend: &str) -> Option<(Site, tempfile::TempDir)> {
     let bed = Bed::new()?;
-    if !["etcdctl", "nft", "tcpdump"].iter().all(|program| installed(program)) {
+    if !grants(backend) || !["etcdctl", "nft", "tcpdump"].iter().all(|program| installed(program)) {
         return None;
     }
     let dir = tempfile::tempdir().unwrap();

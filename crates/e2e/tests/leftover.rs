@@ -8,8 +8,9 @@
 use std::io::Write;
 use std::process::{Child, Stdio};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::json;
+use twill_e2e::capture::Capture;
 use twill_e2e::flannel::flanneld;
 use twill_e2e::net::{Bed, Host};
 use twill_e2e::site::{Site, ruleset};
@@ -122,34 +123,31 @@ fn site(programs: &[&str]) -> Option<(Site, tempfile::TempDir)> {
 /// New connections from the container to the outside, one after the other, and what arrives there of them.
 struct Stream {
     pings: Vec<Child>,
-    capture: Child,
+    capture: Option<Capture>,
 }
 
 impl Stream {
     fn start(site: &Site) -> Stream {
-        let mut command = site.node.other.command("tcpdump");
-        command.args(["-i", "eth0", "-n", "-l", "-Z", "root", "--immediate-mode", "-Q", "in"]);
-        command.arg("icmp[0] == 8 or icmp6[0] == 128");
-        let capture = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let requests = "inbound and (icmp[0] == 8 or icmp6[0] == 128)";
+        let capture = Capture::start(&site.node.other, "eth0", &[], None, requests);
         let once = |[_, _, _, _, to, _]: [&str; 6]| {
             let line = format!("while :; do ping -c 1 -W 1 {to} >/dev/null; done");
             site.container.command("sh").args(["-c", &line]).stdin(Stdio::null()).spawn().unwrap()
         };
-        Stream { pings: FAMILIES.map(once).into(), capture }
+        Stream { pings: FAMILIES.map(once).into(), capture: Some(capture) }
     }
 
     /// Ends it; gives what arrived.
     fn end(mut self) -> String {
-        let _ = kill_process(Pid::from_child(&self.capture), Signal::TERM);
-        let mut text = String::new();
-        std::io::Read::read_to_string(&mut self.capture.stdout.take().unwrap(), &mut text).unwrap();
-        text
+        let capture = self.capture.take().unwrap();
+        capture.stop();
+        capture.text()
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        for child in self.pings.iter_mut().chain([&mut self.capture]) {
+        for child in &mut self.pings {
             let _ = child.kill();
             let _ = child.wait();
         }

@@ -6,7 +6,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use twill_e2e::net::{Bed, Host};
 use twill_e2e::overlay::Overlay;
 use twill_e2e::site::{Site, announced, ruleset};
-use twill_e2e::{eventually, installed};
+use twill_e2e::{eventually, grants, installed};
 
 /// A site, or `None` where this machine grants none (which was said); its folder goes last.
 fn site() -> Option<(Site, tempfile::TempDir)> {
@@ -310,7 +310,7 @@ fn a_syn_announces_what_the_tunnel_carries_where_that_is_asked_for() {
 #[test]
 fn a_syn_announces_what_the_udp_tunnel_carries() {
     let Some(bed) = Bed::new() else { return };
-    if !["busybox", "etcdctl", "nft", "tcpdump"].iter().all(|program| installed(program)) {
+    if !grants("udp") || !["busybox", "etcdctl", "nft", "tcpdump"].iter().all(|program| installed(program)) {
         return;
     }
     let dir = tempfile::tempdir().unwrap();

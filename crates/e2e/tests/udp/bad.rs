@@ -31,12 +31,9 @@ fn odd_packets_pass_or_end_as_ip_says_and_each_peer_has_its_own_count() {
     let Some((net, dir)) = running().filter(|_| installed("tcpdump")) else { return };
     let (one, two) = (net.site(1), net.site(2));
     let seen = dir.path().join("seen");
-    let mut listener = one.container.command("tcpdump");
-    listener.args(["-i", "eth0", "-l", "-nn", "-vv", "--immediate-mode", "udp"]).stderr(Stdio::piped());
-    let mut child = listener.stdout(std::fs::File::create(&seen).unwrap()).spawn().unwrap();
-    let mut said = BufReader::new(child.stderr.take().unwrap()).lines();
-    assert!(said.any(|line| line.unwrap().contains("listening on")));
-    let _dump = Ends(child);
+    let mut dump = Capture::start(&one.container, "eth0", &["-nn", "-vv"], None, "udp");
+    let (mut lines, mut file) = (dump.output(), std::fs::File::create(&seen).unwrap());
+    std::thread::spawn(move || std::io::copy(&mut lines, &mut file));
     // TTL 0: nobody may send it.
     throw(&net, &[inner(PEER, OURS, |p| (p[8] = 0, summed(p)).1)]);
     counted(one, "no-hops", 0);

@@ -11,9 +11,10 @@ use std::process::{Child, Command, Stdio};
 
 use rustix::process::Signal;
 use serde_json::json;
+use twill_e2e::capture::Capture;
 use twill_e2e::net::{Bed, Host};
 use twill_e2e::overlay::{Overlay, Site};
-use twill_e2e::{eventually, installed};
+use twill_e2e::{eventually, grants, installed};
 
 /// The program that sends and receives what a test compares.
 const WIRE: &str = env!("CARGO_BIN_EXE_wire");
@@ -24,9 +25,7 @@ fn place() -> Option<(Bed, tempfile::TempDir)> {
     if !installed("etcdctl") {
         return None;
     }
-    // A distribution lets everybody open it; a machine that does not lets nobody but root have a TUN device.
-    if let Err(error) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
-        println!("SKIP: no TUN device may be made: open /dev/net/tun: {error}");
+    if !grants("udp") {
         return None;
     }
     Some((bed, tempfile::tempdir().unwrap()))
@@ -206,9 +205,8 @@ fn foreign_spoofed_and_broken_datagrams_are_dropped_and_counted_by_cause() {
         ("10.168.0.3", inner(own, ours, |p| p.push(0)), "bad-length"),
         ("10.168.0.3", inner(own, ours, |p| p[8] = 63), "bad-checksum"),
     ];
-    let mut listener = one.container.command("tcpdump");
-    listener.args(["-i", "eth0", "-l", "-nn", "--immediate-mode", "udp", "port", "42330"]).stderr(Stdio::null());
-    let mut tcpdump = installed("tcpdump").then(|| Ends(listener.stdout(Stdio::piped()).spawn().unwrap()));
+    let listen = || Capture::start(&one.container, "eth0", &["-nn"], None, "udp port 42330");
+    let mut tcpdump = installed("tcpdump").then(listen);
     for (from, payload, cause) in cases {
         let before = one.dropped(cause);
         // A port that is not 8285: behind a NAT it is any.
@@ -224,9 +222,9 @@ fn foreign_spoofed_and_broken_datagrams_are_dropped_and_counted_by_cause() {
         let now = one.status()["tunnel"]["received"]["packets"].as_u64().unwrap();
         if now > before { Ok(()) } else { Err(now) }
     });
-    if let Some(Ends(dump)) = &mut tcpdump {
+    if let Some(dump) = &mut tcpdump {
         // The good one is the only one that came out.
-        let mut said = BufReader::new(dump.stdout.take().unwrap()).lines().map_while(Result::ok);
+        let mut said = BufReader::new(dump.output()).lines().map_while(Result::ok);
         let line = said.next().unwrap();
         assert!(line.contains("100.96.2.2.42330 > 100.96.1.2.42330: UDP, length 1"), "{line}");
     }
@@ -536,14 +534,9 @@ fn containers_on_two_hosts_reach_each_other_by_bare_packets_in_udp_8285() {
     );
     // On the wire: the inner packet is the payload.
     if installed("tcpdump") {
-        let mut dump = host.command("tcpdump");
-        dump.args(["-i", "eth0", "-c", "2", "-x", "-nn", "--immediate-mode", "udp", "port", "8285"]);
-        let mut dump = dump.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let mut said = BufReader::new(dump.stderr.take().unwrap()).lines();
-        assert!(said.any(|line| line.unwrap().contains("listening on")), "tcpdump listens");
+        let dump = Capture::start(host, "eth0", &["-x", "-nn"], Some(2), "udp port 8285");
         net.site(1).container.run("ping -c 1 -W 5 -s 1000 100.96.2.2");
-        let out = dump.wait_with_output().unwrap();
-        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        let text = dump.text();
         assert!(text.contains("10.168.0.2.8285 > 10.168.0.3.8285: UDP, length 1028"), "{text}");
         // IPv4 header of the payload, at byte 28: version 4, 1028 bytes, TTL 63 (one router so far), ICMP, both containers.
         let hex: String =
