@@ -17,7 +17,7 @@ use twill_kernel::nft::codec;
 use twill_kernel::tun::{HEADER, Offloads, Tun, TunDevice};
 use twill_kernel::{Interest, Kernel, LinuxKernel};
 
-use common::{in_namespace, run};
+use common::{in_namespace, in_namespace_with_tun, run};
 
 fn kernel() -> LinuxKernel {
     LinuxKernel::open(Interest { firewall: true, ..Interest::default() }).unwrap()
@@ -474,7 +474,7 @@ fn packet(site: &Site, draw: &Draw) -> Option<Packet> {
 
 #[test]
 fn the_kernel_does_what_the_model_says() {
-    in_namespace("the_kernel_does_what_the_model_says", || {
+    in_namespace_with_tun("the_kernel_does_what_the_model_says", || {
         let devices = node();
         let mut writer = kernel();
         let (mut number, mut outcomes) = (0, std::collections::BTreeSet::new());

@@ -21,15 +21,7 @@ use twill_kernel::udp::UdpSocket;
 use twill_tunnel::Tunnel;
 use twill_tunnel::peers::Peers;
 
-use common::run;
-
-/// As [`common::in_namespace`], where a TUN device may be made.
-fn in_namespace(test: &str, body: impl FnOnce()) {
-    match std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
-        Ok(_) => common::in_namespace(test, body),
-        Err(error) => println!("SKIP: no TUN device may be made: open /dev/net/tun: {error}"),
-    }
-}
+use common::{in_namespace_with_tun as in_namespace, run};
 
 /// Opens device and socket of end `n` in the calling thread's namespace and starts the pumps.
 fn start(n: u8, outer: [&str; 2], offloads: Offloads) -> Tunnel {

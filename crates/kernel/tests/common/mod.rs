@@ -20,6 +20,15 @@ pub(crate) fn in_namespace(test: &str, body: impl FnOnce()) {
     assert!(done.status.success(), "{}\n{}", text(&done.stdout), text(&done.stderr));
 }
 
+/// The same, where a TUN device may be made.
+#[allow(dead_code, reason = "not every file of tests needs one")]
+pub(crate) fn in_namespace_with_tun(test: &str, body: impl FnOnce()) {
+    match std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
+        Ok(_) => in_namespace(test, body),
+        Err(error) => println!("SKIP: no TUN device may be made: open /dev/net/tun: {error}"),
+    }
+}
+
 /// Runs a command line that must succeed; gives what it printed.
 pub(crate) fn run(line: &str) -> String {
     let mut words = line.split_whitespace();
