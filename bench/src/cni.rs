@@ -3,7 +3,7 @@
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType};
 use serde_json::{Value, json};
@@ -18,6 +18,8 @@ const REFERENCE: &str = "/usr/lib/cni";
 const PODS: usize = 110;
 /// Calls of each kind.
 const CALLS: usize = 40;
+/// A device that is deleted has been there for a while: the kernel has done by then what it puts off when one comes up.
+const SETTLED: Duration = Duration::from_millis(50);
 
 /// One of the two, on a host of its own.
 struct Side<'a> {
@@ -94,6 +96,7 @@ fn one_by_one(bed: &Bed, ours: &Side<'_>, theirs: &Side<'_>, report: &mut Report
         for (n, side) in [ours, theirs].into_iter().enumerate() {
             enter(side.host);
             add[n].push(side.time("ADD", "c", &container));
+            std::thread::sleep(SETTLED);
             del[n].push(side.time("DEL", "c", &container));
         }
         let host = ours.host;
@@ -102,6 +105,7 @@ fn one_by_one(bed: &Bed, ours: &Side<'_>, theirs: &Side<'_>, report: &mut Report
         container.ip("link set eth0 up");
         container.ip("addr add 10.1.15.250/24 dev eth0");
         enter(host);
+        std::thread::sleep(SETTLED);
         bare.push(delete("bare0"));
     }
     report.note("CNI ADD by Debian's bridge + host-local (ms)", &add[1]);
