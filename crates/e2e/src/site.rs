@@ -120,11 +120,9 @@ pub fn arrives(from: &Host, to: &str, at: &Host, device: &str, what_else: impl F
     eventually(&format!("{to} answers {} and is seen on {device} of {}", from.name, at.name), || {
         let capture = Capture::start(at, device, &[], Some(1), "inbound and (icmp[0] == 8 or icmp6[0] == 128)");
         let ping = from.try_run(&format!("ping -c 5 -i 0.2 -W 1 {to}"));
-        if !ping.status.success() {
-            capture.stop();
-        }
+        capture.stop();
         let text = capture.text();
-        if ping.status.success() { Ok(text) } else { Err((text, what_else())) }
+        if ping.status.success() && !text.is_empty() { Ok(text) } else { Err((text, what_else())) }
     })
 }
 
