@@ -158,28 +158,6 @@ fn by_hand(peers: u32) -> f64 {
     start.elapsed().as_secs_f64() * 1e3
 }
 
-/// The real flannel on the same leases, where it is built (`scripts/install-test-needs`): cold, once, since it takes its time.
-fn by_flannel(rig: &Rig, peers: u32, report: &mut Report) {
-    let flannel = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/tools/flanneld"));
-    if !flannel.is_file() {
-        return println!("SKIP: {} is not built", flannel.display());
-    }
-    let before = rig.prefixes();
-    let start = Instant::now();
-    let mut command = rig.host.command(flannel);
-    command.args(["--iface", "eth0", "--healthz-port", "0", "--subnet-file"]).arg(rig.dir.path().join("flannel.env"));
-    let log = std::fs::File::create(rig.dir.path().join("agent.log")).unwrap();
-    let agent = Process(command.stderr(log).spawn().unwrap());
-    rig.wait_for(before + peers);
-    report.note(
-        &format!("{peers} peers, flannel v0.27.4 cold, exec to last route (ms)"),
-        &[start.elapsed().as_secs_f64() * 1e3],
-    );
-    report.note(&format!("{peers} peers, flannel's resident memory (MB)"), &[kb(&agent, "VmRSS") / 1024.0]);
-    drop(agent);
-    let _ = rig.host.try_run("ip link del flannel.1");
-}
-
 /// Ten and twenty thousand peers.
 pub(crate) fn cold(twill: &Path, report: &mut Report) {
     let mut medians = Vec::new();
@@ -216,8 +194,6 @@ pub(crate) fn cold(twill: &Path, report: &mut Report) {
             std::thread::sleep(Duration::from_secs(2));
             change(&rig, report);
             settled(&agent, report, 10_000, 0.6);
-            rig.clear(agent);
-            by_flannel(&rig, peers, report);
         }
     }
     report.at_most("20000 against 10000 peers, cold (×)", &[medians[1] / medians[0]], 2.2);

@@ -300,8 +300,8 @@ pub struct RouteEntry {
     pub kind: u8,
     /// rtm_scope: 0 global, 253 link, 254 host.
     pub scope: u8,
-    /// Preferred source address.
-    pub src: Option<IpAddr>,
+    /// Preferred source address; boxed, since hardly any of very many routes has one.
+    pub src: Option<Box<IpAddr>>,
     /// It has metrics, an encapsulation, a realm or a next-hop object of its own.
     #[serde(default)]
     pub special: bool,

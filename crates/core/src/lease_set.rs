@@ -14,8 +14,6 @@ use crate::net::{MacAddr, NodeId, Prefix};
 /// A lease as kept: without its name.
 #[derive(Debug, Clone)]
 struct Entry {
-    /// Subnets, when the key could be read.
-    key: Option<LeaseKey>,
     /// Key and value could be read: only then it can win.
     readable: bool,
     macs: [Option<MacAddr>; 2],
@@ -78,7 +76,6 @@ impl LeaseSet {
     fn insert(&mut self, raw: RawLease) -> LeaseName {
         let lease = Lease::parse(&raw).ok();
         let entry = Entry {
-            key: raw.name.parse().ok(),
             readable: lease.is_some(),
             macs: lease.as_ref().map_or([None; 2], Lease::vtep_macs),
             value: raw.value.into(),
@@ -87,7 +84,7 @@ impl LeaseSet {
             etcd_lease: raw.etcd_lease,
         };
         let name = LeaseName::from(raw.name);
-        for subnet in entry.key.iter().flat_map(LeaseKey::subnets) {
+        for subnet in subnets(&name) {
             self.by_subnet.insert((subnet, name.clone()));
             *self.lengths.entry((subnet.is_v4(), subnet.len())).or_default() += 1;
         }
@@ -102,7 +99,7 @@ impl LeaseSet {
     fn remove(&mut self, name: &str) -> BTreeSet<LeaseName> {
         let Some((name, entry)) = self.entries.remove_entry(name) else { return BTreeSet::new() };
         let mut concerned: BTreeSet<LeaseName> = self.colliding(&name, &entry).cloned().collect();
-        for subnet in entry.key.iter().flat_map(LeaseKey::subnets) {
+        for subnet in subnets(&name) {
             self.by_subnet.remove(&(subnet, name.clone()));
             let length = (subnet.is_v4(), subnet.len());
             self.lengths.entry(length).and_modify(|count| *count -= 1);
@@ -183,12 +180,12 @@ impl LeaseSet {
     /// values of all others are not read.
     pub fn leases_of(&self, node: &NodeId, subnets: &[Prefix]) -> impl Iterator<Item = Lease> + '_ {
         let identity = node.to_string().into_bytes();
-        let subnets = subnets.to_vec();
-        let may = move |entry: &Entry| {
-            entry.key.iter().flat_map(LeaseKey::subnets).any(|subnet| subnets.contains(&subnet))
+        let own = subnets.to_vec();
+        let may = move |name: &str, entry: &Entry| {
+            self::subnets(name).any(|subnet| own.contains(&subnet))
                 || entry.value.windows(identity.len()).any(|part| part == identity)
         };
-        self.entries.iter().filter(move |(_, entry)| may(entry)).filter_map(|(name, _)| self.lease(name)?.ok())
+        self.entries.iter().filter(move |(name, entry)| may(name, entry)).filter_map(|(name, _)| self.lease(name)?.ok())
     }
 
     /// All names, in key order.
@@ -221,7 +218,7 @@ impl LeaseSet {
 
     /// Names of other leases that share an address or a MAC with this one.
     fn colliding<'s>(&'s self, name: &'s str, entry: &'s Entry) -> impl Iterator<Item = &'s LeaseName> + use<'s> {
-        let subnets = entry.key.iter().flat_map(LeaseKey::subnets).flat_map(|subnet| self.overlapping(subnet));
+        let subnets = subnets(name).flat_map(|subnet| self.overlapping(subnet));
         let macs = entry.macs.iter().flatten().flat_map(|mac| {
             let from = (*mac, LeaseName::default());
             self.by_mac.range(from..).take_while(move |(m, _)| m == mac).map(|(_, name)| name)
@@ -240,6 +237,11 @@ impl LeaseSet {
             self.by_subnet.range((subnet, LeaseName::default())..).take_while(move |(q, _)| q.addr() <= subnet.last());
         around.chain(inside.filter(move |(q, _)| subnet.covers(q)).map(|(_, name)| name))
     }
+}
+
+/// The subnets that a lease's name tells, where it can be read.
+fn subnets(name: &str) -> impl Iterator<Item = Prefix> + use<> {
+    name.parse().into_iter().flat_map(|key: LeaseKey| key.subnets())
 }
 
 #[cfg(test)]

@@ -120,7 +120,7 @@ pub fn route_line(key: &RouteKey, entry: &RouteEntry) -> String {
     if entry.scope != 0 && key.dst.is_v4() {
         let _ = write!(line, " scope {}", scope(entry.scope));
     }
-    if let Some(src) = entry.src {
+    if let Some(src) = &entry.src {
         let _ = write!(line, " src {src}");
     }
     if key.metric != 0 {
@@ -197,7 +197,7 @@ mod tests {
         let mut connected = entry(None, "docker0");
         connected.protocol = 2;
         connected.scope = 253;
-        connected.src = Some("10.1.15.1".parse().unwrap());
+        connected.src = Some(Box::new("10.1.15.1".parse().unwrap()));
         assert_eq!(
             route_line(&key("0.0.0.0/0"), &entry(Some("10.168.0.1"), "eth0")),
             "default via 10.168.0.1 dev eth0"

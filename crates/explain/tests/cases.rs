@@ -73,7 +73,7 @@ impl Build for PlaceFacts {
                 protocol: 2,
                 kind: 1,
                 scope: if inet.addr.is_ipv4() { 253 } else { 0 },
-                src: inet.addr.is_ipv4().then_some(inet.addr),
+                src: inet.addr.is_ipv4().then(|| Box::new(inet.addr)),
                 special: false,
                 usurper: Remark::default(),
             };

@@ -31,7 +31,7 @@ fn route() -> impl Strategy<Value = Object> {
                 protocol,
                 kind: 1,
                 scope: 0,
-                src,
+                src: src.map(Box::new),
                 special: false,
                 usurper: Remark::default(),
             };

@@ -124,7 +124,13 @@ fn answer(route: &Route) -> Result<RouteAnswer, NoRoute> {
         6 => Err(refused(libc::EINVAL)),
         7 => Err(refused(libc::EHOSTUNREACH)),
         8 => Err(refused(libc::EACCES)),
-        kind => Ok(RouteAnswer { kind, dev: entry.dev, via: entry.via, src: entry.src, table: route.key.table }),
+        kind => Ok(RouteAnswer {
+            kind,
+            dev: entry.dev,
+            via: entry.via,
+            src: entry.src.as_deref().copied(),
+            table: route.key.table,
+        }),
     }
 }
 

@@ -102,7 +102,7 @@ fn delete(have: &mut HostState, object: &Object) {
             let left = have.iter().any(|(_, o)| matches!(o, Object::Addr(a) if a.inet.addr == addr.inet.addr));
             drop_entries(have, |key, entry| {
                 (*key == connected && entry.dev == Some(addr.link) && entry.protocol == PROTO_KERNEL)
-                    || (!left && entry.src == Some(addr.inet.addr))
+                    || (!left && entry.src.as_deref() == Some(&addr.inet.addr))
             });
         }
         _ => {}
@@ -165,7 +165,7 @@ fn connect(have: &mut HostState, addr: &Addr) {
         protocol: PROTO_KERNEL,
         kind: 1,
         scope: 253,
-        src: Some(addr.inet.addr),
+        src: Some(Box::new(addr.inet.addr)),
         special: false,
         usurper: Remark::default(),
     };

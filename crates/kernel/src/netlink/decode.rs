@@ -246,7 +246,7 @@ pub(crate) fn route(payload: &[u8], names: &Names) -> Option<Route> {
         protocol: *payload.get(5)?,
         kind: *payload.get(7)?,
         scope: *payload.get(6)?,
-        src: attr(rest, rta::PREFSRC).and_then(ip),
+        src: attr(rest, rta::PREFSRC).and_then(ip).map(Box::new),
         special: [rta::METRICS, rta::FLOW, rta::ENCAP, rta::NH_ID].into_iter().any(|kind| attr(rest, kind).is_some())
             || attr(rest, rta::PREF).is_some_and(|pref| pref != [0]),
         usurper: Remark::default(),

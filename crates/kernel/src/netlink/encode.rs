@@ -398,7 +398,7 @@ impl Encoder<'_> {
             Some(via) => w.attr(rta::VIA, &[&u16::from(family(via)).to_ne_bytes(), &*octets(via)].concat()),
             None => {}
         }
-        if let Some(src) = entry.src {
+        if let Some(src) = entry.src.as_deref().copied() {
             w.attr(rta::PREFSRC, &octets(src));
         }
         self.writer.end();
