@@ -40,22 +40,8 @@ pub struct Conf {
     pub ipam: Option<Ipam>,
     /// flannel's subnet.env, when subnet and MTU come from there.
     pub subnet_file: Option<PathBuf>,
-    /// Where flannel's plugin kept a file for each container.
-    pub flannel_dir: Option<PathBuf>,
     /// What an earlier ADD answered.
     pub prev: Option<Answer>,
-    /// GC: who is attached, as the runtime knows it.
-    pub valid: Option<Vec<Valid>>,
-}
-
-/// One of GC's valid attachments.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-pub struct Valid {
-    /// The container.
-    #[serde(rename = "containerID")]
-    pub container_id: String,
-    /// Its device.
-    pub ifname: String,
 }
 
 /// What the pair and the bridge are to be.
@@ -116,11 +102,8 @@ struct Raw {
     runtime_config: RawRuntime,
     args: RawArgs,
     subnet_file: Option<PathBuf>,
-    data_dir: Option<PathBuf>,
     state_dir: Option<PathBuf>,
     prev_result: Option<Value>,
-    #[serde(rename = "cni.dev/valid-attachments")]
-    valid: Option<Vec<Valid>>,
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
@@ -206,6 +189,12 @@ fn config(msg: impl Into<String>, details: impl Into<String>) -> CniError {
     CniError::new(Code::Config, msg, details)
 }
 
+/// Of a text that is not what a configuration looks like.
+pub(crate) fn unreadable(error: serde_json::Error) -> CniError {
+    let msg = format!("read the network configuration: {error}");
+    CniError::new(Code::Decode, msg, "correct it below /etc/cni/net.d")
+}
+
 /// The version that a text asks for, as far as it says one: errors are told in it.
 pub fn version_of(text: &[u8]) -> String {
     let value = serde_json::from_slice(text).map(as_go_reads).unwrap_or_default();
@@ -216,13 +205,7 @@ impl Conf {
     /// Reads and checks a configuration.
     pub fn parse(text: &[u8]) -> Result<Self, CniError> {
         let raw = serde_json::from_slice(text).map(as_go_reads).and_then(serde_json::from_value::<Raw>);
-        let raw = raw.map_err(|error| {
-            CniError::new(
-                Code::Decode,
-                format!("read the network configuration: {error}"),
-                "correct it below /etc/cni/net.d",
-            )
-        })?;
+        let raw = raw.map_err(unreadable)?;
         let version = version(raw.cni_version.as_deref())?;
         let name = raw.name.clone().unwrap_or_default();
         if !is_name(&name) {
@@ -251,10 +234,7 @@ impl Conf {
             device,
             ipam,
             subnet_file,
-            flannel_dir: (kind == "flannel")
-                .then(|| raw.data_dir.clone().unwrap_or_else(|| "/var/lib/cni/flannel".into())),
             prev: raw.prev_result.as_ref().map(prev_result).transpose()?,
-            valid: raw.valid.clone(),
         };
         conf.asked(&raw)?;
         Ok(conf)
@@ -292,7 +272,7 @@ impl Conf {
 
 /// As Go reads it, in whose words runtimes write: a key's case is nothing (containerd has `HostPort`), `null` is a key that is not
 /// there, and of two keys that are one the later counts.
-fn as_go_reads(value: Value) -> Value {
+pub(crate) fn as_go_reads(value: Value) -> Value {
     let known = |key: &str| KEYS.split(' ').find(|known| known.eq_ignore_ascii_case(key)).unwrap_or(key).to_owned();
     match value {
         Value::Object(map) => {
@@ -363,7 +343,7 @@ impl RawPort {
 }
 
 /// Also the name of a folder.
-fn is_name(name: &str) -> bool {
+pub(crate) fn is_name(name: &str) -> bool {
     name.len() <= 200
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))

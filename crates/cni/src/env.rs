@@ -80,8 +80,14 @@ pub fn verb(vars: Vars<'_>) -> Result<Verb, CniError> {
 }
 
 impl Target {
-    /// The variables of ADD, DEL and CHECK.
+    /// The variables of ADD and CHECK.
     pub fn read(vars: Vars<'_>) -> Result<Self, CniError> {
+        let args = Args::parse(&vars("CNI_ARGS").unwrap_or_default())?;
+        Ok(Self { args, ..Self::leaving(vars)? })
+    }
+
+    /// The variables of DEL, which has no use for CNI_ARGS.
+    pub fn leaving(vars: Vars<'_>) -> Result<Self, CniError> {
         let given = |name: &str| vars(name).filter(|value| !value.is_empty());
         let need = |name: &str| given(name).ok_or_else(|| missing(name));
         let container_id = need("CNI_CONTAINERID")?;
@@ -93,12 +99,7 @@ impl Target {
         let ifname = ifname.parse().map_err(|_| {
             wrong("CNI_IFNAME", &ifname, "a device name of 1 to 15 bytes without '/', ':' or white space")
         })?;
-        Ok(Self {
-            container_id,
-            ifname,
-            netns: given("CNI_NETNS"),
-            args: Args::parse(&vars("CNI_ARGS").unwrap_or_default())?,
-        })
+        Ok(Self { container_id, ifname, netns: given("CNI_NETNS"), args: Args::default() })
     }
 
     /// CNI_NETNS, where it is needed.

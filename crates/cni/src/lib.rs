@@ -1,6 +1,6 @@
 //! The CNI plugin: ADD, DEL, CHECK, STATUS, GC and VERSION of the specification 1.1.0, in one program.
 //!
-//! - [`mod@env`], [`conf`]: what the runtime and the configuration say, checked once
+//! - [`mod@env`], [`conf`]: what the runtime and the configuration say, checked once; [`clear`]: what of it concerns who leaves
 //! - [`ipam`]: which addresses are held; [`records`]: which attachments there are; [`ports`]: what they ask of the firewall
 //! - [`verb`]: one file for each verb; devices are made by `kernel::attach`, as in the lab
 //! - [`mod@sweep`]: what containers have left that are gone
@@ -8,9 +8,10 @@
 //!
 //! ```text
 //!   ADD: lock ─ choose ─ write down ─ take ─ unlock ─▶ bridge, pair, routes ─▶ disk ─▶ answer
-//!   DEL: pair away ─▶ lock ─ free ─ unlock ─▶ forget ─▶ disk ─▶ answer
+//!   DEL: pair away ─▶ rules away ─▶ lock ─ free ─ unlock ─▶ forget ─▶ disk ─▶ answer
 //! ```
 
+pub mod clear;
 pub mod conf;
 pub mod env;
 pub mod error;
@@ -21,6 +22,8 @@ pub mod result;
 pub mod sweep;
 pub mod verb;
 
+use clear::Clear;
+use conf::Conf;
 use env::{Target, Vars, Verb};
 use error::CniError;
 use result::Version;
@@ -35,16 +38,13 @@ pub fn run(vars: Vars<'_>, stdin: &[u8]) -> Said {
 
 fn answer(vars: Vars<'_>, stdin: &[u8]) -> Result<String, CniError> {
     let verb = env::verb(vars)?;
-    if verb == Verb::Version {
-        return Ok(Version::list(&conf::version_of(stdin)));
-    }
-    let conf = conf::Conf::parse(stdin)?;
+    let conf = || Conf::parse(stdin);
     match verb {
-        Verb::Add => verb::add::run(conf, &Target::read(vars)?),
-        Verb::Del => verb::del::run(&conf, &Target::read(vars)?),
-        Verb::Check => verb::check::run(conf, &Target::read(vars)?),
-        Verb::Status => verb::status::run(&conf),
-        Verb::Gc => verb::gc::run(&conf),
-        Verb::Version => Ok(Version::list(conf.version.as_str())),
+        Verb::Add => verb::add::run(conf()?, &Target::read(vars)?),
+        Verb::Del => verb::del::run(&Clear::parse(stdin)?, &Target::leaving(vars)?),
+        Verb::Check => verb::check::run(conf()?, &Target::read(vars)?),
+        Verb::Status => verb::status::run(&conf()?),
+        Verb::Gc => verb::gc::run(&Clear::parse(stdin)?),
+        Verb::Version => Ok(Version::list(&conf::version_of(stdin))),
     }
 }

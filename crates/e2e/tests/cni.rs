@@ -289,6 +289,67 @@ fn bad_input_is_named_and_leaves_nothing_behind() {
     );
 }
 
+/// What an ADD is refused for is in the DEL that follows as well: refused too, it would follow for ever.
+#[test]
+fn del_needs_nothing_of_what_add_is_refused_for() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let (a, gone) = (runtime.container("a"), runtime.container("gone"));
+    let conf = runtime.conf("1.0.0", json!({}));
+    let file = runtime.file("file");
+    std::fs::write(&file, "").unwrap();
+    let ports = |port: Value| json!({"runtimeConfig": {"portMappings": [port]}});
+    let interface = |more: Value| {
+        let mut made = json!({"name": "eth0", "sandbox": "/run/netns/a"});
+        cni::merge(&mut made, more);
+        json!({"prevResult": {"interfaces": [made]}})
+    };
+    let wrong = [
+        json!({"runtimeConfig": {"mac": "zz"}}),
+        json!({"runtimeConfig": {"ips": ["here"]}}),
+        ports(json!({"hostPort": 0, "containerPort": 80, "protocol": "tcp"})),
+        ports(json!({"hostPort": "80"})),
+        json!({"mtu": 1}),
+        json!({"vlan": 7}),
+        json!({"cniVersion": "9.9.9"}),
+        json!({"bridge": "a/b"}),
+        json!({"ipam": {"ranges": [[{"subnet": "10.9.0.0/31"}]]}}),
+        interface(json!({"mac": "00:00:10:86:fe:80:00:00:00:00:00:00:00:02:c9:03:00:12:34:56"})),
+        interface(json!({"mac": ""})),
+        json!({"prevResult": {"ips": [{"address": "10.1.15.2/24", "interface": -1}]}}),
+        json!({"prevResult": {"routes": [{"dst": "10.1.15.9/16"}]}}),
+    ];
+    let dels = |conf: &Value, id: &str, netns: Option<String>, args: &str| {
+        let said = runtime.call(&Call { verb: "DEL", conf, id, netns, args });
+        assert_eq!(said, Ok(Value::Null), "{conf:#} {args}");
+    };
+    let all_gone = || {
+        assert_eq!((runtime.held(), runtime.attachments()), (vec![], vec![]));
+        assert!(runtime.links().iter().all(|link| !link.starts_with("veth")));
+    };
+    for more in wrong {
+        let asked = runtime.conf("1.0.0", more);
+        dels(&asked, "gone", Some(netns(&gone)), "");
+        // Of a container that is there everything goes.
+        runtime.add(&conf, "a", &a);
+        dels(&asked, "a", Some(netns(&a)), "");
+        all_gone();
+        // GC reads the same.
+        runtime.add(&conf, "a", &a);
+        let mut gc = asked.clone();
+        gc["cni.dev/valid-attachments"] = json!([]);
+        assert_eq!(runtime.try_verb("GC", &gc, "", None), Ok(Value::Null), "{gc:#}");
+        all_gone();
+    }
+    for args in ["IP=nonsense", "MAC=01:00:00:00:00:01"] {
+        runtime.add(&conf, "a", &a);
+        dels(&conf, "a", Some(netns(&a)), args);
+        all_gone();
+    }
+    for path in [file.to_str().unwrap(), "/proc/1/gone", runtime.file("").to_str().unwrap()] {
+        dels(&conf, "gone", Some(path.into()), "");
+    }
+}
+
 /// The container's route is refused when everything else is done: what the kernel had before is there again.
 #[test]
 fn an_add_that_fails_late_leaves_sysctls_loopback_and_bridge_as_they_were() {

@@ -7,30 +7,27 @@ use twill_kernel::attach as kernel;
 use twill_kernel::files::{self, Unsynced};
 
 use super::{forget, netns, refused};
-use crate::conf::Conf;
+use crate::clear::Clear;
 use crate::env::Target;
 use crate::error::{Act, CniError};
 use crate::ipam::Folder;
 use crate::records::Records;
 
 /// Runs DEL.
-pub fn run(conf: &Conf, target: &Target) -> Result<String, CniError> {
+pub fn run(conf: &Clear, target: &Target) -> Result<String, CniError> {
     let records = Records::new(conf.attachments());
-    let record = match conf.device {
-        Some(_) => records.get(&target.container_id, target.ifname)?,
-        None => None,
-    };
-    if conf.device.is_some() {
+    let record = if conf.has_device { records.get(&target.container_id, target.ifname)? } else { None };
+    if conf.has_device {
         take_away(record.as_ref(), target).map_err(|failed| refused(failed, &records))?;
     }
     // The addresses are on no device any more.
-    let mut changes = match (&record, &conf.ipam) {
+    let mut changes = match (&record, &conf.addresses) {
         (Some(record), _) => forget(record, &records)?,
         // Where nothing is written down every file is looked at, as host-local does.
-        (None, Some(ipam)) => release_by_search(&ipam.dir, &target.container_id, target.ifname.as_str())?,
+        (None, Some(dir)) => release_by_search(dir, &target.container_id, target.ifname.as_str())?,
         (None, None) => Vec::new(),
     };
-    if conf.device.is_some() && record.is_none() {
+    if conf.has_device && record.is_none() {
         changes.extend(records.remove(&target.container_id, target.ifname)?);
     }
     if let Some(dir) = &conf.flannel_dir {
@@ -52,7 +49,11 @@ fn take_away(record: Option<&Attachment>, target: &Target) -> Result<(), kernel:
         && let Some(path) = &target.netns
         && let Ok((container, _)) = netns(path)
     {
-        kernel::detach_inside(&container, target.ifname)?;
+        return match kernel::detach_inside(&container, target.ifname) {
+            // A plain file: no namespace, hence no device.
+            Err(kernel::Failed::Enter(error)) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            taken => taken.map(|_| ()),
+        };
     }
     Ok(())
 }

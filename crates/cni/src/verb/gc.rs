@@ -4,19 +4,16 @@ use twill_kernel::attach as kernel;
 use twill_kernel::files;
 
 use super::{all, forget, refused};
-use crate::conf::{Conf, Valid};
-use crate::error::{Act, CniError, Code};
+use crate::clear::{Clear, Valid};
+use crate::error::{Act, CniError};
 use crate::ipam::Folder;
 use crate::records::Records;
 
 /// Runs GC: attachments of this network that the runtime does not name go as DEL takes them, then addresses without one.
-pub fn run(conf: &Conf) -> Result<String, CniError> {
-    let Some(valid) = &conf.valid else {
-        let hint = "the runtime has to list who is attached; without the list everything would be freed";
-        return Err(CniError::new(Code::Config, "GC came without cni.dev/valid-attachments", hint));
-    };
-    let attachments = if conf.device.is_some() { stale_attachments(conf, valid) } else { Ok(()) };
-    all([attachments, stale_addresses(conf, valid)])?;
+pub fn run(conf: &Clear) -> Result<String, CniError> {
+    let valid = conf.valid()?;
+    let attachments = if conf.has_device { stale_attachments(conf, &valid) } else { Ok(()) };
+    all([attachments, stale_addresses(conf, &valid)])?;
     Ok(String::new())
 }
 
@@ -24,9 +21,12 @@ fn names(valid: &[Valid], container_id: &str, ifname: Option<&str>) -> bool {
     valid.iter().any(|v| v.container_id == container_id && ifname.is_none_or(|ifname| v.ifname == ifname))
 }
 
-fn stale_attachments(conf: &Conf, valid: &[Valid]) -> Result<(), CniError> {
+fn stale_attachments(conf: &Clear, valid: &[Valid]) -> Result<(), CniError> {
     let records = Records::new(conf.attachments());
-    let ours = records.all()?.into_iter().filter(|record| record.network.as_ref().is_some_and(|n| n.name == conf.name));
+    let ours = records
+        .all()?
+        .into_iter()
+        .filter(|record| record.network.as_ref().is_some_and(|n| Some(&n.name) == conf.name.as_ref()));
     let stale = ours.filter(|r| !names(valid, &r.request.container_id, Some(r.request.ifname.as_str())));
     all(stale.map(|record| {
         kernel::detach(record.request.host_device).map_err(|failed| refused(failed, &records))?;
@@ -35,9 +35,8 @@ fn stale_attachments(conf: &Conf, valid: &[Valid]) -> Result<(), CniError> {
     }))
 }
 
-fn stale_addresses(conf: &Conf, valid: &[Valid]) -> Result<(), CniError> {
-    let Some(ipam) = &conf.ipam else { return Ok(()) };
-    let Some(folder) = Folder::find(&ipam.dir)? else { return Ok(()) };
+fn stale_addresses(conf: &Clear, valid: &[Valid]) -> Result<(), CniError> {
+    let Some(folder) = conf.addresses.as_deref().map(Folder::find).transpose()?.flatten() else { return Ok(()) };
     let stale = folder.held()?.into_iter().filter(|held| {
         held.holder.as_ref().is_none_or(|holder| !names(valid, &holder.container_id, holder.ifname.as_deref()))
     });
