@@ -6,12 +6,21 @@ use std::path::{Path, PathBuf};
 
 use twill_core::attach::{Attachment, BadAttachment, file_name};
 use twill_core::net::LinkName;
-use twill_kernel::files::{self, Unsynced};
+use twill_kernel::files::{self, Lock, Unsynced};
 
 use crate::error::{Act, CniError, Code};
 
 /// More bytes than an attachment file has.
 const LIMIT: u64 = 1 << 20;
+
+/// An attachment, and the sole right to it: its ADD has it until the device stands, whoever frees it until that is done; a process that
+/// is killed gives it back.
+#[derive(Debug)]
+pub struct Locked {
+    /// The attachment.
+    pub record: Attachment,
+    _lock: Lock,
+}
 
 /// The folder of the attachment files.
 #[derive(Debug)]
@@ -38,10 +47,27 @@ impl Records {
         read(&self.0.join(file_name(container_id, ifname)))
     }
 
-    /// Writes an attachment down.
+    /// The same once nobody else is at work at it.
+    pub fn lock(&self, container_id: &str, ifname: LinkName) -> Result<Option<Locked>, CniError> {
+        self.locked(container_id, ifname, true)
+    }
+
+    /// The same without waiting; `None`: it is gone, or somebody is at work at it.
+    pub fn try_lock(&self, container_id: &str, ifname: LinkName) -> Result<Option<Locked>, CniError> {
+        self.locked(container_id, ifname, false)
+    }
+
+    fn locked(&self, container_id: &str, ifname: LinkName, wait: bool) -> Result<Option<Locked>, CniError> {
+        let path = self.0.join(file_name(container_id, ifname));
+        let lock = Lock::of(&path, wait).act(|| format!("lock {}", path.display()))?;
+        let Some((lock, record)) = lock.zip(read(&path)?) else { return Ok(None) };
+        Ok(Some(Locked { record, _lock: lock }))
+    }
+
+    /// Writes an attachment down, locked until the answer is dropped.
     pub fn put(&self, attachment: &Attachment) -> Result<Unsynced, CniError> {
         let path = self.0.join(attachment.file_name());
-        let write = || files::put(&path, attachment.to_json()?.as_bytes(), 0o644);
+        let write = || files::put_locked(&path, attachment.to_json()?.as_bytes(), 0o644);
         write().act(|| format!("write {}", path.display()))
     }
 

@@ -1,4 +1,4 @@
-//! What containers have left that are gone: freed by the agent, and by an ADD that finds no address.
+//! What containers have left that are gone: one judgement for the agent, for an ADD that finds no address, and for `twill ipam`.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -7,23 +7,41 @@ use twill_core::attach::Attachment;
 use twill_kernel::{attach as kernel, files};
 
 use crate::error::{Act, CniError};
-use crate::records::Records;
-use crate::verb::{all, forget, refused};
+use crate::records::{Locked, Records};
+use crate::verb::{forget, refused};
 
-/// Frees the addresses of attachments of an earlier boot, and of those whose namespace and device are both gone; gives their names.
-/// A namespace that this process cannot see (another mount namespace has its path) still has its device here.
+/// Frees what gone containers have left; gives their names.
 pub fn sweep(records: &Records) -> Result<Vec<String>, CniError> {
-    let boot = files::boot_id().act(|| "read the boot's id".into())?;
-    let devices = kernel::devices().map_err(|failed| refused(failed, records))?;
-    let is_gone = |record: &Attachment| {
-        let device = devices.iter().any(|link| link.name == record.request.host_device);
-        record.boot_id != boot || (!device && inode(&record.request.netns) != Some(record.netns_inode))
-    };
-    let gone: Vec<Attachment> = records.all()?.into_iter().filter(|r| r.network.is_some() && is_gone(r)).collect();
-    all(gone.iter().map(|record| files::sync_all(&forget(record, records)?).act(|| "write to the disk".into())))?;
-    Ok(gone.iter().map(|record| record.file_name().trim_end_matches(".json").to_owned()).collect())
+    let mut freed = Vec::new();
+    let mut failed = None;
+    for record in records.all()?.iter().filter(|record| record.network.is_some()) {
+        match leaked(records, record).and_then(|leak| leak.map(|leak| free(&leak, records)).transpose()) {
+            Ok(Some(())) => freed.push(record.file_name().trim_end_matches(".json").to_owned()),
+            Ok(None) => {}
+            Err(error) => failed = Some(failed.map_or(error.clone(), |first: CniError| first.and(error))),
+        }
+    }
+    failed.map_or(Ok(freed), Err)
 }
 
-fn inode(path: &str) -> Option<u64> {
-    fs::metadata(path).ok().map(|meta| meta.ino())
+/// The attachment when it is leaked. An ADD that is at work has no device yet, and may know a namespace by a path that this process
+/// cannot see: it holds its lock, and is left alone.
+pub fn leaked(records: &Records, record: &Attachment) -> Result<Option<Locked>, CniError> {
+    let locked = records.try_lock(&record.request.container_id, record.request.ifname)?;
+    // Looked at behind the lock: an ADD that was at work is done.
+    locked.map(|locked| Ok(is_gone(&locked.record, records)?.then_some(locked))).transpose().map(Option::flatten)
+}
+
+/// Of an earlier boot, or namespace and device are both gone. A namespace that this process cannot see (another mount namespace has its
+/// path) still has its device here.
+pub(crate) fn is_gone(record: &Attachment, records: &Records) -> Result<bool, CniError> {
+    let boot = files::boot_id().act(|| "read the boot's id".into())?;
+    let netns = fs::metadata(&*record.request.netns).is_ok_and(|meta| meta.ino() == record.netns_inode);
+    let device = || kernel::has_device(record.request.host_device).map_err(|failed| refused(failed, records));
+    Ok(record.boot_id != boot || (!netns && !device()?))
+}
+
+/// Frees what an attachment has but its device: host ports, addresses, file; they are on the disk then.
+pub fn free(locked: &Locked, records: &Records) -> Result<(), CniError> {
+    files::sync_all(&forget(&locked.record, records)?).act(|| "write to the disk".into())
 }

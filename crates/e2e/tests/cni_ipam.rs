@@ -95,22 +95,45 @@ fn nothing_is_answered_before_it_is_on_the_disk() {
         assert!(synced < answered && entry < answered, "{calls}");
         runtime.del(&conf, "a", Some(&a));
     }
-    // DEL says nothing: its end is the answer, and the folders of what it removed are on the disk by then.
-    runtime.add(&conf, "a", &a);
-    let command = traced("trace=fsync,unlink,unlinkat,exit_group");
-    let call = Call { verb: "DEL", conf: &conf, id: "a", netns: Some(netns(&a)), args: "" };
-    runtime.finish(within(&runtime, command, &call), &conf).unwrap();
-    let calls = std::fs::read_to_string(&trace).unwrap();
-    let lines: Vec<&str> = calls.lines().collect();
-    let at = |what: &str, holds: &str| {
-        let found = lines.iter().position(|line| line.contains(what) && line.contains(holds));
-        found.unwrap_or_else(|| panic!("{what} {holds}: {calls}"))
-    };
-    for (file, folder) in [("networks/net/", "networks/net>"), ("a:eth0.json", "attachments>")] {
-        let removed = lines.iter().rposition(|line| line.contains("unlink") && line.contains(file));
-        let removed = removed.unwrap_or_else(|| panic!("unlink {file}: {calls}"));
-        let synced = at("fsync(", folder);
-        assert!(removed < synced && synced < at("exit_group", "(0)"), "{calls}");
+}
+
+/// DEL and GC say nothing: their end is the answer, and the folders of what they removed are on the disk by then.
+#[test]
+fn nothing_is_freed_before_it_is_on_the_disk() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    if !installed("strace") {
+        return;
+    }
+    let a = runtime.container("a");
+    let conf = runtime.conf("1.1.0", json!({}));
+    let mut none_valid = conf.clone();
+    none_valid["cni.dev/valid-attachments"] = json!([]);
+    for (verb, conf, id) in [("DEL", &conf, "a"), ("GC", &none_valid, "a"), ("GC", &none_valid, "ghost")] {
+        let mut removed = vec![("networks/net/", "networks/net>")];
+        if id == "a" {
+            runtime.add(conf, "a", &a);
+            removed.push(("a:eth0.json", "attachments>"));
+        } else {
+            ["10.1.15.9", "10.1.15.10"].iter().for_each(|ip| {
+                std::fs::write(runtime.file("networks/net").join(ip), "ghost\r\neth0").unwrap();
+            });
+        }
+        let trace = runtime.file("trace");
+        let calls = "trace=fsync,unlink,unlinkat,exit_group";
+        let mut command = strace(&["-f", "-y", "-s", "2000", "-o", trace.to_str().unwrap(), "-e", calls]);
+        command.arg(bin("twill-cni"));
+        let call = Call { verb, conf, id, netns: Some(netns(&a)), args: "" };
+        runtime.finish(within(&runtime, command, &call), conf).unwrap();
+        assert_eq!((runtime.held(), runtime.attachments()), (vec![], vec![]));
+        let calls = std::fs::read_to_string(&trace).unwrap();
+        let last = |what: &str, holds: &str| {
+            let found = calls.lines().collect::<Vec<_>>().iter().rposition(|l| l.contains(what) && l.contains(holds));
+            found.unwrap_or_else(|| panic!("{verb} {id}: {what} {holds}: {calls}"))
+        };
+        for (file, folder) in removed {
+            let synced = last("fsync(", folder);
+            assert!(last("unlink", file) < synced && synced < last("exit_group", "(0)"), "{verb} {id}: {calls}");
+        }
     }
 }
 
@@ -304,6 +327,8 @@ fn a_host_local_folder_goes_on_as_it_is_in_both_directions() {
     assert_eq!(address(&theirs("ADD", "a", &a).unwrap()), "10.1.15.2");
     assert_eq!(address(&runtime.add(&conf, "b", &b)), "10.1.15.3");
     assert_eq!(address(&theirs("ADD", "c", &c).unwrap()), "10.1.15.4");
+    let (code, _, err) = twill(&runtime, "ipam free 10.1.15.2 10.1.15.4");
+    assert!(code == Some(1) && err.contains("a:eth0 may run") && err.contains("--force"), "{err}");
     assert!(b.try_run("ping -c 1 -W 5 10.1.15.2").status.success());
     // Each takes the other's away.
     runtime.del(&conf, "a", Some(&a));
@@ -392,18 +417,25 @@ fn a_leak_is_freed_by_the_agent_and_after_a_reboot() {
     assert_eq!(held(), ["10.9.0.2", "10.9.0.3", "10.9.0.4", "10.9.0.5", "10.9.0.6"]);
 }
 
+/// Runs `twill` on the runtime's host and files: exit code, stdout, stderr.
+fn twill(runtime: &Runtime, words: &str) -> (Option<i32>, String, String) {
+    let mut command = runtime.host.command(bin("twill"));
+    command.args(words.split_whitespace()).env("TWILL_STATE_DIR", runtime.file("state"));
+    let out = command.env("TWILL_IPAM_DIR", runtime.file("networks")).output().unwrap();
+    (out.status.code(), String::from_utf8(out.stdout).unwrap(), String::from_utf8(out.stderr).unwrap())
+}
+
 #[test]
 fn ipam_lists_and_frees() {
     let Some((runtime, _dir)) = runtime() else { return };
+    if !installed("nft") {
+        return;
+    }
     let a = runtime.container("a");
-    runtime.add(&runtime.conf("1.0.0", json!({})), "a", &a);
+    let conf = runtime.conf("1.0.0", published(8080));
+    runtime.add(&conf, "a", &a);
     std::fs::write(runtime.file("networks/net/10.1.15.9"), "ghost\r\neth0").unwrap();
-    let twill = |words: &str| {
-        let mut command = runtime.host.command(bin("twill"));
-        command.args(words.split_whitespace()).env("TWILL_STATE_DIR", runtime.file("state"));
-        let out = command.env("TWILL_IPAM_DIR", runtime.file("networks")).output().unwrap();
-        (out.status.code(), String::from_utf8(out.stdout).unwrap(), String::from_utf8(out.stderr).unwrap())
-    };
+    let twill = |words: &str| twill(&runtime, words);
     let (_, text, _) = twill("ipam list -o json");
     let listed: Value = serde_json::from_str(&text).unwrap();
     let row = |address: &str, container: &str, state: &str| json!({"network": "net", "address": address, "container": container, "state": state});
@@ -417,11 +449,75 @@ fn ipam_lists_and_frees() {
     assert!(code == Some(1) && err.contains("a:eth0 is attached") && err.contains("--force"), "{err}");
     let (code, _, err) = twill("ipam free 10.1.15.77");
     assert!(code == Some(1) && err.contains("nobody holds 10.1.15.77"), "{err}");
-    assert_eq!(twill("ipam free 10.1.15.9").0, Some(0));
+    let (code, _, err) = twill("ipam free 10.1.15.9");
+    assert!(code == Some(1) && err.contains("ghost:eth0 may run") && err.contains("--force"), "{err}");
+    assert_eq!(twill("ipam free --force 10.1.15.9").1, "freed 10.1.15.9\n");
     assert_eq!(runtime.held(), ["10.1.15.2", "fd00:0:0:15::2"]);
-    assert_eq!(twill("ipam free --leaked").1, "nothing to free\n");
+    // Its namespace is there.
     a.ip("link del eth0");
-    assert_eq!(twill("ipam free --leaked").1, "freed 10.1.15.2\nfreed fd00:0:0:15::2\n");
+    assert_eq!(twill("ipam free --leaked").1, "nothing to free\n");
+    leads_to(&runtime, &conf, 8080);
+    // With the address goes all that the attachment has: no host port leads to who gets the address next.
+    let freed = "freed 10.1.15.2\nfreed fd00:0:0:15::2\n";
+    drop(a);
+    assert_eq!(twill("ipam free --leaked").1, freed);
+    let nothing = || (runtime.held(), runtime.attachments(), runtime.host.run("nft list tables"));
+    assert_eq!(nothing(), (vec![], vec![], String::new()));
+    let b = runtime.container("b");
+    runtime.add(&conf, "b", &b);
+    assert_eq!(twill("ipam free --force 10.1.15.3").1, freed.replace('2', "3"));
+    assert_eq!(nothing(), (vec![], vec![], String::new()));
+    runtime.del(&conf, "b", Some(&b));
+    assert_eq!(runtime.links(), ["lo", "cni0"]);
+}
+
+/// An ADD that stands still between its address and its device, and its process. Its namespace has a path that nobody else sees.
+fn stopped_add(runtime: &Runtime, conf: &Value, container: &Host) -> (Child, String) {
+    let (hidden, trace) = (runtime.file("hidden"), runtime.file("trace"));
+    [&hidden, &trace].iter().for_each(|file| std::fs::write(file, "").unwrap());
+    let call = Call { verb: "ADD", conf, id: "a", netns: Some(hidden.display().to_string()), args: "" };
+    let mut command = runtime.command(Path::new("unshare"), &call);
+    // The first socket is the one that makes devices.
+    let line = "mount --bind \"$0\" \"$CNI_NETNS\" && exec strace -o \"$1\" -e trace=socket -e inject=socket:signal=STOP:when=1 \"$2\"";
+    command.args(["-m", "sh", "-c", line, &netns(container)]).arg(&trace).arg(bin("twill-cni"));
+    let child = start(command, conf.to_string().as_bytes());
+    eventually("it stands still", || {
+        let said = std::fs::read_to_string(&trace).unwrap();
+        if said.contains("stopped by SIGSTOP") { Ok(()) } else { Err(said) }
+    });
+    let of = format!("/proc/{0}/task/{0}/children", child.id());
+    let pid = std::fs::read_to_string(of).unwrap().trim().to_owned();
+    (child, pid)
+}
+
+#[test]
+fn an_add_at_work_keeps_its_address_and_one_that_was_killed_leaks_it() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    if !installed("strace") {
+        return;
+    }
+    let (a, b) = (runtime.container("a"), runtime.container("b"));
+    // It has one address for containers.
+    let conf = runtime.conf("1.0.0", json!({"ipam": {"type": "host-local", "ranges": [[{"subnet": "10.9.0.0/30"}]]}}));
+    let signal = |name: &str, pid: &str| assert!(Command::new("kill").args([name, pid]).status().unwrap().success());
+    let (add, pid) = stopped_add(&runtime, &conf, &a);
+    let full = runtime.try_verb("ADD", &conf, "b", Some(&b)).unwrap_err();
+    assert!(full["msg"].as_str().unwrap().contains("10.9.0.2 by a:eth0"), "{full:#}");
+    assert_eq!(twill(&runtime, "ipam free --leaked").1, "nothing to free\n");
+    let (code, _, err) = twill(&runtime, "ipam free 10.9.0.2");
+    assert!(code == Some(1) && err.contains("a:eth0 is attached"), "{err}");
+    signal("-CONT", &pid);
+    assert!(add.wait_with_output().unwrap().status.success());
+    assert_eq!(a.json("addr show eth0")[0]["addr_info"][0]["local"], "10.9.0.2");
+    held_by(&runtime, &a, "a");
+    runtime.del(&conf, "a", Some(&a));
+    let (add, pid) = stopped_add(&runtime, &conf, &a);
+    signal("-KILL", &pid);
+    assert!(!add.wait_with_output().unwrap().status.success());
+    assert_eq!(runtime.held(), ["10.9.0.2"]);
+    assert_eq!(address(&runtime.add(&conf, "b", &b)), "10.9.0.2");
+    runtime.del(&conf, "b", Some(&b));
+    assert_eq!((runtime.held(), runtime.attachments()), (vec![], vec![]));
 }
 
 #[test]

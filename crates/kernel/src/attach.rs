@@ -311,6 +311,12 @@ pub fn detach_inside(container: &Netns, ifname: LinkName) -> Result<bool, Failed
     })?
 }
 
+/// Whether the calling thread's namespace has a device.
+pub fn has_device(name: LinkName) -> Result<bool, Failed> {
+    let kernel = LinuxKernel::open(interest(&Desired::default(), Depth::Links, &[name]))?;
+    Ok(kernel.mirror().link(name).is_some())
+}
+
 /// The devices of the calling thread's namespace.
 pub fn devices() -> Result<Vec<Link>, Failed> {
     let kernel = open(&Desired::default(), Depth::Links)?;

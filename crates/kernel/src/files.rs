@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::thread::{Scope, ScopedJoinHandle};
 
@@ -43,9 +43,14 @@ pub fn read_limited(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>>> {
     Ok(Some(bytes))
 }
 
-/// Puts `bytes` at `path` as [`write_atomic`] does, but without waiting for the disk: that is what the answer is for.
-pub fn put(path: &Path, bytes: &[u8], mode: u32) -> io::Result<Unsynced> {
-    in_folder(path, || put_by(path, bytes, mode, |beside| fs::rename(beside, path)))
+/// Puts `bytes` at `path` as [`write_atomic`] does, but without waiting for the disk: that is what the answer is for. Until the answer is
+/// dropped, or the process ends, the file is locked; nobody sees it before it is.
+pub fn put_locked(path: &Path, bytes: &[u8], mode: u32) -> io::Result<Unsynced> {
+    let place = |file: &File, beside: &Path| {
+        flock(file, FlockOperation::NonBlockingLockExclusive)?;
+        fs::rename(beside, path)
+    };
+    in_folder(path, || put_by(path, bytes, mode, place))
 }
 
 /// Overwrites a small file in place: a reader may see neither the old content nor the new. The disk is not waited for, nor hurried, as
@@ -57,15 +62,20 @@ pub fn overwrite(path: &Path, bytes: &[u8]) -> io::Result<()> {
     if file.metadata()?.len() > length { file.set_len(length) } else { Ok(()) }
 }
 
-/// [`put`], refused when `path` is there.
+/// Puts `bytes` at `path`, refused when it is there; without waiting for the disk.
 pub fn put_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<Unsynced> {
-    put_by(path, bytes, mode, |beside| {
+    put_by(path, bytes, mode, |_, beside| {
         fs::hard_link(beside, path)?;
         fs::remove_file(beside)
     })
 }
 
-fn put_by(path: &Path, bytes: &[u8], mode: u32, place: impl Fn(&Path) -> io::Result<()>) -> io::Result<Unsynced> {
+fn put_by(
+    path: &Path,
+    bytes: &[u8],
+    mode: u32,
+    place: impl Fn(&File, &Path) -> io::Result<()>,
+) -> io::Result<Unsynced> {
     let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
@@ -73,7 +83,7 @@ fn put_by(path: &Path, bytes: &[u8], mode: u32, place: impl Fn(&Path) -> io::Res
     let write = || {
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&beside)?;
         file.write_all(bytes)?;
-        place(&beside)?;
+        place(&file, &beside)?;
         Ok(Unsynced { file: Some(file), dir: File::open(dir)? })
     };
     write().inspect_err(|_| {
@@ -167,6 +177,25 @@ impl Lock {
         }
     }
 
+    /// Takes the lock of the file that is at `path`; `None`: there is none, or, unless it is waited for, somebody else holds it.
+    pub fn of(path: &Path, wait: bool) -> io::Result<Option<Lock>> {
+        let how = if wait { FlockOperation::LockExclusive } else { FlockOperation::NonBlockingLockExclusive };
+        let id = |is: fs::Metadata| (is.dev(), is.ino());
+        loop {
+            let file = match File::open(path) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+                file => file?,
+            };
+            match flock(&file, how) {
+                // Whoever held it may have removed or replaced it.
+                Ok(()) if fs::metadata(path).ok().map(id) == Some(id(file.metadata()?)) => return Ok(Some(Lock(file))),
+                Ok(()) | Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
     fn open(path: &Path) -> io::Result<File> {
         in_folder(path, || OpenOptions::new().create(true).append(true).mode(0o600).open(path))
     }
@@ -232,5 +261,23 @@ mod tests {
         assert!(Lock::try_exclusive(&path).unwrap().is_none());
         drop(held);
         assert!(Lock::try_exclusive(&path).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_file_is_put_locked_and_a_lock_is_of_the_file_that_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("made/file");
+        assert!(Lock::of(&path, true).unwrap().is_none(), "there is no file");
+        let put = put_locked(&path, b"first", 0o644).unwrap();
+        assert!(Lock::of(&path, false).unwrap().is_none());
+        // Another file in its place: whoever waits for the first one gets the lock of the second one.
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| Lock::of(&path, true).unwrap().unwrap());
+            let second = put_locked(&path, b"second", 0o644).unwrap();
+            drop(put);
+            assert!(Lock::of(&path, false).unwrap().is_none());
+            drop(second);
+            assert_eq!(waits.join().unwrap().file().metadata().unwrap().len(), 6);
+        });
     }
 }

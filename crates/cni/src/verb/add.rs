@@ -86,8 +86,8 @@ fn attach(conf: &Conf, device: &Device, target: &Target) -> Result<Answer, CniEr
 
 /// Addresses and file go back, unless the device that has them refuses to go: then DEL finds the file.
 fn give_back(record: &Attachment, records: &Records) -> Result<(), CniError> {
-    let devices = kernel::devices().map_err(|failed| refused(failed, records))?;
-    if devices.iter().any(|link| link.name == record.request.host_device) { Ok(()) } else { undo(record, records) }
+    let stands = kernel::has_device(record.request.host_device).map_err(|failed| refused(failed, records))?;
+    if stands { Ok(()) } else { undo(record, records) }
 }
 
 /// The container's rules, as its file says.
@@ -105,14 +105,14 @@ pub(crate) fn all(results: impl IntoIterator<Item = Result<(), CniError>>) -> Re
 
 /// A second ADD is refused; what an ADD of an earlier boot, or one that was killed, has left is freed.
 fn settle_earlier(records: &Records, target: &Target, boot: &str) -> Result<(), CniError> {
-    let Some(earlier) = records.get(&target.container_id, target.ifname)? else { return Ok(()) };
-    let device = earlier.request.host_device;
-    let devices = kernel::devices().map_err(|failed| refused(failed, records))?;
-    if earlier.boot_id == boot && devices.iter().any(|link| link.name == device) {
+    let Some(earlier) = records.lock(&target.container_id, target.ifname)? else { return Ok(()) };
+    let device = earlier.record.request.host_device;
+    let stands = kernel::has_device(device).map_err(|failed| refused(failed, records))?;
+    if earlier.record.boot_id == boot && stands {
         let msg = format!("container {} has its {} already, joined to {device}", target.container_id, target.ifname);
         return Err(CniError::new(Code::Attached, msg, "the runtime has to DEL it before it ADDs it again"));
     }
-    forget(&earlier, records).map(|_| ())
+    forget(&earlier.record, records).map(|_| ())
 }
 
 /// What an ADD knows before it begins.
@@ -131,11 +131,8 @@ impl Plan<'_> {
     fn write_down(&self) -> Result<(Attachment, Vec<Given>, Vec<Unsynced>), CniError> {
         match self.try_write_down() {
             Err(held) if [Code::Addresses, Code::Port].contains(&held.code) => {
-                if sweep(self.records)?.is_empty() {
-                    Err(held)
-                } else {
-                    self.try_write_down()
-                }
+                sweep(self.records)?;
+                self.try_write_down()
             }
             written => written,
         }

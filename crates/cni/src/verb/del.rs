@@ -16,12 +16,13 @@ use crate::records::Records;
 /// Runs DEL.
 pub fn run(conf: &Clear, target: &Target) -> Result<String, CniError> {
     let records = Records::new(conf.attachments());
-    let record = if conf.has_device { records.get(&target.container_id, target.ifname)? } else { None };
+    let locked = if conf.has_device { records.lock(&target.container_id, target.ifname)? } else { None };
+    let record = locked.as_ref().map(|locked| &locked.record);
     if conf.has_device {
-        take_away(record.as_ref(), target).map_err(|failed| refused(failed, &records))?;
+        take_away(record, target).map_err(|failed| refused(failed, &records))?;
     }
     // The addresses are on no device any more.
-    let mut changes = match (&record, &conf.addresses) {
+    let mut changes = match (record, &conf.addresses) {
         (Some(record), _) => forget(record, &records)?,
         // Where nothing is written down every file is looked at, as host-local does.
         (None, Some(dir)) => release_by_search(dir, &target.container_id, target.ifname.as_str())?,

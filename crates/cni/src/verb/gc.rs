@@ -3,11 +3,12 @@
 use twill_kernel::attach as kernel;
 use twill_kernel::files;
 
-use super::{all, forget, refused};
+use super::{all, refused};
 use crate::clear::{Clear, Valid};
 use crate::error::{Act, CniError};
 use crate::ipam::Folder;
 use crate::records::Records;
+use crate::sweep;
 
 /// Runs GC: attachments of this network that the runtime does not name go as DEL takes them, then addresses without one.
 pub fn run(conf: &Clear) -> Result<String, CniError> {
@@ -29,9 +30,9 @@ fn stale_attachments(conf: &Clear, valid: &[Valid]) -> Result<(), CniError> {
         .filter(|record| record.network.as_ref().is_some_and(|n| Some(&n.name) == conf.name.as_ref()));
     let stale = ours.filter(|r| !names(valid, &r.request.container_id, Some(r.request.ifname.as_str())));
     all(stale.map(|record| {
-        kernel::detach(record.request.host_device).map_err(|failed| refused(failed, &records))?;
-        let changes = forget(&record, &records)?;
-        files::sync_all(&changes).act(|| format!("write {} to the disk", conf.state.display()))
+        let Some(locked) = records.lock(&record.request.container_id, record.request.ifname)? else { return Ok(()) };
+        kernel::detach(locked.record.request.host_device).map_err(|failed| refused(failed, &records))?;
+        sweep::free(&locked, &records)
     }))
 }
 
@@ -40,5 +41,10 @@ fn stale_addresses(conf: &Clear, valid: &[Valid]) -> Result<(), CniError> {
     let stale = folder.held()?.into_iter().filter(|held| {
         held.holder.as_ref().is_none_or(|holder| !names(valid, &holder.container_id, holder.ifname.as_deref()))
     });
-    all(stale.map(|held| folder.free(held.ip).map(|_| ())))
+    let mut last = None;
+    let freed = all(stale.map(|held| folder.free(held.ip).map(|change| last = change.or(last.take()))));
+    drop(folder);
+    // They are of one folder: with the last one the disk has them all.
+    let synced = files::sync_all(last.as_slice()).act(|| "write to the disk what was freed".into());
+    all([freed, synced])
 }

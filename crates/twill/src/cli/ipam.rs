@@ -8,9 +8,11 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use twill_cni::conf::NETWORKS;
 use twill_cni::error::CniError;
-use twill_cni::ipam::{Folder, who};
+use twill_cni::ipam::{Folder, Held, who};
 use twill_cni::records::Records;
-use twill_kernel::{attach, files};
+use twill_cni::sweep;
+use twill_core::attach::Attachment;
+use twill_kernel::files;
 
 use super::folder::StateDir;
 use crate::output::{Failure, Output, columns};
@@ -58,11 +60,11 @@ struct Free {
     /// The addresses
     #[arg(value_name = "ADDRESS", required_unless_present = "leaked")]
     addresses: Vec<IpAddr>,
-    /// All whose attachment is written down, and whose device is gone
+    /// All whose container is gone
     #[arg(long, conflicts_with = "addresses")]
     leaked: bool,
-    /// Also when the container's device is there
-    #[arg(long)]
+    /// Also what a container may have: with its host ports and its attachment file
+    #[arg(long, conflicts_with = "leaked")]
     force: bool,
     #[command(flatten)]
     folder: Where,
@@ -77,14 +79,16 @@ struct Row {
     address: IpAddr,
     container: String,
     state: State,
+    #[serde(skip)]
+    record: Option<Attachment>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum State {
-    /// Its device is on this host.
+    /// Its device or its namespace is there, or its ADD is at work.
     Attached,
-    /// Its attachment is written down, and its device is gone.
+    /// Its attachment is written down, and is of an earlier boot, or device and namespace are gone.
     Leaked,
     /// Another plugin's: nothing is written down here.
     Unknown,
@@ -132,32 +136,34 @@ impl Where {
         Ok(networks)
     }
 
+    fn records(&self) -> Records {
+        Records::new(self.state.path().join("attachments"))
+    }
+
     fn rows(&self) -> anyhow::Result<Vec<Row>> {
-        let state_dir = self.state.path();
-        let records = Records::new(state_dir.join("attachments")).all().map_err(failed)?;
-        let devices = attach::devices().map_err(|e| Failure::new("ipam-failed", e.to_string()))?;
-        let boot = twill_kernel::files::boot_id()?;
-        let mut rows = Vec::new();
+        let mut held = Vec::new();
         for (network, dir) in self.networks()? {
             let Some(folder) = Folder::find(&dir).map_err(failed)? else { continue };
-            for held in folder.held().map_err(failed)? {
-                let record = records.iter().find(|record| {
-                    let request = &record.request;
-                    held.holder.as_ref().is_some_and(|h| h.is(&request.container_id, request.ifname.as_str()))
-                        && request.addresses.iter().any(|inet| inet.addr == held.ip)
-                });
-                let state = match record {
-                    None => State::Unknown,
-                    Some(r) if r.boot_id == boot && devices.iter().any(|link| link.name == r.request.host_device) => {
-                        State::Attached
-                    }
-                    Some(_) => State::Leaked,
-                };
-                let container = who(held.holder.as_ref());
-                rows.push(Row { network: network.clone(), address: held.ip, container, state });
-            }
+            held.extend(folder.held().map_err(failed)?.into_iter().map(|held| (network.clone(), held)));
         }
-        Ok(rows)
+        // Read last: an attachment is written down before its addresses are.
+        let records = self.records();
+        let all = records.all().map_err(failed)?;
+        let row = |(network, held): (String, Held)| {
+            let record = all.iter().find(|record| {
+                let request = &record.request;
+                held.holder.as_ref().is_some_and(|h| h.is(&request.container_id, request.ifname.as_str()))
+                    && request.addresses.iter().any(|inet| inet.addr == held.ip)
+            });
+            let state = match record {
+                None => State::Unknown,
+                Some(record) if sweep::leaked(&records, record).map_err(failed)?.is_some() => State::Leaked,
+                Some(_) => State::Attached,
+            };
+            let container = who(held.holder.as_ref());
+            Ok(Row { network, address: held.ip, container, state, record: record.cloned() })
+        };
+        held.into_iter().map(row).collect()
     }
 }
 
@@ -194,13 +200,7 @@ impl Free {
         };
         let mut freed = Freed { freed: Vec::new() };
         for row in asked {
-            let Some(folder) = Folder::find(&self.folder.data_dir.join(&row.network)).map_err(failed)? else {
-                continue;
-            };
-            if let Some(change) = folder.free(row.address).map_err(failed)? {
-                files::sync_all(&[change])?;
-                freed.freed.push(row.address);
-            }
+            freed.freed.extend(self.free(row, &rows)?);
         }
         self.output.print(&freed, || match freed.freed.as_slice() {
             [] => "nothing to free".to_owned(),
@@ -209,7 +209,35 @@ impl Free {
         Ok(ExitCode::SUCCESS)
     }
 
-    /// The rows of the addresses that were typed. A container that is there keeps its own.
+    /// Frees what a row says if it is so still, and everything that its attachment has besides; gives the addresses.
+    fn free(&self, row: &Row, rows: &[Row]) -> anyhow::Result<Vec<IpAddr>> {
+        let Some(record) = &row.record else { return self.free_alone(row) };
+        let records = self.folder.records();
+        let locked = if self.force {
+            records.lock(&record.request.container_id, record.request.ifname)
+        } else {
+            sweep::leaked(&records, record)
+        };
+        let Some(locked) = locked.map_err(failed)?.filter(|locked| locked.record == *record) else {
+            return Ok(Vec::new());
+        };
+        sweep::free(&locked, &records).map_err(failed)?;
+        Ok(rows.iter().filter(|other| other.record.as_ref() == Some(record)).map(|other| other.address).collect())
+    }
+
+    /// Another plugin's address: nothing else is known of it.
+    fn free_alone(&self, row: &Row) -> anyhow::Result<Vec<IpAddr>> {
+        let folder = Folder::find(&self.folder.data_dir.join(&row.network)).map_err(failed)?;
+        let Some(folder) = folder else { return Ok(Vec::new()) };
+        if who(folder.holder(row.address).map_err(failed)?.as_ref()) != row.container {
+            return Ok(Vec::new());
+        }
+        let change = folder.free(row.address).map_err(failed)?;
+        files::sync_all(change.as_slice())?;
+        Ok(change.map(|_| row.address).into_iter().collect())
+    }
+
+    /// The rows of the addresses that were typed. What is not known to be leaked may be a container's that runs.
     fn asked<'a>(&self, rows: &'a [Row]) -> anyhow::Result<Vec<&'a Row>> {
         let mut asked = Vec::new();
         for ip in &self.addresses {
@@ -220,11 +248,13 @@ impl Free {
                     .hint("`twill ipam list` shows what is held")
                     .into());
             }
-            if let Some(row) = found.iter().find(|row| row.state == State::Attached && !self.force) {
-                let message = format!("refuse to free {ip}: {} is attached", row.container);
-                return Err(Failure::new("address-in-use", message)
-                    .hint("stop the container first, or add --force")
-                    .into());
+            if let Some(row) = found.iter().find(|row| row.state != State::Leaked && !self.force) {
+                let (why, hint) = match row.state {
+                    State::Unknown => ("may run: another plugin's", "when that container is gone, add --force"),
+                    State::Attached | State::Leaked => ("is attached", "stop the container first, or add --force"),
+                };
+                let message = format!("refuse to free {ip}: {} {why}", row.container);
+                return Err(Failure::new("address-in-use", message).hint(hint).into());
             }
             asked.extend(found);
         }
