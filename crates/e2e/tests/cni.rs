@@ -191,6 +191,12 @@ fn without_a_lease_status_says_50_and_51_and_add_says_try_again() {
     runtime.add(&conf, "a", &a);
     std::fs::remove_file(&env).unwrap();
     assert_eq!((code("STATUS", None), code("ADD", Some(&b))), (51, 11));
+    // Written down in an earlier boot: it runs no more.
+    let file = runtime.file("state/attachments/a:eth0.json");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    std::fs::write(&file, text.replace(boot.trim(), "another")).unwrap();
+    assert_eq!(code("STATUS", None), 50);
     // DEL needs no lease.
     runtime.del(&conf, "a", Some(&a));
     assert_eq!(runtime.links(), ["lo", "cni0"]);
