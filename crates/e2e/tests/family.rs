@@ -505,7 +505,8 @@ fn a_configured_mtu_that_leaves_ipv6_too_little_is_named_and_ipv4_goes_on() {
     let _agent = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
     let finding = site.node.finding("mtu-too-small");
     let words = |key: &str| finding[key].as_str().unwrap().to_owned();
-    assert!(words("evidence").contains("1280") && words("fix").contains("Backend.MTU"), "{finding}");
+    assert!(words("evidence").starts_with("a Backend.MTU of 1349 ") && words("evidence").contains("1280"), "{finding}");
+    assert!(words("fix").contains("Backend.MTU") && !words("fix").contains("eth0"), "{finding}");
     assert!(env(&site).contains("FLANNEL_MTU=1299") && !env(&site).contains("IPV6"), "{}", env(&site));
     site.node.put("config", &DUAL.replace(r#""vxlan""#, r#""vxlan","MTU":1350"#));
     eventually("1350 is enough", || {

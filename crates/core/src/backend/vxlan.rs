@@ -56,12 +56,14 @@ impl Backend for VxlanConfig {
         let overhead = if v4 { OVERHEAD_V4 } else { OVERHEAD_V6 };
         let floor = if v4 { 68 } else { 1280 };
         let mtu = lower.checked_sub(overhead).filter(|&mtu| mtu >= floor);
+        let (what, hint) = match self.mtu {
+            Some(_) => ("a Backend.MTU", "raise Backend.MTU in the network config, or remove it".into()),
+            None => ("an underlay MTU", format!("raise the MTU of {}", underlay.link)),
+        };
         mtu.and_then(|mtu| Mtu::try_from(i64::from(mtu)).ok()).ok_or_else(|| Refusal {
             code: "mtu-too-small",
-            message: format!(
-                "an underlay MTU of {lower} leaves less than {floor} bytes beside the {overhead} of VXLAN"
-            ),
-            hint: format!("raise the MTU of {}, or set Backend.MTU", underlay.link),
+            message: format!("{what} of {lower} leaves less than {floor} bytes beside the {overhead} of VXLAN"),
+            hint,
         })
     }
 
