@@ -5,12 +5,13 @@ use crate::host::HostState;
 use crate::net::{Inet, Prefix};
 use crate::reconcile::Finding;
 
-/// Those attached to `host` that have a larger MTU than the network carries, or an address from a subnet that is no longer this node's.
+/// Those attached to `host` that have a larger MTU than the network carries, or an address that is of `ours` (the networks, and subnets
+/// that this node had) and of none of the subnets that it has.
 pub fn misfits(
     attachments: &[Attachment],
     host: &HostState,
     mtu: Option<u32>,
-    networks: &[Prefix],
+    ours: &[Prefix],
     subnets: &[Prefix],
 ) -> Vec<Finding> {
     let mut findings = Vec::new();
@@ -28,13 +29,13 @@ pub fn misfits(
             });
         }
         let holds = |prefixes: &[Prefix], inet: &Inet| prefixes.iter().any(|prefix| prefix.contains(inet.addr));
-        let stranded = |inet: &&Inet| !subnets.is_empty() && holds(networks, inet) && !holds(subnets, inet);
+        let stranded = |inet: &&Inet| !subnets.is_empty() && holds(ours, inet) && !holds(subnets, inet);
         if let Some(inet) = request.addresses.iter().find(stranded) {
             findings.push(Finding {
                 code: "container-stranded".into(),
                 object,
                 evidence: format!(
-                    "its address {} is from a subnet that this node no longer holds: it runs, fenced off from other nodes",
+                    "its address {} is from a subnet that this node no longer holds: it runs, and containers of other nodes do not reach it",
                     inet.addr
                 ),
                 fix: "start it anew: it gets an address of the node's own subnet".into(),

@@ -200,3 +200,21 @@ fn containers_of_a_subnet_that_was_taken_away_run_on_and_are_fenced_off() {
         }
     }
 }
+
+#[test]
+fn containers_of_a_former_network_are_listed() {
+    let Some((site, _dir)) = site("vxlan") else { return };
+    site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64").end(Signal::TERM);
+    let _agent = site.node.agent("");
+    site.plug();
+    site.attached(&["10.1.15.2/24"]);
+    let stranded = || site.node.status()["findings"].to_string().contains("container-stranded");
+    assert!(!stranded());
+    let config = json!({"Network": "10.2.0.0/16", "Backend": {"Type": "vxlan"}});
+    site.node.put("config", &config.to_string());
+    let finding = site.node.finding("container-stranded");
+    assert!(finding["evidence"].as_str().unwrap().contains("10.1.15.2"), "{finding}");
+    // An address that was never of this node's subnets is somebody else's affair.
+    site.attached(&["192.0.2.2/24"]);
+    assert!(!stranded());
+}

@@ -7,6 +7,7 @@ use twill_core::host::HostState;
 use twill_core::misfits::misfits;
 use twill_core::net::Prefix;
 use twill_core::reconcile::Finding;
+use twill_core::state_file::State;
 use twill_kernel::files;
 
 use super::view::View;
@@ -24,5 +25,9 @@ pub(crate) fn findings(state_dir: &Path, host: &HostState, view: &View) -> Vec<F
         .filter(|attachment| attachment.boot_id == boot)
         .collect();
     attachments.sort_by_key(Attachment::file_name);
-    misfits(&attachments, host, view.mtu, &prefixes(&view.networks), &prefixes(&view.subnets))
+    // A former network's containers are ours as well.
+    let state = std::fs::read(state_dir.join("state.json")).ok().and_then(|bytes| State::parse(&bytes).ok());
+    let ours: Vec<Prefix> =
+        prefixes(&view.networks).into_iter().chain(state.into_iter().flat_map(|s| s.former)).collect();
+    misfits(&attachments, host, view.mtu, &ours, &prefixes(&view.subnets))
 }
