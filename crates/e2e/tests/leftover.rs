@@ -306,11 +306,21 @@ fn flannels_accepts_stay_where_legacy_iptables_drops() {
     for program in ["iptables-legacy", "ip6tables-legacy"] {
         host.run(&format!("{program} -w -P FORWARD ACCEPT"));
     }
-    host.run("nft add table ip doorbell");
-    eventually("they go", || {
-        let text = filter();
-        if text.iter().any(|text| text.contains("FLANNEL")) { Err(text) } else { Ok(()) }
-    });
+    let saved = || ["iptables-legacy-save", "ip6tables-legacy-save"].map(|program| host.run(program));
+    let gone = |what: &str| {
+        eventually(what, || {
+            let text = saved();
+            if text.iter().any(|text| text.contains("FLANNEL")) { Err(text) } else { Ok(()) }
+        });
+    };
+    gone("they go");
+    // A flannel has run beside the agent, and is gone.
+    for family in FAMILIES {
+        let text = of_family(CHAINS, family).replace("FORWARD DROP", "FORWARD ACCEPT");
+        feed(host, &format!("ip{}tables-legacy-restore", family[0]), &["-w", "--noflush"], &text);
+    }
+    gone("what came while the agent runs goes as well");
+    assert!(saved().iter().all(|text| text.contains("MASQUERADE")), "somebody else's rules stay: {:?}", saved());
 }
 
 #[test]

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use twill_core::firewall::Leftover;
 use twill_core::host::{Fdb, HostState, Key, Object};
 use twill_core::net::{LinkName, MacAddr};
 use twill_core::reconcile::{Changes, Outcome, Plan, Scope};
@@ -26,7 +27,7 @@ use self::dump::Stale;
 use crate::netlink::names::Names;
 use crate::netlink::socket::Socket;
 use crate::nft::Nft;
-use crate::{Kernel, KernelError, sysctl};
+use crate::{Kernel, KernelError, legacy, sysctl};
 
 /// RTNLGRP_LINK 1, NEIGH 3, IPV4_IFADDR 5, IPV4_ROUTE 7, IPV4_RULE 8, IPV6_IFADDR 9, IPV6_ROUTE 11, IPV6_RULE 19.
 const GROUPS: u32 = (1 << 0) | (1 << 2) | (1 << 4) | (1 << 6) | (1 << 7) | (1 << 8) | (1 << 10) | (1 << 18);
@@ -201,6 +202,32 @@ impl LinuxKernel {
                 };
                 dirty.insert(key);
             }
+        }
+        dirty
+    }
+
+    /// Reads what flannel left in legacy iptables, which announces nothing; gives the keys of what differs from the mirror.
+    pub fn poll_legacy(&mut self) -> BTreeSet<Key> {
+        if !matches!(self.firewall, Firewall::Open(_)) {
+            return BTreeSet::new();
+        }
+        let found: BTreeSet<Leftover> = legacy::left_by_flannel().into_iter().collect();
+        // The mirror's last keys.
+        let had = self
+            .mirror
+            .iter()
+            .rev()
+            .map_while(|(key, _)| if let Key::Leftover(left) = key { Some(left) } else { None });
+        let had: BTreeSet<Leftover> = had.filter(|left| left.legacy).map(|left| Leftover::clone(left)).collect();
+        let mut dirty = BTreeSet::new();
+        for left in &found ^ &had {
+            let key = Key::Leftover(Box::new(left.clone()));
+            if found.contains(&left) {
+                self.mirror.insert(Object::Leftover(Box::new(left)));
+            } else {
+                self.mirror.remove(&key);
+            }
+            dirty.insert(key);
         }
         dirty
     }

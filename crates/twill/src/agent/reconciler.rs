@@ -215,6 +215,8 @@ impl Reconciler {
                 self.findings = Some(now);
             }
             self.legacy = (found, now + LEGACY);
+            let dirty = self.kernel.poll_legacy();
+            self.drifted.extend(dirty);
         }
         if self.wake.is_some_and(|at| now >= at) {
             self.wake = None;
