@@ -61,11 +61,11 @@ fn iptables_that_drops_gets_our_accepts_repaired_and_removed() {
     accepts(host, "FORWARD", false);
     passes(&site);
     // What drops before it, or without it, is not answered from there.
-    for rule in ["-s 10.1.0.0/16 -j DROP", "-j guard"] {
-        if rule == "-j guard" {
-            host.run("iptables-nft -N guard");
-            host.run("iptables-nft -A guard -d 10.1.0.0/16 -j REJECT");
-        }
+    host.run("iptables-nft -N empty");
+    host.run("iptables-nft -N guard");
+    host.run("iptables-nft -A guard -d 10.1.0.0/16 -j REJECT");
+    // The last two end at the policy.
+    for rule in ["-s 10.1.0.0/16 -j DROP", "-j guard", "-d 10.1.0.0/16 -j RETURN", "-g empty"] {
         host.run(&format!("iptables-nft -I FORWARD {rule}"));
         accepts(host, "FORWARD", true);
         accepts(host, "DOCKER-USER", false);

@@ -147,13 +147,20 @@ fn enters(chain: &Chain, hook: Hook) -> bool {
 fn place<'a>(table: &'a Table, base: &'a str) -> Option<&'a str> {
     let chain = &table.chains[base];
     let policy = chain.base.is_some_and(|base| base.drops);
-    let first = chain.rules.iter().position(|rule| may_drop(table, rule)).unwrap_or(chain.rules.len());
+    // Where the policy drops, so does what ends the way through the chain.
+    let ends = |rule: &Rule| policy && rule.exprs.iter().flat_map(Expr::verdicts).any(leaves);
+    let first = chain.rules.iter().position(|rule| ends(rule) || may_drop(table, rule)).unwrap_or(chain.rules.len());
     let drops = policy || first < chain.rules.len();
     // Docker's place for the rules of others, unless a drop stands before it, or not everything passes there.
     let to_docker = |rule: &Rule| rule.exprs.iter().flat_map(Expr::leads_to).any(|to| &**to == DOCKER_USER);
     let plain = |rule: &Rule| rule.exprs.iter().all(|expr| matches!(expr, Expr::Counter | Expr::Verdict(_)));
     let docker = chain.rules.iter().position(|rule| to_docker(rule) && plain(rule)).filter(|at| *at <= first);
     drops.then(|| if docker.is_some() { DOCKER_USER } else { base })
+}
+
+/// True for what a base chain's policy decides on.
+fn leaves(verdict: &Verdict) -> bool {
+    matches!(verdict, Verdict::Return | Verdict::Goto(_))
 }
 
 /// True for a rule of somebody else that drops, or that leads to one.
