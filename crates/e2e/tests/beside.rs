@@ -223,6 +223,29 @@ fn a_drop_behind_a_map_is_answered_and_named() {
 }
 
 #[test]
+fn a_strangers_table_whose_name_begins_like_ours_is_answered_and_named() {
+    let Some((site, _dir)) = site(&[]) else { return };
+    let host = &site.node.host;
+    let _agent = site.node.agent("--subnet 10.1.15.0/24");
+    site.plug();
+    site.peer();
+    load(
+        host,
+        "table inet twill-guard {
+           chain forward { type filter hook forward priority filter; policy drop; }
+           chain before {
+             type filter hook prerouting priority raw; policy accept;
+             ip daddr 10.1.0.0/16 iifname \"flannel.1\" drop
+           }
+         }",
+    );
+    let finding = site.node.finding("dropped-before-forward");
+    assert_eq!(finding["object"], "chain inet twill-guard before", "{finding}");
+    host.run("nft flush chain inet twill-guard before");
+    passes(&site);
+}
+
+#[test]
 fn what_somebody_saves_and_loads_again_is_still_known_as_ours() {
     let Some((site, _dir)) = site(&["iptables-nft-save", "iptables-nft-restore"]) else { return };
     let host = &site.node.host;

@@ -76,15 +76,13 @@ fn is_target(expr: &str, data: &[u8], target: &[u8]) -> bool {
 /// The chains of a table that are worth reading, with those that they lead to: all of ours, and what may drop what we forward.
 pub fn roots(table: &TableName, chains: &BTreeMap<Box<str>, Option<Base>>) -> Vec<Box<str>> {
     let ours = table.is_twills();
-    let of_twill = table.name.starts_with("twill-");
     let routed = matches!(table.family, Family::Inet | Family::Ip | Family::Ip6);
     let drops = |base: &Base| base.kind == ChainKind::Filter && matches!(base.hook, Hook::Forward | Hook::Prerouting);
     // The rooms for others, also when nothing leads there any more: rules of ours may be left in them.
     let nat = |name: &str| &*table.name == "nat" && name == POSTROUTING;
     let named = |name: &str| name == DOCKER_USER || is_flannels_chain(name) || nat(name);
-    let wanted = chains
-        .iter()
-        .filter(|(name, base)| ours || routed && !of_twill && (base.as_ref().is_some_and(drops) || named(name)));
+    let wanted =
+        chains.iter().filter(|(name, base)| ours || routed && (base.as_ref().is_some_and(drops) || named(name)));
     wanted.map(|(name, _)| name.clone()).collect()
 }
 
