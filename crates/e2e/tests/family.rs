@@ -256,6 +256,58 @@ fn the_mtu_follows_the_underlay_for_each_family_and_too_small_a_one_is_named() {
 }
 
 #[test]
+fn an_underlay_that_carries_no_family_promises_nothing_and_the_way_out_stays() {
+    let Some((site, _dir)) = site() else { return };
+    for host in [&site.node.host, &site.node.other] {
+        host.ip("-4 addr flush dev eth0");
+    }
+    site.node.put("config", ALONE);
+    let agent = site.node.agent("--subnet fd00:1:0:f::/64");
+    site.plug6();
+    site.peer6();
+    site.attached(&["fd00:1:0:f::2/64"]);
+    let carried = |when: &str, mtu: u64| {
+        eventually(&format!("{when}: MTU {mtu} on the device and in subnet.env"), || {
+            let shown = site.node.host.run("ip -d link show");
+            let env = std::fs::read_to_string(site.node.file("subnet.env")).unwrap_or_default();
+            let good =
+                shown.lines().any(|line| line.contains(" flannel-v6.1: ") && line.contains(&format!(" mtu {mtu} ")))
+                    && env.contains(&format!("FLANNEL_MTU={mtu}\n"));
+            if good { Ok(()) } else { Err((shown, env, site.node.log("agent.log"))) }
+        });
+    };
+    let withdrawn = |when: &str| {
+        let finding = site.node.finding("mtu-too-small");
+        assert!(finding["evidence"].as_str().unwrap().contains("no tunnel"), "{when}: {finding}");
+        eventually(&format!("{when}: nothing promises more than 1300"), || {
+            let gone = !site.node.host.run("ip link show").contains("flannel-v6.1");
+            let status = site.node.status();
+            let listed = status["findings"].to_string().contains("its MTU is 1500, and the network carries 1300");
+            let good = gone && listed && !site.node.file("subnet.env").exists() && status["mtu"] == 1300;
+            if good { Ok(()) } else { Err((status, site.node.log("agent.log"))) }
+        });
+        let out = site.arrives("eth0", "fd00:168::3");
+        assert!(out.contains("IP6 fd00:168::2 > fd00:168::3: ICMP6, echo request"), "{when}: {out}");
+    };
+    site.node.host.ip("link set eth0 mtu 9000");
+    carried("before", 8930);
+    site.node.host.ip("link set eth0 mtu 1300");
+    withdrawn("while it runs");
+    site.node.host.ip("link set eth0 mtu 1500");
+    carried("after", 1430);
+    let inside = site.arrives("flannel-v6.1", "fd00:1:0:28::");
+    assert!(inside.contains("IP6 fd00:1:0:f::2 > fd00:1:0:28::: ICMP6, echo request"), "{inside}");
+    // The underlay shrinks while no agent looks.
+    agent.end(rustix::process::Signal::TERM);
+    site.node.host.ip("link set eth0 mtu 1300");
+    let _agent = site.node.agent_at_once("");
+    withdrawn("at a start");
+    site.node.host.ip("link set eth0 mtu 1500");
+    carried("after the start", 1430);
+    assert_eq!(site.node.leases().len(), 2, "the same lease");
+}
+
+#[test]
 fn each_backend_and_family_alone_follows_the_underlay() {
     for (backend, families, device, less) in [
         ("vxlan", r#""Network":"10.1.0.0/16""#, "flannel.1", 50),

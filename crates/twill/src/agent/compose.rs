@@ -102,6 +102,23 @@ impl Network {
         Ok(base)
     }
 
+    /// For an underlay that carries none of the families: the way out stays, without a tunnel.
+    pub(crate) fn way_out_alone(config: &NetworkConfig, state: &State, way_out: WayOut) -> (HostState, Claim) {
+        let (networks, subnets) = (config.networks(), state.subnets.clone());
+        let policy = Policy {
+            networks: networks.clone(),
+            subnets: subnets.clone(),
+            excluded: config.no_masq.clone(),
+            masquerade: way_out.masquerade,
+            ..Policy::default()
+        };
+        let mut base: HostState = subnets.iter().map(|subnet| Object::Route(unused(*subnet))).collect();
+        base.insert(Object::Table(Box::new(policy.table())));
+        let devices = state.devices.keys().copied().collect();
+        let protocol = Some(PROTO_TWILL);
+        (base, Claim { devices, protocol, networks, subnets, firewall: true, flannels_firewall: true })
+    }
+
     /// Where peers' datagrams come in.
     fn outer(&self, base: &HostState) -> Vec<SocketAddr> {
         let vxlan = base.iter().filter_map(|(_, object)| match object {

@@ -199,9 +199,16 @@ impl Session {
                 }
             };
             self.show_ignored(&ignored);
+            let carried = chosen.underlay.mtu;
             let mut network = match Network::new(&config, chosen.underlay, &host, &self.state, self.settings.way_out) {
                 Ok(network) => network,
-                Err(refusal) => {
+                Err(mut refusal) => {
+                    if refusal.code == "mtu-too-small" {
+                        refusal.message += "; until it carries one there is no tunnel, and no file for new containers";
+                        if self.waiting.as_ref().is_none_or(|(code, _)| *code != refusal.code) {
+                            self.withdraw(&config, carried);
+                        }
+                    }
                     self.wait_for(refusal.code, &refusal.message, &refusal.hint).await;
                     continue;
                 }

@@ -4,9 +4,11 @@ use std::path::PathBuf;
 
 use tokio::sync::oneshot;
 use twill_core::alloc::{self, Choice};
+use twill_core::backend::Reach;
 use twill_core::config::NetworkConfig;
 use twill_core::flannel::subnet_env::SubnetEnv;
 use twill_core::lease::{Lease, LeaseAttrs, LeaseKey, RawLease};
+use twill_core::net::Mtu;
 use twill_kernel::files;
 use twill_store::{StoreError, Swap};
 
@@ -167,6 +169,24 @@ impl Session {
             self.save();
         }
         self.show_network(network);
+    }
+
+    /// No family fits into the underlay: the tunnel goes, and the file by which containers start, since both promise more. The way out stays.
+    pub(super) fn withdraw(&mut self, config: &NetworkConfig, carried: Mtu) {
+        if self.state.subnets.is_empty() {
+            return;
+        }
+        let peers = self.leases.names().chain(self.kept.keys()).map(|name| (name.clone(), Reach::default()));
+        self.order(Order::Peers(peers.collect()));
+        let (base, claim) = Network::way_out_alone(config, &self.state, self.settings.way_out);
+        self.order(Order::Base { base, claim, tunnel: None, done: oneshot::channel().0 });
+        self.order(Order::Prune);
+        // Where there is none it need not go.
+        let _ = std::fs::remove_file(&self.settings.subnet_file);
+        if let Ok(mut view) = self.view.lock() {
+            view.devices.clear();
+            view.mtu = Some(carried.get());
+        }
     }
 
     pub(super) fn save(&mut self) {
