@@ -8,6 +8,7 @@
 //!
 //! ```text
 //!   ADD: lock ─ choose ─ write down ─ take ─ unlock ─▶ bridge, pair, routes ─▶ disk ─▶ answer
+//!                            └── its file is locked: nobody takes it for a leak ──┘
 //!   DEL: pair away ─▶ rules away ─▶ lock ─ free ─ unlock ─▶ forget ─▶ disk ─▶ answer
 //! ```
 

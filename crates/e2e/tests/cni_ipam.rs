@@ -506,7 +506,17 @@ fn an_add_at_work_keeps_its_address_and_one_that_was_killed_leaks_it() {
     assert_eq!(twill(&runtime, "ipam free --leaked").1, "nothing to free\n");
     let (code, _, err) = twill(&runtime, "ipam free 10.9.0.2");
     assert!(code == Some(1) && err.contains("a:eth0 is attached"), "{err}");
+    // A second ADD of the same waits for it, and is refused.
+    let call = Call { verb: "ADD", conf: &conf, id: "a", netns: Some(netns(&a)), args: "" };
+    let second = start(runtime.command(&bin("twill-cni"), &call), conf.to_string().as_bytes());
+    eventually("it waits", || {
+        let locks = std::fs::read_to_string("/proc/locks").unwrap();
+        let of = format!(" {} ", second.id());
+        if locks.lines().any(|line| line.contains("->") && line.contains(&of)) { Ok(()) } else { Err(locks) }
+    });
     signal("-CONT", &pid);
+    let said = second.wait_with_output().unwrap();
+    assert!(String::from_utf8_lossy(&said.stdout).contains("has its eth0 already"), "{said:?}");
     assert!(add.wait_with_output().unwrap().status.success());
     assert_eq!(a.json("addr show eth0")[0]["addr_info"][0]["local"], "10.9.0.2");
     held_by(&runtime, &a, "a");
