@@ -10,6 +10,7 @@ use twill_kernel::{Interest, Kernel, LinuxKernel};
 use twill_store::Listing;
 
 use super::super::compose::Network;
+use super::super::reconciler::Order;
 use super::Session;
 
 /// A listing that lacks so many known peers, and more than half of them, withdraws nothing.
@@ -51,6 +52,8 @@ impl Session {
             if first {
                 self.kept = in_kernel(&lacking, &tunnels(network));
             }
+            // What has come back since is withheld no more.
+            self.withheld.retain(|name| !listed.contains(&**name));
             self.withheld.extend(lacking);
             return listing.entries.into_iter().flat_map(|raw| self.leases.put(raw)).collect();
         }
@@ -61,6 +64,23 @@ impl Session {
         let mut concerned = self.leases.reset(listing.entries);
         concerned.extend(std::mem::take(&mut self.kept).into_keys());
         concerned
+    }
+
+    /// The store has told of a lease that a strange listing lacked. After the last one nothing is left to accept.
+    pub(super) fn is_back(&mut self, name: &str) {
+        if self.withheld.remove(name) && self.withheld.is_empty() {
+            self.accepted();
+        }
+    }
+
+    /// The listing is taken as it is: what it lacks may be pruned.
+    pub(super) fn accepted(&mut self) {
+        self.unfind("strange-listing");
+        self.prune = true;
+        if let Some((cluster, _)) = self.seen {
+            self.believe(cluster);
+        }
+        self.order(Order::Prune);
     }
 
     /// From now on another store is a strange one.

@@ -360,6 +360,7 @@ impl Session {
         let concerned = match event {
             WatchEvent::Config(raw) => return self.on_config(raw, config),
             WatchEvent::Put(raw) => {
+                self.is_back(&raw.name);
                 if raw.name == own_name && raw.mod_rev <= own.mod_rev {
                     return None;
                 }
@@ -371,8 +372,8 @@ impl Session {
                 if name == own_name && revision < own.mod_rev {
                     return None;
                 }
-                self.withheld.remove(name.as_str());
                 self.kept.remove(name.as_str());
+                self.is_back(&name);
                 let mut concerned = self.leases.delete(&name);
                 concerned.insert(name.into());
                 concerned
@@ -515,12 +516,7 @@ impl Session {
                     gone.iter().flat_map(|name| self.leases.delete(name)).collect();
                 concerned.extend(std::mem::take(&mut self.kept).into_keys());
                 self.send_peers(network, own, concerned);
-                self.unfind("strange-listing");
-                self.prune = true;
-                if let Some((cluster, _)) = self.seen {
-                    self.believe(cluster);
-                }
-                self.order(Order::Prune);
+                self.accepted();
                 tracing::info!(peers = gone.len(), "the listing was accepted, what it lacks is withdrawn");
                 let _ = reply.send(gone.len());
             }
