@@ -211,7 +211,7 @@ pub(crate) async fn open(listen: SocketAddr, data: &Path) -> Result<(Server, Tcp
     })?;
     let listener = TcpListener::bind(listen).await.map_err(|e| {
         Failure::new("store-listen", format!("listen on {listen}: {e}"))
-            .hint("--listen ADDR:PORT names another address or port")
+            .hint("name another address or port: store serve --listen ADDR:PORT, agent --serve-store ADDR:PORT")
     })?;
     tracing::info!(%listen, data = %data.display(), "the store serves");
     Ok((server, listener))

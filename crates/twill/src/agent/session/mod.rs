@@ -37,6 +37,7 @@ use super::reconciler::Order;
 use super::settings::Settings;
 use super::view::{PeerView, View, WayView};
 use crate::output::Failure;
+use crate::stores::PREFIX;
 
 /// flannel's time to live of a lease, in seconds.
 const TTL: i64 = 86_400;
@@ -187,8 +188,10 @@ impl Session {
             let raw = self.store.config().await?;
             self.say_reached();
             let Some(raw) = raw else {
-                let hint = "write one: etcdctl put PREFIX/config '{\"Network\":\"10.244.0.0/16\",\"Backend\":{\"Type\":\"vxlan\"}}'";
-                self.wait_for("config-missing", "the store has no network config", hint).await;
+                let value = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
+                let prefix = self.settings.store.prefix.as_deref().unwrap_or(PREFIX);
+                let hint = format!("write one: etcdctl put {prefix}/config '{value}'");
+                self.wait_for("config-missing", "the store has no network config", &hint).await;
                 continue;
             };
             let (config, ignored) = match NetworkConfig::parse(&raw.value) {
