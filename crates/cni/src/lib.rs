@@ -29,6 +29,9 @@ use env::{Target, Vars, Verb};
 use error::CniError;
 use result::Version;
 
+/// What the program of every release says of itself, after name and version: `twill cni` knows it by these bytes, so they never change.
+pub const ABOUT: &str = ": a CNI plugin, run by container runtimes; speaks CNI ";
+
 /// What goes to stdout, and whether it is an error.
 pub type Said = Result<String, String>;
 

@@ -24,11 +24,7 @@ fn main() -> ExitCode {
 /// For people: runtimes give no arguments.
 fn about() -> ExitCode {
     let spoken: Vec<&str> = Version::ALL.iter().map(|version| version.as_str()).collect();
-    let text = format!(
-        "twill-cni {}: a CNI plugin, run by container runtimes; speaks CNI {}\n",
-        env!("CARGO_PKG_VERSION"),
-        spoken.join(", ")
-    );
+    let text = format!("twill-cni {}{}{}\n", env!("CARGO_PKG_VERSION"), twill_cni::ABOUT, spoken.join(", "));
     let _ = std::io::stdout().write_all(text.as_bytes());
     ExitCode::SUCCESS
 }

@@ -3,7 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread::{Scope, ScopedJoinHandle};
 
 use rustix::fs::{FlockOperation, flock};
@@ -27,6 +27,18 @@ pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     write().inspect_err(|_| {
         let _ = fs::remove_file(&beside);
     })
+}
+
+/// What a [`write_atomic`] of `path` has left beside it that was killed, while nobody else writes `path`.
+pub fn left_beside(path: &Path) -> io::Result<Vec<PathBuf>> {
+    let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else { return Ok(Vec::new()) };
+    let prefix = format!(".{}.", name.to_string_lossy());
+    let entries = match fs::read_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?.collect::<io::Result<Vec<_>>>()?,
+    };
+    let is_left = |name: &str| name.strip_prefix(&prefix).is_some_and(|pid| pid.parse::<u32>().is_ok());
+    Ok(entries.iter().filter(|e| is_left(&e.file_name().to_string_lossy())).map(fs::DirEntry::path).collect())
 }
 
 /// Reads a file of at most `limit` bytes; a longer one is an error. `None`: there is no such file.
@@ -167,7 +179,15 @@ impl Lock {
 
     /// Takes the lock of a file, made when it is missing, and waits for whoever holds it.
     pub fn exclusive(path: &Path) -> io::Result<Lock> {
-        let file = Self::open(path)?;
+        Self::wait(Self::open(path)?)
+    }
+
+    /// Takes the lock of a folder that is there, and waits for whoever holds it.
+    pub fn folder(path: &Path) -> io::Result<Lock> {
+        Self::wait(File::open(path)?)
+    }
+
+    fn wait(file: File) -> io::Result<Lock> {
         loop {
             match flock(&file, FlockOperation::LockExclusive) {
                 Ok(()) => return Ok(Lock(file)),
@@ -238,6 +258,12 @@ mod tests {
         }
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+        // What a killed one has left is known by its name.
+        assert_eq!(left_beside(&path).unwrap(), Vec::<PathBuf>::new());
+        let names = [".state.json.77", ".state.json.77x", "state.json.77", ".other.77"].map(|n| path.with_file_name(n));
+        names.iter().for_each(|name| fs::write(name, "").unwrap());
+        assert_eq!(left_beside(&path).unwrap(), names[..1]);
+        assert_eq!(left_beside(&dir.path().join("missing/file")).unwrap(), Vec::<PathBuf>::new());
         // A folder in its place: refused, and again nothing is left.
         assert!(write_atomic(path.parent().unwrap(), b"x", 0o600).is_err());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);

@@ -1,7 +1,7 @@
 //! `twill cni`: the plugin and its configuration, put where container runtimes look for them.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use twill_cni::conf::{STATE, SUBNET_FILE};
 use twill_core::flannel::subnet_env::SubnetEnv;
+use twill_kernel::files::Lock;
 use twill_kernel::{attach, files};
 
 use super::ask::Socket;
@@ -202,9 +203,35 @@ fn failed(act: &str, path: &Path, error: &io::Error) -> Failure {
         .hint("run it as root, on a file system with room")
 }
 
+/// What stands under a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stands {
+    Nothing,
+    Ours,
+    Theirs,
+}
+
+impl Stands {
+    fn at(path: &Path) -> Result<Self, Failure> {
+        match fs::read(path) {
+            Ok(program) if is_ours(&program) => Ok(Self::Ours),
+            Ok(_) => Ok(Self::Theirs),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !path.is_symlink() => Ok(Self::Nothing),
+            // A link that leads nowhere is somebody's.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Self::Theirs),
+            Err(error) => Err(failed("read", path, &error)),
+        }
+    }
+}
+
+/// The program itself says whose it is: so neither a kill halfway, nor an upgrade, nor a copy by hand makes an original of it.
+fn is_ours(program: &[u8]) -> bool {
+    memchr::memmem::find(program, twill_cni::ABOUT.as_bytes()).is_some()
+}
+
 impl Install {
     fn run(self) -> anyhow::Result<ExitCode> {
-        let names: BTreeSet<Name> = self.take_over.iter().copied().collect();
+        let mut names: BTreeSet<Name> = self.take_over.iter().copied().collect();
         if names.contains(&Name::HostLocal) && !names.contains(&Name::Bridge) {
             let message =
                 "host-local alone cannot be taken over: the reference bridge would ask it under the type bridge";
@@ -216,17 +243,22 @@ impl Install {
         let subnet_file = self.subnet_file.clone().unwrap_or_else(|| SUBNET_FILE.into());
         self.ready(&subnet_file)?;
         let program = self.program()?;
-        let mut done = Done { dry_run: self.at.dry_run, ..Done::default() };
-        // A newer release goes wherever the older one is; neither is anybody's original.
-        let is_ours = |name: &Name| self.at.has_taken(*name) || self.at.holds(name.program(), &program);
-        let taken: BTreeSet<Name> = Name::ALL.into_iter().filter(is_ours).collect();
-        for name in names.difference(&taken) {
-            self.at.keep(&mut done, *name)?;
+        if !self.at.dry_run {
+            fs::create_dir_all(&self.at.bin_dir).map_err(|error| failed("make", &self.at.bin_dir, &error))?;
         }
-        for name in names.union(&taken) {
+        let mut done = Done { dry_run: self.at.dry_run, ..Done::default() };
+        let _lock = self.at.begin(&mut done)?;
+        for name in Name::ALL {
+            match Stands::at(&self.at.bin_dir.join(name.program()))? {
+                Stands::Theirs if names.contains(&name) => self.at.keep(&mut done, name)?,
+                // A newer release goes wherever an older one is.
+                Stands::Ours => drop(names.insert(name)),
+                Stands::Theirs | Stands::Nothing => {}
+            }
+        }
+        for name in names {
             self.at.write(&mut done, self.at.bin_dir.join(name.program()), &program, 0o755)?;
         }
-        // After them: while it is the older one, they are known by it.
         self.at.write(&mut done, self.at.bin_dir.join(PLUGIN), &program, 0o755)?;
         // Last: what it names is there by now.
         let text = serde_json::to_string_pretty(&self.conflist(&subnet_file))? + "\n";
@@ -238,10 +270,15 @@ impl Install {
     fn program(&self) -> anyhow::Result<Vec<u8>> {
         let beside = || Ok::<_, io::Error>(std::env::current_exe()?.with_file_name(PLUGIN));
         let path = self.plugin.clone().map_or_else(beside, Ok)?;
-        Ok(fs::read(&path).map_err(|error| {
-            let message = format!("read the plugin {}: {error}", path.display());
-            Failure::new("plugin-missing", message).hint("it comes with twill; --plugin names another place")
-        })?)
+        let missing = |why: &str| {
+            Failure::new("plugin-missing", format!("read the plugin {}: {why}", path.display()))
+                .hint("it comes with twill; --plugin names another place")
+        };
+        let program = fs::read(&path).map_err(|error| missing(&error.to_string()))?;
+        if !is_ours(&program) {
+            return Err(missing("it is no twill-cni").into());
+        }
+        Ok(program)
     }
 
     /// A runtime that finds the configuration sends containers at once: the node must be able to take them.
@@ -290,13 +327,19 @@ impl Where {
         self.bin_dir.join(format!("{}.{KEPT}", name.program()))
     }
 
-    /// True when the plugin that is installed stands under that name.
-    fn has_taken(&self, name: Name) -> bool {
-        fs::read(self.bin_dir.join(PLUGIN)).is_ok_and(|ours| self.holds(name.program(), &ours))
-    }
-
-    fn holds(&self, name: &str, program: &[u8]) -> bool {
-        fs::read(self.bin_dir.join(name)).is_ok_and(|there| there == program)
+    /// Alone from here on: what lies beside the files was left by a run that was killed, and goes.
+    fn begin(&self, done: &mut Done) -> Result<Option<Lock>, Failure> {
+        let lock = match Lock::folder(&self.bin_dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            lock => Some(lock.map_err(|error| failed("lock", &self.bin_dir, &error))?),
+        };
+        let programs = Name::ALL.map(Name::program).into_iter().chain([PLUGIN]).map(|name| self.bin_dir.join(name));
+        for path in programs.chain([self.conf_dir.join(CONFLIST)]) {
+            for left in files::left_beside(&path).map_err(|error| failed("look beside", &path, &error))? {
+                self.remove(done, left)?;
+            }
+        }
+        Ok(lock)
     }
 
     fn write(&self, done: &mut Done, path: PathBuf, bytes: &[u8], mode: u32) -> Result<(), Failure> {
@@ -310,22 +353,20 @@ impl Where {
         Ok(())
     }
 
-    /// Keeps the program of that name, if there is one: what its package has brought meanwhile goes before what was kept.
+    /// Keeps somebody's program of that name: what its package has brought meanwhile goes before what was kept.
     fn keep(&self, done: &mut Done, name: Name) -> Result<(), Failure> {
         let (path, kept) = (self.bin_dir.join(name.program()), self.kept(name));
-        if !path.exists() {
-            return Ok(());
-        }
         if !self.dry_run {
             files::remove(&kept).map_err(|error| failed("remove", &kept, &error))?;
-            fs::hard_link(&path, &kept).map_err(|error| failed("keep", &path, &error))?;
+            let keep = || fs::hard_link(&path, &kept).and_then(|()| File::open(&self.bin_dir)?.sync_all());
+            keep().map_err(|error| failed("keep", &path, &error))?;
         }
         done.kept.push(kept);
         Ok(())
     }
 
     fn remove(&self, done: &mut Done, path: PathBuf) -> Result<(), Failure> {
-        if !path.exists() {
+        if fs::symlink_metadata(&path).is_err() {
             return Ok(());
         }
         if !self.dry_run {
@@ -348,25 +389,25 @@ impl Uninstall {
             return Err(Failure::new("containers-attached", message).hint("stop them first, or add --force").into());
         }
         let mut done = Done { dry_run: self.at.dry_run, ..Done::default() };
+        let _lock = self.at.begin(&mut done)?;
         // First: nobody is to be sent here any more.
         self.at.remove(&mut done, self.at.conf_dir.join(CONFLIST))?;
-        let plugin = self.at.bin_dir.join(PLUGIN);
-        for name in Name::ALL {
+        // host-local first: the reference bridge is never to ask ours.
+        for name in Name::ALL.into_iter().rev() {
             let (path, kept) = (self.at.bin_dir.join(name.program()), self.at.kept(name));
-            let ours = self.at.has_taken(name);
-            if kept.exists() && path.exists() && !ours {
-                // Its package has brought a newer one.
-                self.at.remove(&mut done, kept)?;
-            } else if kept.exists() {
-                if !self.at.dry_run {
-                    fs::rename(&kept, &path).map_err(|error| failed("restore", &path, &error))?;
+            match (Stands::at(&path)?, Stands::at(&kept)?) {
+                // Its package has brought a newer one, or it was kept and not yet replaced.
+                (Stands::Theirs, _) => self.at.remove(&mut done, kept)?,
+                (_, Stands::Theirs) => {
+                    if !self.at.dry_run {
+                        fs::rename(&kept, &path).map_err(|error| failed("restore", &path, &error))?;
+                    }
+                    done.restored.push(path);
                 }
-                done.restored.push(path);
-            } else if ours {
-                self.at.remove(&mut done, path)?;
+                _ => [path, kept].into_iter().try_for_each(|ours| self.at.remove(&mut done, ours))?,
             }
         }
-        self.at.remove(&mut done, plugin)?;
+        self.at.remove(&mut done, self.at.bin_dir.join(PLUGIN))?;
         done.print(&self.output)?;
         Ok(ExitCode::SUCCESS)
     }
