@@ -630,4 +630,21 @@ fn docker_install_merges_names_a_clash_and_uninstall_takes_its_keys_out() {
     assert_eq!(settings()["log-level"], "warn");
     twill("uninstall").unwrap();
     assert_eq!(settings(), serde_json::json!({"log-level": "warn"}));
+    // The file is a link: it stays one, whether it leads to a file or not yet.
+    let real = dir.path().join("kept/docker.json");
+    std::fs::create_dir(dir.path().join("kept")).unwrap();
+    std::fs::rename(&file, &real).unwrap();
+    std::os::unix::fs::symlink("../kept/docker.json", &file).unwrap();
+    for before in [Some(serde_json::json!({"log-level": "warn"})), None] {
+        if before.is_none() {
+            std::fs::remove_file(&real).unwrap();
+        }
+        for words in ["install", "uninstall"] {
+            twill(words).unwrap();
+            assert_eq!(std::fs::read_link(&file).unwrap(), Path::new("../kept/docker.json"), "{words}");
+            let bip = std::fs::read_to_string(&real).is_ok_and(|text| text.contains("bip"));
+            assert_eq!(bip, words == "install");
+        }
+        assert_eq!(std::fs::read(&real).ok().map(|text| serde_json::from_slice(&text).unwrap()), before);
+    }
 }

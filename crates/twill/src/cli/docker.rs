@@ -165,8 +165,20 @@ impl Where {
 
     fn write(&self, settings: &Map<String, Value>, mode: u32) -> anyhow::Result<()> {
         let text = serde_json::to_string_pretty(settings)? + "\n";
-        files::write_atomic(&self.file, text.as_bytes(), mode).map_err(|error| failed("write", &self.file, error))?;
+        files::write_atomic(&self.real_file(), text.as_bytes(), mode)
+            .map_err(|error| failed("write", &self.file, error))?;
         Ok(())
+    }
+
+    /// Where the settings are, or would be: whoever has made a link of the file keeps it.
+    fn real_file(&self) -> PathBuf {
+        let mut file = self.file.clone();
+        // As many as the kernel follows: a circle of links is refused when it is read.
+        for _ in 0..40 {
+            let Ok(to) = fs::read_link(&file) else { break };
+            file = file.parent().unwrap_or(Path::new("")).join(to);
+        }
+        file
     }
 }
 
@@ -247,7 +259,7 @@ impl Uninstall {
         if !self.at.dry_run {
             removed.iter().for_each(|key| drop(settings.shift_remove(key)));
             if !removed.is_empty() && record.made && settings.is_empty() {
-                fs::remove_file(&self.at.file).map_err(|error| failed("remove", &self.at.file, error))?;
+                fs::remove_file(self.at.real_file()).map_err(|error| failed("remove", &self.at.file, error))?;
             } else if !removed.is_empty() {
                 self.at.write(&settings, mode)?;
             }
