@@ -51,9 +51,14 @@ impl StoreError {
     }
 
     /// What to do next.
-    pub const fn hint(&self) -> &'static str {
+    pub fn hint(&self) -> &'static str {
         match self {
-            StoreError::Away { .. } => "start it, or name another with --store http://ADDRESS:2379",
+            StoreError::Away { endpoints, .. } if endpoints.contains("https:") => {
+                "start it, or name another with --store; if it runs: --ca is who signed its certificate, --cert and --key are ours"
+            }
+            StoreError::Away { .. } => {
+                "start it, or name another with --store http://ADDRESS:2379; a store with certificates has https://"
+            }
             StoreError::Denied { .. } => "check --user, --password-file, --cert, --key and --ca",
             StoreError::Compacted { .. } => "list the leases again",
             StoreError::Config { .. } => "see twill agent --help",
