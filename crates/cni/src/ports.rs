@@ -1,9 +1,10 @@
 //! Host ports and masquerading: the table `inet twill-cni`, which is a function of the attachment files and of nothing else.
 //!
 //! ```text
-//!   ADD: lock ─ does a port clash? ─ write the file ─ unlock ─▶ devices ─▶ lock ─ files → table ─ unlock
-//!   DEL: devices away ─▶ lock ─ files but this one → table ─ free its addresses ─ remove the file ─ unlock
+//!   ADD: lock ─ does a port clash? ─ take the addresses ─ write the rules down ─ unlock ─▶ devices ─▶ lock ─ files → table ─ unlock
+//!   DEL: devices away ─▶ lock ─ files but this one → table ─ strike its rules out ─ free its addresses ─ remove the file ─ unlock
 //! ```
+//! A file has rules only while its addresses are held: whoever is killed in between leads nothing to the next holder.
 //! The lock is one for all networks of this host, since the table is; whoever needs a network's lock as well takes this one first.
 
 use twill_core::attach::{Attachment, Request};
@@ -12,7 +13,7 @@ use twill_core::ports::Transport;
 use twill_core::reconcile::Step;
 use twill_kernel::attach::{self as kernel, Failed};
 use twill_kernel::conntrack;
-use twill_kernel::files::{self, Lock};
+use twill_kernel::files::{self, Lock, Unsynced};
 
 use crate::error::{Act, CniError, Code};
 use crate::records::Records;
@@ -81,13 +82,27 @@ impl<'r> Ports<'r> {
         self.settle_to(self.table(None)?).map_err(|failed| refused(failed, self.records))
     }
 
-    /// The same without what stands there for `gone`. Where somebody else's table has taken the place of ours, there is nothing left.
-    pub(crate) fn settle_without(&self, gone: &Request) -> Result<(), CniError> {
-        match self.settle_to(self.table(Some(gone))?) {
-            Ok(_) | Err(Failed::TableTaken(_)) => {
-                Self::lead_anew(gone);
-                Ok(())
-            }
+    /// Takes the rules of `gone` from the table, and then from its file, which is locked until the answer is dropped.
+    pub(crate) fn withdraw(&self, gone: &Attachment) -> Result<Unsynced, CniError> {
+        self.clear_to(self.table(Some(&gone.request))?)?;
+        Self::lead_anew(&gone.request);
+        // A crash of the machine may forget it: after that the file is stale.
+        self.records.put(&gone.without_rules())
+    }
+
+    /// Takes from the table what no file tells of: a file may have been lost, or its rules struck out by a DEL that was killed.
+    pub(crate) fn clear(records: &Records) -> Result<(), CniError> {
+        if !kernel::has_table(&TableName::twill_cni()).map_err(|failed| refused(failed, records))? {
+            return Ok(());
+        }
+        let ports = Ports::lock(records)?;
+        ports.clear_to(ports.table(None)?)
+    }
+
+    /// Where somebody else's table has taken the place of ours, there is nothing left.
+    fn clear_to(&self, want: Option<Table>) -> Result<(), CniError> {
+        match self.settle_to(want) {
+            Ok(_) | Err(Failed::TableTaken(_)) => Ok(()),
             Err(failed) => Err(refused(failed, self.records)),
         }
     }

@@ -369,6 +369,12 @@ impl Attachment {
         serde_json::to_string_pretty(self).map(|text| text + "\n")
     }
 
+    /// The same without what it asks of the firewall: it leads nothing to its addresses.
+    pub fn without_rules(&self) -> Self {
+        let request = Request { ports: Vec::new(), masquerade_beyond: Vec::new(), ..self.request.clone() };
+        Self { request, ..self.clone() }
+    }
+
     /// Reads a file's content.
     pub fn parse(text: &[u8]) -> Result<Self, BadAttachment> {
         #[derive(Deserialize)]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
 use serde_json::{Value, json};
-use twill_e2e::cni::{Call, Runtime, netns, start};
+use twill_e2e::cni::{self, Call, Runtime, netns, start};
 use twill_e2e::net::{Bed, Host};
 use twill_e2e::node::Node;
 use twill_e2e::{bin, eventually, installed};
@@ -150,9 +150,10 @@ fn within(runtime: &Runtime, command: Command, call: &Call<'_>) -> Command {
     inside
 }
 
-/// Calls the plugin and kills it at its `n`-th system call; `true`: it ended before. With `beside`, a second one works meanwhile.
-fn killed(runtime: &Runtime, call: &Call<'_>, n: usize, beside: Option<&Call<'_>>) -> bool {
-    let mut command = strace(&["-o", "/dev/null", "-e", &format!("inject=all:signal=KILL:when={n}")]);
+/// Calls the plugin and kills it at its `n`-th system call of this name; `true`: it ended before. With `beside`, a second one works
+/// meanwhile.
+fn killed(runtime: &Runtime, call: &Call<'_>, (name, n): (&str, usize), beside: Option<&Call<'_>>) -> bool {
+    let mut command = strace(&["-o", "/dev/null", "-e", &format!("inject={name}:signal=KILL:when={n}")]);
     command.arg(bin("twill-cni"));
     let victim = start(within(runtime, command, call), call.conf.to_string().as_bytes());
     let other = beside.map(|call| start(runtime.command(&bin("twill-cni"), call), call.conf.to_string().as_bytes()));
@@ -205,7 +206,7 @@ fn kill_everywhere_with(verb: &str, beside: bool, more: Value) {
             runtime.add(&conf, "victim", &victim);
         }
         let second = Call { conf: &another, ..call("ADD", "other", &other) };
-        let ended = killed(&runtime, &call(verb, "victim", &victim), n, beside.then_some(&second));
+        let ended = killed(&runtime, &call(verb, "victim", &victim), ("all", n), beside.then_some(&second));
         held_by(&runtime, &victim, "victim");
         if beside {
             held_by(&runtime, &other, "other");
@@ -263,6 +264,47 @@ fn add_killed_at_every_system_call_beside_a_second_process_leaves_no_host_port()
 #[test]
 fn del_killed_at_every_system_call_beside_a_second_process_leaves_no_host_port() {
     kill_everywhere_with("DEL", true, published(8080));
+}
+
+/// Killed between the files: the next holder of the address gets nothing of what was published before.
+#[test]
+fn who_is_killed_leads_no_host_port_to_the_next_holder_of_the_address() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    if !installed("strace") || !installed("nft") {
+        return;
+    }
+    let (victim, next) = (runtime.container("victim"), runtime.container("next"));
+    let asks = |port: u16| {
+        let mut conf = runtime.conf("1.0.0", published(port));
+        cni::merge(&mut conf, json!({"runtimeConfig": {"ips": ["10.1.15.9"]}}));
+        conf
+    };
+    let (conf, another) = (asks(8080), asks(8081));
+    let (mut given, mut kills) = (0, 0);
+    for (verb, calls) in [("ADD", "link,linkat"), ("ADD", "rename"), ("DEL", "unlink"), ("DEL", "rename")] {
+        for n in 1.. {
+            if verb == "DEL" {
+                runtime.add(&conf, "victim", &victim);
+            }
+            let call = Call { verb, conf: &conf, id: "victim", netns: Some(netns(&victim)), args: "" };
+            let ended = killed(&runtime, &call, (calls, n), None);
+            // It may be held by who was killed.
+            if runtime.try_verb("ADD", &another, "next", Some(&next)).is_ok() {
+                given += 1;
+                let table = runtime.host.run("nft list table inet twill-cni");
+                assert!(table.contains("dport 8081 ") && !table.contains("dport 8080 "), "{verb} {n}: {table}");
+            }
+            runtime.del(&another, "next", Some(&next));
+            runtime.del(&conf, "victim", Some(&victim));
+            assert_eq!((runtime.held(), runtime.attachments()), (vec![], vec![]), "{verb} {n}");
+            assert_eq!(runtime.host.run("nft list tables"), "", "{verb} {n}");
+            if ended {
+                break;
+            }
+            kills += 1;
+        }
+    }
+    assert!(kills > 5 && given > 2, "killed {kills} times, the address was given {given} times");
 }
 
 fn published(port: u16) -> Value {

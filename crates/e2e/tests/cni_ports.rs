@@ -304,6 +304,35 @@ fn what_is_no_host_port_is_refused_and_leaves_nothing_behind() {
     assert_eq!(a.json("link").as_array().unwrap().len(), 1);
 }
 
+/// The files may be lost: what they asked for goes with the container all the same, and what others ask for stays.
+#[test]
+fn del_and_gc_take_host_ports_back_without_an_attachment_file() {
+    let Some(place) = place() else { return };
+    let Place { runtime, a, b, .. } = &place;
+    let (conf, other) =
+        (with_ports(runtime, json!([port(8080, 80, "tcp")])), with_ports(runtime, json!([port(8081, 80, "tcp")])));
+    runtime.add(&other, "b", b);
+    let others = published(&runtime.host);
+    let file = runtime.file("state/attachments/a:eth0.json");
+    let lose: [&dyn Fn(); 2] = [&|| std::fs::remove_file(&file).unwrap(), &|| std::fs::write(&file, "").unwrap()];
+    let mut gc = conf.clone();
+    gc["cni.dev/valid-attachments"] = json!([{"containerID": "b", "ifname": "eth0"}]);
+    for lose in lose {
+        for verb in ["DEL", "GC"] {
+            runtime.add(&conf, "a", a);
+            assert_eq!(published(&runtime.host).len(), others.len() + 2);
+            lose();
+            let conf = if verb == "GC" { &gc } else { &conf };
+            assert_eq!(runtime.try_verb(verb, conf, "a", Some(a)), Ok(Value::Null));
+            assert_eq!(published(&runtime.host), others, "{verb}");
+            runtime.del(conf, "a", Some(a));
+            assert_eq!(runtime.attachments(), ["b:eth0.json"]);
+        }
+    }
+    runtime.del(&other, "b", Some(b));
+    assert_eq!(published(&runtime.host), Vec::<String>::new());
+}
+
 /// One after the other, as a runtime calls a chain: each with what the one before has answered, DEL from the end.
 fn chain(runtime: &Runtime, verb: &str, confs: &[Value], container: &Host, mut prev: Value) -> Value {
     let mut confs = confs.to_vec();

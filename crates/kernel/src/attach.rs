@@ -332,6 +332,14 @@ pub fn table(name: &TableName) -> Result<Option<Table>, Failed> {
     Ok(tables(name)?.1)
 }
 
+/// Whether the calling thread's namespace has such a table; a kernel without tables has none.
+pub fn has_table(name: &TableName) -> Result<bool, Failed> {
+    match tables(name) {
+        Err(Failed::Kernel(error)) if lacks_nftables(&error.source) => Ok(false),
+        tables => tables.map(|(_, table)| table.is_some()),
+    }
+}
+
 /// Brings one of our tables in the calling thread's namespace to what is wanted, in one transaction. Gives what was done, if anything.
 pub fn settle_table(name: &TableName, want: Option<&Table>) -> Result<Option<Step>, Failed> {
     let (mut nft, have) = match tables(name) {

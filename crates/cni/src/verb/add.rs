@@ -153,13 +153,22 @@ impl Plan<'_> {
         if let Some(ports) = &ports {
             ports.refuse_clash(&record.request)?;
         }
-        let mut changes = vec![records.put(&record)?];
-        if let Some(folder) = &folder {
-            let taken = folder.take(&given, &holder(target));
-            changes.extend(taken.map_err(|error| {
-                let forgotten = records.remove(&target.container_id, target.ifname);
-                forgotten.err().into_iter().fold(error, CniError::and)
-            })?);
+        // With its rules once the addresses are held: they must not lead to the next holder's.
+        let mut changes = vec![records.put(&record.without_rules())?];
+        let mut take = || {
+            let taken = folder.as_ref().map(|folder| folder.take(&given, &holder(target))).transpose()?;
+            changes.extend(taken.into_iter().flatten());
+            if record.request.has_rules() {
+                changes.push(records.put(&record)?);
+            }
+            Ok(())
+        };
+        if let Err(error) = take() {
+            let ips: Vec<_> = given.iter().map(|given| given.inet.addr).collect();
+            let release = |folder: &Folder| folder.release(&ips, &target.container_id, target.ifname.as_str());
+            let freed = folder.as_ref().map(release).and_then(Result::err);
+            let forgotten = records.remove(&target.container_id, target.ifname).err();
+            return Err([freed, forgotten].into_iter().flatten().fold(error, CniError::and));
         }
         Ok((record, given, changes))
     }

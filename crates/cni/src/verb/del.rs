@@ -11,6 +11,7 @@ use crate::clear::Clear;
 use crate::env::Target;
 use crate::error::{Act, CniError};
 use crate::ipam::Folder;
+use crate::ports::Ports;
 use crate::records::Records;
 
 /// Runs DEL.
@@ -20,6 +21,9 @@ pub fn run(conf: &Clear, target: &Target) -> Result<String, CniError> {
     let record = locked.as_ref().map(|locked| &locked.record);
     if conf.has_device {
         take_away(record, target).map_err(|failed| refused(failed, &records))?;
+    }
+    if conf.has_device && record.is_none() {
+        Ports::clear(&records)?;
     }
     // The addresses are on no device any more.
     let mut changes = match (record, &conf.addresses) {

@@ -7,14 +7,18 @@ use super::{all, refused};
 use crate::clear::{Clear, Valid};
 use crate::error::{Act, CniError};
 use crate::ipam::Folder;
+use crate::ports::Ports;
 use crate::records::Records;
 use crate::sweep;
 
 /// Runs GC: attachments of this network that the runtime does not name go as DEL takes them, then addresses without one.
 pub fn run(conf: &Clear) -> Result<String, CniError> {
     let valid = conf.valid()?;
-    let attachments = if conf.has_device { stale_attachments(conf, &valid) } else { Ok(()) };
-    all([attachments, stale_addresses(conf, &valid)])?;
+    // Only then: a device that refuses to go, or a rule, has its addresses still.
+    if conf.has_device {
+        stale_attachments(conf, &valid)?;
+    }
+    stale_addresses(conf, &valid)?;
     Ok(String::new())
 }
 
@@ -33,7 +37,8 @@ fn stale_attachments(conf: &Clear, valid: &[Valid]) -> Result<(), CniError> {
         let Some(locked) = records.lock(&record.request.container_id, record.request.ifname)? else { return Ok(()) };
         kernel::detach(locked.record.request.host_device).map_err(|failed| refused(failed, &records))?;
         sweep::free(&locked, &records)
-    }))
+    }))?;
+    Ports::clear(&records)
 }
 
 fn stale_addresses(conf: &Clear, valid: &[Valid]) -> Result<(), CniError> {

@@ -73,17 +73,19 @@ fn netns(path: &str) -> Result<(Netns, u64), CniError> {
 /// gone, so that whoever finds the file can go on. Gives what the disk has to be waited for.
 pub(crate) fn forget(record: &Attachment, records: &Records) -> Result<Vec<Unsynced>, CniError> {
     let ports = Ports::lock_for(records, &record.request)?;
-    if let Some(ports) = &ports {
-        ports.settle_without(&record.request)?;
-    }
+    let _struck = match &ports {
+        Some(ports) => Some(ports.withdraw(record)?),
+        None => Ports::clear(records).map(|()| None)?,
+    };
     free(record, records)
 }
 
 /// As [`forget`], for an ADD that is undone: what fails keeps nothing from being freed, since it was never answered.
 fn undo(record: &Attachment, records: &Records) -> Result<(), CniError> {
     let ports = Ports::lock_for(records, &record.request)?;
-    let unpublished = ports.as_ref().map_or(Ok(()), |ports| ports.settle_without(&record.request));
-    all([unpublished, free(record, records).map(|_| ())])
+    let unpublished = ports.as_ref().map(|ports| ports.withdraw(record)).transpose();
+    let freed = free(record, records).map(|_| ());
+    all([unpublished.map(|_| ()), freed])
 }
 
 /// The addresses, then the file.
