@@ -40,6 +40,17 @@ pub fn run(vars: Vars<'_>, stdin: &[u8]) -> Said {
     answer(vars, stdin).map_err(|error| error.to_json(&conf::version_of(stdin)))
 }
 
+/// Takes back an ADD that was done and could not be answered; of any other verb there is nothing to take back.
+pub fn take_back(vars: Vars<'_>, stdin: &[u8]) -> Said {
+    match env::verb(vars) {
+        Ok(Verb::Add) => {
+            let del = |name: &str| if name == "CNI_COMMAND" { Some("DEL".to_owned()) } else { vars(name) };
+            run(&del, stdin)
+        }
+        _ => Ok(String::new()),
+    }
+}
+
 fn answer(vars: Vars<'_>, stdin: &[u8]) -> Result<String, CniError> {
     let verb = env::verb(vars)?;
     let conf = || Conf::parse(stdin);

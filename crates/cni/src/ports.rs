@@ -73,6 +73,16 @@ impl<'r> Ports<'r> {
         Ok(())
     }
 
+    /// Refused: the table is somebody else's, or this kernel has none.
+    pub(crate) fn refuse_foreign(&self) -> Result<(), CniError> {
+        let name = TableName::twill_cni();
+        let foreign = match kernel::table(&name) {
+            Ok(table) => table.filter(|table| !table.is_ours()).map(|_| Failed::TableTaken(name)),
+            Err(failed) => Some(failed),
+        };
+        foreign.map_or(Ok(()), |failed| Err(refused(failed, self.records)))
+    }
+
     fn table(&self, except: Option<&Request>) -> Result<Option<Table>, CniError> {
         Ok(published::table(self.others(except)?.iter().map(|record| &record.request)))
     }

@@ -325,7 +325,7 @@ pub struct Attachment {
     pub boot_id: String,
     /// The namespace's inode: a path may be used again for another namespace.
     pub netns_inode: u64,
-    /// Where its addresses are written down; `None`: nowhere.
+    /// The network that it belongs to; `None`: to none, as in the lab.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<Network>,
 }
@@ -335,7 +335,7 @@ pub struct Attachment {
 pub struct Network {
     /// Its name.
     pub name: String,
-    /// `<dataDir>/<name>`.
+    /// `<dataDir>/<name>`; empty: it has no addresses.
     pub dir: Box<str>,
 }
 

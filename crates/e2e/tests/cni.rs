@@ -171,6 +171,57 @@ fn gc_frees_what_no_attachment_holds() {
     reaches(&containers[1], "10.1.15.1");
 }
 
+/// The reference bridge's configuration may have no ipam at all.
+#[test]
+fn gc_takes_what_has_no_address() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let conf = |name: &str| json!({"cniVersion": "1.1.0", "name": name, "type": "bridge", "bridge": "cni0", "stateDir": runtime.file("state")});
+    let (a, b) = (runtime.container("a"), runtime.container("b"));
+    let said = runtime.add(&conf("net"), "a", &a);
+    runtime.add(&conf("other"), "b", &b);
+    let mut check = conf("net");
+    check["prevResult"] = said;
+    assert_eq!(runtime.try_verb("CHECK", &check, "a", Some(&a)), Ok(Value::Null));
+    let mut gc = conf("net");
+    gc["cni.dev/valid-attachments"] = json!([]);
+    assert_eq!(runtime.try_verb("GC", &gc, "", None), Ok(Value::Null));
+    assert_eq!(runtime.attachments(), ["b:eth0.json"], "another network's stays");
+    assert_eq!((runtime.links().len(), a.json("link").as_array().unwrap().len()), (3, 1), "lo, cni0 and b's");
+}
+
+/// Who is told nothing takes the ADD for failed.
+#[test]
+fn an_add_that_cannot_be_answered_is_taken_back() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let a = runtime.container("a");
+    let alone = json!({"cniVersion": "1.0.0", "name": "net", "type": "macvlan", "ipam": {"type": "host-local",
+        "subnet": "10.9.0.0/24", "dataDir": runtime.file("networks")}});
+    let ports =
+        json!({"runtimeConfig": {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]}});
+    let conf = runtime.conf("1.0.0", ports);
+    let unheard = |conf: &Value| {
+        let mut command = runtime.host.command("sh");
+        let netns = netns(&a);
+        let env = [("CNI_COMMAND", "ADD"), ("CNI_CONTAINERID", "a"), ("CNI_IFNAME", "eth0"), ("CNI_NETNS", &netns)];
+        command.args(["-c", "exec \"$0\" > /dev/full", bin("twill-cni").to_str().unwrap()]).envs(env);
+        let out = cni::start(command.stderr(std::process::Stdio::piped()), conf.to_string().as_bytes());
+        let out = out.wait_with_output().unwrap();
+        assert!(!out.status.success());
+        assert!(String::from_utf8_lossy(&out.stderr).contains("No space left"), "{out:?}");
+    };
+    for conf in [&conf, &alone] {
+        unheard(conf);
+        assert_eq!((runtime.held(), runtime.attachments()), (vec![], vec![]));
+        assert_eq!(a.json("link").as_array().unwrap().len(), 1);
+        assert_eq!(runtime.host.run("nft list tables"), "");
+    }
+    // One that was answered before stays, whatever becomes of the second.
+    runtime.add(&conf, "a", &a);
+    let before = runtime.everything();
+    unheard(&conf);
+    assert_eq!(runtime.everything(), before);
+}
+
 #[test]
 fn without_a_lease_status_says_50_and_51_and_add_says_try_again() {
     let Some((runtime, _dir)) = runtime() else { return };

@@ -294,12 +294,16 @@ fn what_is_no_host_port_is_refused_and_leaves_nothing_behind() {
     // Somebody else's table of our name stays as it is.
     runtime.host.run("nft add table inet twill-cni");
     let foreign = ruleset(&runtime.host);
+    let sysctls = || runtime.host.run("sysctl -a -r 'net.ipv[46].(ip_forward|conf.*[.](forwarding|route_localnet))'");
+    let quiet = (sysctls(), runtime.everything());
+    assert!(quiet.0.contains("net.ipv4.ip_forward = 0"), "{}", quiet.0);
     let refused =
         runtime.try_verb("ADD", &with_ports(runtime, json!([port(80, 80, "tcp")])), "a", Some(a)).unwrap_err();
     assert!(
         refused["code"] == 100 && refused["msg"].as_str().unwrap().contains("Twill did not make it"),
         "{refused:#}"
     );
+    assert_eq!((sysctls(), runtime.everything()), quiet);
     assert_eq!((runtime.held(), runtime.attachments(), ruleset(&runtime.host)), (vec![], vec![], foreign));
     assert_eq!(a.json("link").as_array().unwrap().len(), 1);
 }

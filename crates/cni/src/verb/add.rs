@@ -142,14 +142,15 @@ impl Plan<'_> {
         let Self { conf, target, records, .. } = self;
         let has_rules = !self.device.ports.is_empty() || self.device.masquerade == Some(true);
         let ports = has_rules.then(|| Ports::lock(records)).transpose()?;
+        ports.as_ref().map_or(Ok(()), Ports::refuse_foreign)?;
         let folder = conf.ipam.as_ref().map(|ipam| Folder::open(&ipam.dir)).transpose()?;
         let given = match (&conf.ipam, &folder) {
             (Some(ipam), Some(folder)) => folder.choose(&ipam.sets, &ipam.asked)?,
             _ => Vec::new(),
         };
         let mut record = request(conf, self.device, target, &given)?.record(self.boot, self.inode);
-        record.network =
-            conf.ipam.as_ref().map(|ipam| Network { name: conf.name.clone(), dir: ipam.dir.to_string_lossy().into() });
+        let dir = conf.ipam.as_ref().map(|ipam| ipam.dir.to_string_lossy().into()).unwrap_or_default();
+        record.network = Some(Network { name: conf.name.clone(), dir });
         if let Some(ports) = &ports {
             ports.refuse_clash(&record.request)?;
         }

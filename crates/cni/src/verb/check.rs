@@ -88,7 +88,9 @@ fn alone(conf: &Conf, target: &Target, prev: &Answer) -> Result<Vec<String>, Cni
 
 /// The address files of an attachment.
 fn addresses(record: &Attachment) -> Result<Vec<String>, CniError> {
-    let Some(network) = &record.network else { return Ok(Vec::new()) };
+    let Some(network) = record.network.as_ref().filter(|network| !network.dir.is_empty()) else {
+        return Ok(Vec::new());
+    };
     let Some(folder) = Folder::find(network.dir.as_ref().as_ref())? else {
         return Ok(vec![format!("{} is missing", network.dir)]);
     };
