@@ -346,6 +346,37 @@ fn bad_input_is_named_and_leaves_nothing_behind() {
     );
 }
 
+/// The device was there before: the DEL after the refused ADD, as libcni sends it, is not for it.
+#[test]
+fn del_after_an_add_that_was_refused_for_the_name_leaves_the_device() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let (a, b) = (runtime.container("a"), runtime.container("b"));
+    let pair = |container: &Host, name: &str| {
+        runtime.host.ip(&format!("link add {name} type veth peer name eth0 netns {}", container.pid()));
+    };
+    // A port of the very bridge, and one of none.
+    let conf = runtime.conf("1.0.0", json!({}));
+    let plain = json!({"cniVersion": "1.0.0", "name": "net", "type": "bridge", "bridge": "cni0", "stateDir": runtime.file("state")});
+    runtime.host.ip("link add cni0 type bridge");
+    pair(&a, "theirs");
+    runtime.host.ip("link set theirs master cni0");
+    pair(&b, "alone");
+    let before = runtime.everything();
+    for (conf, id, container) in [(&conf, "a", &a), (&plain, "a", &a), (&conf, "b", &b)] {
+        let refused = runtime.try_verb("ADD", conf, id, Some(container)).unwrap_err();
+        assert_eq!(refused["code"], 101, "{refused:#}");
+        runtime.del(conf, id, Some(container));
+        assert_eq!(runtime.everything(), before);
+    }
+    // What is said to be ours and stands on no bridge of ours stays as well.
+    let answered = json!({"prevResult": {"interfaces": [{"name": "eth0", "sandbox": netns(&b)}]}});
+    runtime.del(&runtime.conf("1.0.0", answered.clone()), "b", Some(&b));
+    assert_eq!(runtime.everything(), before);
+    // The other plugin's own: it goes.
+    runtime.del(&runtime.conf("1.0.0", answered), "a", Some(&a));
+    assert_eq!(runtime.links(), ["lo", "cni0", "alone"]);
+}
+
 /// What an ADD is refused for is in the DEL that follows as well: refused too, it would follow for ever.
 #[test]
 fn del_needs_nothing_of_what_add_is_refused_for() {

@@ -296,7 +296,8 @@ fn who_is_killed_leads_no_host_port_to_the_next_holder_of_the_address() {
             }
             runtime.del(&another, "next", Some(&next));
             runtime.del(&conf, "victim", Some(&victim));
-            assert_eq!((runtime.held(), runtime.attachments()), (vec![], vec![]), "{verb} {n}");
+            let attached = runtime.attachments().into_iter().filter(|name| !name.starts_with('.'));
+            assert_eq!((runtime.held(), attached.collect::<Vec<_>>()), (vec![], vec![]), "{verb} {n}");
             assert_eq!(runtime.host.run("nft list tables"), "", "{verb} {n}");
             if ended {
                 break;

@@ -17,6 +17,7 @@ use twill_core::reconcile::{Claim, Desired, Op, Plan, Scope, Step, StepError, Wh
 
 use crate::netns::Netns;
 use crate::nft::Nft;
+use crate::wires::{VethEnd, Wires};
 use crate::{Depth, Interest, Kernel, KernelError, LinuxKernel};
 
 /// How often a plan is made anew because somebody else was faster.
@@ -302,13 +303,19 @@ pub fn detach(host_device: LinkName) -> Result<bool, Failed> {
     delete(&mut LinuxKernel::open(interest(&Desired::default(), Depth::Links, &[host_device]))?, host_device)
 }
 
-/// Takes a container's pair away by its inner end, as another plugin has made it; false when there is no pair of that name.
-pub fn detach_inside(container: &Netns, ifname: LinkName) -> Result<bool, Failed> {
-    container.visit(|| {
-        let mut kernel = open(&Desired::default(), Depth::Links)?;
-        let is_pair = kernel.mirror().link(ifname).is_some_and(|link| matches!(link.kind, LinkKind::Veth { .. }));
-        if is_pair { delete(&mut kernel, ifname) } else { Ok(false) }
-    })?
+/// Takes a container's pair away by its inner end, as another plugin has made it; false when there is no pair of that name whose other
+/// end is a port of `bridge` in the calling thread's namespace.
+pub fn detach_inside(container: &Netns, ifname: LinkName, bridge: LinkName) -> Result<bool, Failed> {
+    let inside = container.visit(|| Wires::open()?.veths())??;
+    let Some(inner) = inside.into_iter().find(|end| end.link == ifname) else { return Ok(false) };
+    let mut wires = Wires::open()?;
+    let number = wires.netns_id(container)?;
+    let is_outer =
+        |end: &VethEnd| (end.index, end.peer_index, end.peer_netns) == (inner.peer_index, inner.index, number);
+    let Some(outer) = wires.veths()?.into_iter().find(is_outer) else { return Ok(false) };
+    let mut host = LinuxKernel::open(interest(&Desired::default(), Depth::Links, &[bridge, outer.link]))?;
+    let is_port = host.mirror().link(outer.link).is_some_and(|link| link.master == Some(bridge));
+    if is_port { delete(&mut host, outer.link) } else { Ok(false) }
 }
 
 /// Whether the calling thread's namespace has a device.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use twill_core::attach::{self, Attachment};
+use twill_core::attach;
 use twill_kernel::attach as kernel;
 use twill_kernel::files::{self, Unsynced};
 
@@ -10,7 +10,7 @@ use super::{forget, netns, refused};
 use crate::clear::Clear;
 use crate::env::Target;
 use crate::error::{Act, CniError};
-use crate::ipam::Folder;
+use crate::ipam::{Folder, Held};
 use crate::ports::Ports;
 use crate::records::Records;
 
@@ -20,7 +20,12 @@ pub fn run(conf: &Clear, target: &Target) -> Result<String, CniError> {
     let locked = if conf.has_device { records.lock(&target.container_id, target.ifname)? } else { None };
     let record = locked.as_ref().map(|locked| &locked.record);
     if conf.has_device {
-        take_away(record, target).map_err(|failed| refused(failed, &records))?;
+        let host_device = record.map(|record| record.request.host_device);
+        let host_device = host_device.unwrap_or_else(|| attach::host_device(&target.container_id, target.ifname));
+        let gone = kernel::detach(host_device).map_err(|failed| refused(failed, &records))?;
+        if !gone && record.is_none() && is_known(conf, target)? {
+            take_away_inside(conf, target).map_err(|failed| refused(failed, &records))?;
+        }
     }
     if conf.has_device && record.is_none() {
         Ports::clear(&records)?;
@@ -29,7 +34,7 @@ pub fn run(conf: &Clear, target: &Target) -> Result<String, CniError> {
     let mut changes = match (record, &conf.addresses) {
         (Some(record), _) => forget(record, &records)?,
         // Where nothing is written down every file is looked at, as host-local does.
-        (None, Some(dir)) => release_by_search(dir, &target.container_id, target.ifname.as_str())?,
+        (None, Some(dir)) => release_by_search(dir, target)?,
         (None, None) => Vec::new(),
     };
     if conf.has_device && record.is_none() {
@@ -45,28 +50,33 @@ pub fn run(conf: &Clear, target: &Target) -> Result<String, CniError> {
     Ok(String::new())
 }
 
-fn take_away(record: Option<&Attachment>, target: &Target) -> Result<(), kernel::Failed> {
-    let derived = || attach::host_device(&target.container_id, target.ifname);
-    let gone = kernel::detach(record.map_or_else(derived, |record| record.request.host_device))?;
-    // Not ours, or of an ADD that was killed: its device is known by the container's end alone.
-    if !gone
-        && record.is_none()
-        && let Some(path) = &target.netns
-        && let Ok((container, _)) = netns(path)
-    {
-        return match kernel::detach_inside(&container, target.ifname) {
-            // A plain file: no namespace, hence no device.
-            Err(kernel::Failed::Enter(error)) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
-            taken => taken.map(|_| ()),
-        };
+/// Another plugin has attached it, as what it answered says or its address file. Any other device of that name is one that an ADD was
+/// refused for.
+fn is_known(conf: &Clear, target: &Target) -> Result<bool, CniError> {
+    if conf.was_answered(target.ifname) {
+        return Ok(true);
     }
-    Ok(())
+    let Some(folder) = conf.addresses.as_deref().map(Folder::find).transpose()?.flatten() else { return Ok(false) };
+    Ok(folder.held()?.iter().any(|held| is_of(held, target)))
 }
 
-fn release_by_search(dir: &Path, container_id: &str, ifname: &str) -> Result<Vec<Unsynced>, CniError> {
+fn take_away_inside(conf: &Clear, target: &Target) -> Result<(), kernel::Failed> {
+    let (Some(path), Some(bridge)) = (&target.netns, conf.bridge) else { return Ok(()) };
+    let Ok((container, _)) = netns(path) else { return Ok(()) };
+    match kernel::detach_inside(&container, target.ifname, bridge) {
+        // A plain file: no namespace, hence no device.
+        Err(kernel::Failed::Enter(error)) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        taken => taken.map(|_| ()),
+    }
+}
+
+fn is_of(held: &Held, target: &Target) -> bool {
+    held.holder.as_ref().is_some_and(|holder| holder.is(&target.container_id, target.ifname.as_str()))
+}
+
+fn release_by_search(dir: &Path, target: &Target) -> Result<Vec<Unsynced>, CniError> {
     let Some(folder) = Folder::find(dir)? else { return Ok(Vec::new()) };
     let held = folder.held()?;
-    let ips = held.iter().filter(|held| held.holder.as_ref().is_some_and(|holder| holder.is(container_id, ifname)));
-    let ips: Vec<_> = ips.map(|held| held.ip).collect();
-    folder.release(&ips, container_id, ifname)
+    let ips: Vec<_> = held.iter().filter(|held| is_of(held, target)).map(|held| held.ip).collect();
+    folder.release(&ips, &target.container_id, target.ifname.as_str())
 }
