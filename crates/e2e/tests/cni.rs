@@ -354,7 +354,6 @@ fn del_after_an_add_that_was_refused_for_the_name_leaves_the_device() {
     let pair = |container: &Host, name: &str| {
         runtime.host.ip(&format!("link add {name} type veth peer name eth0 netns {}", container.pid()));
     };
-    // A port of the very bridge, and one of none.
     let conf = runtime.conf("1.0.0", json!({}));
     let plain = json!({"cniVersion": "1.0.0", "name": "net", "type": "bridge", "bridge": "cni0", "stateDir": runtime.file("state")});
     runtime.host.ip("link add cni0 type bridge");
@@ -421,7 +420,6 @@ fn del_needs_nothing_of_what_add_is_refused_for() {
         runtime.add(&conf, "a", &a);
         dels(&asked, "a", Some(netns(&a)), "");
         all_gone();
-        // GC reads the same.
         runtime.add(&conf, "a", &a);
         let mut gc = asked.clone();
         gc["cni.dev/valid-attachments"] = json!([]);
