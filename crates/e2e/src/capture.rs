@@ -23,7 +23,8 @@ impl Capture {
         let count: Vec<String> = count.iter().flat_map(|n| ["-c".to_owned(), n.to_string()]).collect();
         let prints = ["-n", "-l"].iter().chain(words);
         let piped = |command: &mut Command| command.stdout(Stdio::piped()).spawn().unwrap();
-        let mut captures = if rustix::process::geteuid().is_root() {
+        let is_root = rustix::process::geteuid().is_root();
+        let mut captures = if is_root {
             let mut command = at.command("tcpdump");
             command
                 .args(["-i", device, "-Z", "root", "--immediate-mode"])
@@ -41,7 +42,6 @@ impl Capture {
             said.any(|line| line.contains("listening on") || line.starts_with("File: ")),
             "somebody listens on {device}"
         );
-        let is_root = rustix::process::geteuid().is_root();
         let prints = (!is_root).then(|| {
             let from = captures.stdout.take().unwrap();
             piped(Command::new("tcpdump").args(["-r", "-"]).args(prints).stdin(from).stderr(Stdio::null()))

@@ -1,6 +1,5 @@
 //! The firewalls of others on a host: Debian's firewalld, docker and iptables as they are, and the rule set of kube-proxy's nftables mode.
 
-use std::io::Write;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -124,9 +123,7 @@ impl Foreign {
                 ] {
                     let text = KUBE_PROXY.replace("IPV_addr", &format!("{ip}_addr")).replace("IPV", header);
                     let text = text.replace("IPH", header).replace("NETWORK", network).replace("SERVICES", services);
-                    let mut child = host.command("nft").args(["-f", "-"]).stdin(Stdio::piped()).spawn().unwrap();
-                    child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
-                    assert!(child.wait().unwrap().success(), "{text}");
+                    host.feed("nft -f -", &text);
                 }
                 Running::default()
             }

@@ -7,6 +7,7 @@
 //!    └─ wire(node1 eth0, node2 eth0) = a veth pair
 //! ```
 
+use std::io::Write;
 use std::process::{Child, Command, Output, Stdio};
 
 /// What all hosts of a test stand in.
@@ -90,6 +91,15 @@ impl Host {
         let out = self.try_run(line);
         assert!(out.status.success(), "{}: `{line}` failed: {}", self.name, String::from_utf8_lossy(&out.stderr));
         String::from_utf8(out.stdout).unwrap()
+    }
+
+    /// Runs a line of words with `text` as its standard input, and fails the test when it fails.
+    pub fn feed(&self, line: &str, text: &str) {
+        let mut words = line.split_whitespace();
+        let mut command = self.command(words.next().unwrap());
+        let mut child = command.args(words).stdin(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+        assert!(child.wait().unwrap().success(), "{}: `{line}` failed: {text}", self.name);
     }
 
     /// Runs a line of words without quoting.

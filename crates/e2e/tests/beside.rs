@@ -1,8 +1,5 @@
 //! Beside the firewalls of others: what Debian's iptables and firewalld leave in nftables, before and after the agent starts.
 
-use std::io::Write;
-use std::process::Stdio;
-
 use rustix::process::Signal;
 use twill_e2e::foreign::Foreign;
 use twill_e2e::net::{Bed, Host};
@@ -115,13 +112,6 @@ fn a_drop_before_the_forward_chain_is_named_with_the_command_that_ends_it() {
     passes(&site);
 }
 
-/// Feeds a ruleset to `nft -f`.
-fn load(host: &Host, text: &str) {
-    let mut child = host.command("nft").args(["-f", "-"]).stdin(Stdio::piped()).spawn().unwrap();
-    child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
-    assert!(child.wait().unwrap().success(), "{text}");
-}
-
 #[test]
 fn a_drop_behind_a_map_is_answered_and_named() {
     let Some((site, _dir)) = site(&[]) else { return };
@@ -130,8 +120,8 @@ fn a_drop_behind_a_map_is_answered_and_named() {
     site.plug();
     site.peer();
     // As docker from version 29 does it with nftables: what each bridge may hear is behind a map of devices.
-    load(
-        host,
+    host.feed(
+        "nft -f -",
         "table ip docker-bridges {
            map filter-forward-in-jumps { type ifname : verdict; elements = { \"cni0\" : jump filter-forward-in__cni0 } }
            chain filter-FORWARD {
@@ -161,8 +151,8 @@ fn a_drop_behind_a_map_is_answered_and_named() {
         if text.contains("twill") { Err(text) } else { Ok(()) }
     });
     // Before the forward chain: a map behind a jump, and a whole network. What comes from elsewhere is none of ours.
-    load(
-        host,
+    host.feed(
+        "nft -f -",
         "table inet early {
            chain before {
              type filter hook prerouting priority raw; policy accept;
@@ -204,8 +194,8 @@ fn a_drop_behind_a_map_is_answered_and_named() {
     // Whatever comes in, by a policy or a rule.
     for rules in ["policy drop; iifname { eth0, cni0, lo } accept", "policy accept; iifname \"flannel.1\" counter drop"]
     {
-        load(
-            host,
+        host.feed(
+            "nft -f -",
             &format!(
                 "table ip shut {{\nchain before {{\ntype filter hook prerouting priority -250; {rules};\n}}\n}}\n"
             ),
@@ -229,8 +219,8 @@ fn a_strangers_table_whose_name_begins_like_ours_is_answered_and_named() {
     let _agent = site.node.agent("--subnet 10.1.15.0/24");
     site.plug();
     site.peer();
-    load(
-        host,
+    host.feed(
+        "nft -f -",
         "table inet twill-guard {
            chain forward { type filter hook forward priority filter; policy drop; }
            chain before {
@@ -256,16 +246,14 @@ fn what_somebody_saves_and_loads_again_is_still_known_as_ours() {
     accepts(host, "FORWARD", true);
     // As netfilter-persistent and a service of nftables do, with everything at once.
     let shown = ruleset(host);
-    load(host, &format!("flush ruleset\n{}", host.run("nft list ruleset")));
+    host.feed("nft -f -", &format!("flush ruleset\n{}", host.run("nft list ruleset")));
     let now = || {
         let now = ruleset(host);
         if now == shown { Ok(()) } else { Err((now, site.node.log("agent.log"))) }
     };
     eventually("the ruleset is as it was", now);
     let saved = host.run("iptables-nft-save");
-    let mut child = host.command("iptables-nft-restore").stdin(Stdio::piped()).spawn().unwrap();
-    child.stdin.take().unwrap().write_all(saved.as_bytes()).unwrap();
-    assert!(child.wait().unwrap().success(), "{saved}");
+    host.feed("iptables-nft-restore", &saved);
     accepts(host, "FORWARD", true);
     let twice = |text: String| text.matches("--comment twill").count();
     eventually("nothing of ours stands twice", || {

@@ -5,7 +5,6 @@
 //! ```
 //! The rules are those of flannel's two traffic managers, for both families, beside a stranger's; and what the real flannel leaves.
 
-use std::io::Write;
 use std::process::{Child, Stdio};
 
 use rustix::process::Signal;
@@ -94,12 +93,6 @@ fn of_family(text: &str, [six, network, own, groups, _, _]: [&str; 6]) -> String
     let ip = if six.is_empty() { "ip" } else { "ip6" };
     let words = [("IPVNAME", name), ("IPV", ip), ("OWN", own), ("NETWORK", network), ("GROUPS", groups)];
     words.iter().fold(text.replace("STRANGER", stranger), |text, (word, value)| text.replace(word, value))
-}
-
-fn feed(host: &Host, program: &str, words: &[&str], text: &str) {
-    let mut child = host.command(program).args(words).stdin(Stdio::piped()).spawn().unwrap();
-    child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
-    assert!(child.wait().unwrap().success(), "{program}: {text}");
 }
 
 /// A site with both families, whose container is there before the agent, as after a change from flannel.
@@ -199,7 +192,7 @@ fn flannels_chains_in_iptables_nft() {
     let Some((site, _dir)) = site(&["iptables-nft", "ip6tables-nft"]) else { return };
     let host = &site.node.host;
     for family in FAMILIES {
-        feed(host, &format!("ip{}tables-nft-restore", family[0]), &["--noflush"], &of_family(CHAINS, family));
+        host.feed(&format!("ip{}tables-nft-restore --noflush", family[0]), &of_family(CHAINS, family));
     }
     let shown = || ["iptables-nft-save", "ip6tables-nft-save"].map(|program| host.run(program)).concat();
     taken_over(&site, shown, &["flannel"], "-A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE");
@@ -224,7 +217,7 @@ fn flannels_chains_in_legacy_iptables() {
     for family in FAMILIES {
         // A policy that drops is for a person to change: nothing of legacy iptables but flannel's chains is touched.
         let text = of_family(CHAINS, family).replace("FORWARD DROP", "FORWARD ACCEPT");
-        feed(host, &format!("ip{}tables-legacy-restore", family[0]), &["-w", "--noflush"], &text);
+        host.feed(&format!("ip{}tables-legacy-restore -w --noflush", family[0]), &text);
     }
     let shown = || ["iptables-legacy-save", "ip6tables-legacy-save"].map(|program| host.run(program)).concat();
     taken_over(&site, shown, &["flannel"], "-A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE");
@@ -254,7 +247,7 @@ fn bare(back_end: &str) {
         }
         for (family, program) in FAMILIES.into_iter().zip(&programs) {
             let text = of_family(BARE, family).replace("COMMENT ", &format!("{comment} "));
-            feed(host, program, &["--noflush"], &text);
+            host.feed(&format!("{program} --noflush"), &text);
         }
         let shown = || ["ip", "ip6"].map(|family| host.run(&format!("{family}{save}"))).concat();
         taken_over(&site, shown, &BARE_WORDS, "-A POSTROUTING -s 172.17.0.0/16 ! -d 224.0.0.0/4 -j MASQUERADE");
@@ -286,7 +279,7 @@ fn flannels_accepts_stay_where_legacy_iptables_drops() {
         return println!("SKIP: this kernel has no legacy iptables");
     }
     for family in FAMILIES {
-        feed(host, &format!("ip{}tables-legacy-restore", family[0]), &["-w", "--noflush"], &of_family(CHAINS, family));
+        host.feed(&format!("ip{}tables-legacy-restore -w --noflush", family[0]), &of_family(CHAINS, family));
     }
     let _agent = site.node.agent_at_once("");
     let filter = || ["iptables-legacy -S", "ip6tables-legacy -S"].map(|line| host.run(line));
@@ -317,7 +310,7 @@ fn flannels_accepts_stay_where_legacy_iptables_drops() {
     // A flannel has run beside the agent, and is gone.
     for family in FAMILIES {
         let text = of_family(CHAINS, family).replace("FORWARD DROP", "FORWARD ACCEPT");
-        feed(host, &format!("ip{}tables-legacy-restore", family[0]), &["-w", "--noflush"], &text);
+        host.feed(&format!("ip{}tables-legacy-restore -w --noflush", family[0]), &text);
     }
     gone("what came while the agent runs goes as well");
     assert!(saved().iter().all(|text| text.contains("MASQUERADE")), "somebody else's rules stay: {:?}", saved());
@@ -328,7 +321,7 @@ fn flannels_tables_in_nftables() {
     let Some((site, _dir)) = site(&[]) else { return };
     let host = &site.node.host;
     for family in FAMILIES {
-        feed(host, "nft", &["-f", "-"], &of_family(TABLES, family));
+        host.feed("nft -f -", &of_family(TABLES, family));
     }
     host.run("nft add table inet stranger");
     taken_over(&site, || host.run("nft list tables"), &["flannel"], "table inet stranger");
