@@ -1,4 +1,4 @@
-//! Which address a container gets: one folder shared by processes, kills at every system call, and other plugins' files.
+//! Which address a container gets: one folder shared by processes, kills all along its way, and other plugins' files.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -182,7 +182,8 @@ fn leads_to(runtime: &Runtime, conf: &Value, port: u16) {
     assert!(!asked || runtime.host.run("nft list table inet twill-cni").contains(&rule), "{rule}");
 }
 
-/// Kills at every system call: what is on a device stays held, and a DEL frees everything.
+/// Kills at the n-th call of whichever system call comes to n first, for every n (strace counts each by itself): what is on a device stays
+/// held, and a DEL frees everything.
 fn kill_everywhere(verb: &str, beside: bool) {
     kill_everywhere_with(verb, beside, json!({}));
 }
