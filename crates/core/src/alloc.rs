@@ -51,7 +51,7 @@ pub fn is_mine(lease: &Lease, me: &Me) -> bool {
 /// Decides. `seed` chooses among the free subnets: other nodes that start in the same second have other seeds.
 pub fn choose(config: &NetworkConfig, leases: &LeaseSet, me: &Me, seed: u64) -> Choice {
     if let Some(lease) = leases.leases_of(&me.node, &me.remembered).find(|lease| is_mine(lease, me)) {
-        let lost = !matches!(leases.verdict(&lease.key.to_string()), Some(Ok(_)));
+        let lost = !matches!(leases.standing(&lease.key.to_string()), Some(Ok(_)));
         if lost || !fits(config, &lease.key) {
             return Choice::GiveBack(Box::new(lease));
         }

@@ -1,21 +1,22 @@
 //! All leases of the store, and which of them count.
 //!
 //! Of two leases that collide (a subnet, or the MAC of the tunnel device), the one with the lower create revision wins, then the
-//! smaller key. One that loses beats nobody. So a changed lease concerns just itself, the younger ones that it collides with, and those
-//! that hang on them in turn: among ten thousand leases a change costs microseconds. Values are kept as bytes and read when they are
-//! asked for; that is the compact form.
+//! smaller key. One that loses beats nobody, and neither does one that no node programs: broken, of another backend, outside the
+//! network. So a changed lease concerns just itself, the younger ones that it collides with, and those that hang on them in turn: among
+//! ten thousand leases a change costs microseconds. Values are kept as bytes and read when they are asked for; that is the compact form.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use crate::backend::Rule;
 use crate::lease::{Lease, LeaseKey, PeerFault, RawLease};
 use crate::net::{MacAddr, NodeId, Prefix};
 
 /// A lease as kept: without its name.
 #[derive(Debug, Clone)]
 struct Entry {
-    /// Key and value could be read: only then it can win.
-    readable: bool,
+    /// It could be read, and the rule takes it: only then it can win.
+    counts: bool,
     macs: [Option<MacAddr>; 2],
     value: Box<[u8]>,
     create_rev: i64,
@@ -32,6 +33,7 @@ pub type LeaseName = Arc<str>;
 /// The leases of a store, by name.
 #[derive(Debug, Default)]
 pub struct LeaseSet {
+    rule: Option<Rule>,
     entries: BTreeMap<LeaseName, Entry>,
     by_subnet: BTreeSet<(Prefix, LeaseName)>,
     by_mac: BTreeSet<(MacAddr, LeaseName)>,
@@ -40,6 +42,18 @@ pub struct LeaseSet {
 }
 
 impl LeaseSet {
+    /// Which leases count from now on; any verdict may differ then. Without a rule each that can be read does.
+    pub fn follow(&mut self, rule: Rule) {
+        if self.rule.as_ref() == Some(&rule) {
+            return;
+        }
+        for (name, e) in &mut self.entries {
+            let lease = Lease::read(name, &e.value, (e.create_rev, e.mod_rev, e.etcd_lease));
+            e.counts = lease.is_ok_and(|lease| rule.accepts(&lease).is_ok());
+        }
+        self.rule = Some(rule);
+    }
+
     /// Takes in a written lease; gives the names whose verdict may differ now.
     pub fn put(&mut self, raw: RawLease) -> BTreeSet<LeaseName> {
         let mut concerned = self.remove(&raw.name);
@@ -76,7 +90,7 @@ impl LeaseSet {
     fn insert(&mut self, raw: RawLease) -> LeaseName {
         let lease = Lease::parse(&raw).ok();
         let entry = Entry {
-            readable: lease.is_some(),
+            counts: lease.as_ref().is_some_and(|lease| self.accepts(lease).is_ok()),
             macs: lease.as_ref().map_or([None; 2], Lease::vtep_macs),
             value: raw.value.into(),
             create_rev: raw.create_rev,
@@ -112,18 +126,29 @@ impl LeaseSet {
         concerned
     }
 
+    fn accepts(&self, lease: &Lease) -> Result<(), PeerFault> {
+        self.rule.as_ref().map_or(Ok(()), |rule| rule.accepts(lease))
+    }
+
     /// The lease named `name`, or why it does not count; `None`: there is none.
     pub fn verdict(&self, name: &str) -> Option<Result<Lease, PeerFault>> {
-        let lease = match self.lease(name)? {
-            Ok(lease) => lease,
-            Err(fault) => return Some(Err(fault)),
-        };
-        Some(match self.beaten_by(name, &mut BTreeMap::new(), DEEPEST) {
+        let lease = self.lease(name)?.and_then(|lease| self.accepts(&lease).map(|()| lease));
+        Some(lease.and_then(|lease| self.unbeaten(lease)))
+    }
+
+    /// As [`LeaseSet::verdict`] for a lease of the asker's own: what it tells will be put right, so that nothing but an older one is
+    /// against it.
+    pub fn standing(&self, name: &str) -> Option<Result<Lease, PeerFault>> {
+        Some(self.lease(name)?.and_then(|lease| self.unbeaten(lease)))
+    }
+
+    fn unbeaten(&self, lease: Lease) -> Result<Lease, PeerFault> {
+        match self.beaten_by(&lease.key.to_string(), &mut BTreeMap::new(), DEEPEST) {
             None => Ok(lease),
             Some(winner) => {
                 Err(lease.fault("lease-collision", format!("it collides with {winner}, which is older and wins")))
             }
-        })
+        }
     }
 
     /// The lease that `name` loses to: an older one that it collides with and that itself loses to none.
@@ -147,10 +172,10 @@ impl LeaseSet {
         answer.cloned()
     }
 
-    /// What decides between two, with the name in the set's keeping; `None`: it cannot be read, and competes with nobody.
+    /// What decides between two, with the name in the set's keeping; `None`: it does not count, and competes with nobody.
     fn age(&self, name: &str) -> Option<(i64, &LeaseName)> {
         let (name, entry) = self.entries.get_key_value(name)?;
-        entry.readable.then_some((entry.create_rev, name))
+        entry.counts.then_some((entry.create_rev, name))
     }
 
     /// `names`, and all whose verdict hangs on theirs: younger ones that collide with them, and so on.
@@ -194,7 +219,7 @@ impl LeaseSet {
     }
 
     /// What is not free for a subnet of this length, in order: what the winners hold, and every key that is no wider than that,
-    /// since the store has no place for a second one. A wide key that loses, or cannot be read, takes the place of nobody.
+    /// since the store has no place for a second one. A wide key that loses, or does not count, takes the place of nobody.
     pub fn held(&self, len: u8) -> impl Iterator<Item = Prefix> + '_ {
         let wins =
             |name: &str| self.age(name).is_some() && self.beaten_by(name, &mut BTreeMap::new(), DEEPEST).is_none();
@@ -247,18 +272,44 @@ fn subnets(name: &str) -> impl Iterator<Item = Prefix> + use<> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::NetworkConfig;
     use proptest::prelude::*;
 
-    fn raw(name: &str, mac: u8, rev: i64) -> RawLease {
-        let value = format!(
-            r#"{{"PublicIP":"10.0.0.1","BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"02:00:00:00:00:{mac:02x}"}}}}"#
-        );
+    /// Values of vxlan's VNI 1 and 2, of udp, and of a holder inside the network of the first config.
+    fn raw(name: &str, (kind, mac): (u8, u8), rev: i64) -> RawLease {
+        let ip = if kind == 3 { "10.0.1.9" } else { "192.0.2.1" };
+        let data = format!(r#""BackendData":{{"VNI":{},"VtepMAC":"02:00:00:00:00:{mac:02x}"}}"#, kind.max(1));
+        let backend = if kind == 0 { "" } else { r#""BackendType":"vxlan","# };
+        let value = format!(r#"{{"PublicIP":"{ip}",{backend}{data}}}"#);
         RawLease { name: name.into(), value: value.into(), create_rev: rev, mod_rev: rev, etcd_lease: 0 }
     }
 
-    /// The rule as one would say it: the oldest first, each that collides with no winner.
-    fn slow_winners(all: &BTreeMap<String, RawLease>) -> BTreeSet<String> {
-        let parsed: Vec<(&String, Lease)> = all.iter().filter_map(|(n, r)| Some((n, Lease::parse(r).ok()?))).collect();
+    const CONFIGS: [&str; 4] = [
+        r#"{"Network":"10.0.0.0/21","Backend":{"Type":"vxlan"}}"#,
+        r#"{"Network":"10.0.0.0/22","Backend":{"Type":"vxlan","VNI":2}}"#,
+        r#"{"Network":"10.0.0.0/8"}"#,
+        r#"{"Network":"10.0.4.0/22","Backend":{"Type":"vxlan","VNI":3}}"#,
+    ];
+
+    /// What the lines above say, config by config.
+    fn slow_counts(config: Option<usize>, raw: &RawLease) -> bool {
+        let value = String::from_utf8_lossy(&raw.value);
+        let addr = |third: u8| raw.name.starts_with(&format!("10.0.{third}."));
+        let wide = raw.name.ends_with("-21");
+        let inside = value.contains("10.0.1.9");
+        match config {
+            None => true,
+            Some(0) => value.contains("\"VNI\":1,") && value.contains("vxlan") && !inside,
+            Some(1) => value.contains("\"VNI\":2,") && !inside && !wide && (0..4).any(addr),
+            Some(2) => !value.contains("vxlan"),
+            _ => value.contains("\"VNI\":3,") && (4..8).any(addr),
+        }
+    }
+
+    /// The rule as one would say it: the oldest first, each that counts and collides with no winner.
+    fn slow_winners(all: &BTreeMap<String, RawLease>, config: Option<usize>) -> BTreeSet<String> {
+        let counting = all.iter().filter(|(_, raw)| slow_counts(config, raw));
+        let parsed: Vec<(&String, Lease)> = counting.filter_map(|(n, r)| Some((n, Lease::parse(r).ok()?))).collect();
         let collide = |a: &Lease, b: &Lease| {
             a.key.subnets().any(|x| b.key.subnets().any(|y| x.overlaps(&y))) || a.vtep_macs()[0] == b.vtep_macs()[0]
         };
@@ -273,14 +324,14 @@ mod tests {
         winners.into_iter().map(|(name, _)| name.clone()).collect()
     }
 
-    fn op() -> impl Strategy<Value = (String, u8, i64, bool)> {
+    fn op() -> impl Strategy<Value = (String, (u8, u8), i64, bool)> {
         let name = prop_oneof![
             (0u8..6).prop_map(|n| format!("10.0.{n}.0-24")),
             (0u8..3).prop_map(|n| format!("10.0.{}.0-23", n * 2)),
             Just("10.0.0.0-21".to_owned()),
             Just("garbage".to_owned()),
         ];
-        (name, 0u8..5, 1i64..6, prop::bool::weighted(0.7))
+        (name, (0u8..4, 0u8..5), 1i64..6, prop::bool::weighted(0.7))
     }
 
     fn winners(set: &LeaseSet) -> BTreeSet<String> {
@@ -291,15 +342,21 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(200))]
         #[test]
         fn the_set_decides_as_oldest_first_does_and_names_who_is_concerned(
-            turns in prop::collection::vec((prop::collection::vec(op(), 1..8), any::<bool>()), 1..12)
+            turns in prop::collection::vec(
+                (prop::collection::vec(op(), 1..8), any::<bool>(), prop::option::weighted(0.2, 0..CONFIGS.len())), 1..12)
         ) {
-            let (mut set, mut all, mut now) = (LeaseSet::default(), BTreeMap::new(), 10);
-            for (ops, listed) in turns {
-                let before = slow_winners(&all);
+            let (mut set, mut all, mut now, mut config) = (LeaseSet::default(), BTreeMap::new(), 10, None);
+            for (ops, listed, newer) in turns {
+                if let Some(n) = newer {
+                    config = newer;
+                    set.follow(Rule::new(&NetworkConfig::parse(CONFIGS[n].as_bytes()).unwrap().0).unwrap());
+                }
+                let before = slow_winners(&all, config);
+                prop_assert_eq!(&winners(&set), &before);
                 let mut concerned = BTreeSet::new();
-                for (name, mac, rev, put) in ops {
+                for (name, told, rev, put) in ops {
                     now += 1;
-                    let lease = RawLease { mod_rev: now, ..raw(&name, mac, rev) };
+                    let lease = RawLease { mod_rev: now, ..raw(&name, told, rev) };
                     if put {
                         all.insert(name.clone(), lease.clone());
                     } else {
@@ -313,10 +370,15 @@ mod tests {
                 if listed {
                     concerned = set.reset(all.values().cloned().collect());
                 }
-                let after = slow_winners(&all);
+                let after = slow_winners(&all, config);
                 prop_assert_eq!(&winners(&set), &after);
                 for changed in before.symmetric_difference(&after) {
                     prop_assert!(concerned.contains(changed.as_str()), "{} is not named", changed);
+                }
+                // No key of the store is handed out a second time, whatever it says, and a winner's place neither.
+                let held: BTreeSet<Prefix> = set.held(24).collect();
+                for name in all.keys().filter(|name| name.ends_with("-24") || after.contains(*name)) {
+                    prop_assert!(subnets(name).all(|subnet| held.contains(&subnet)), "{} is free", name);
                 }
             }
         }

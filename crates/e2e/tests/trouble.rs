@@ -162,6 +162,44 @@ fn a_broken_or_beaten_wide_key_keeps_no_node_from_joining() {
 }
 
 #[test]
+fn a_lease_that_is_skipped_takes_nobodys_place() {
+    let Some((node, _dir)) = node() else { return };
+    let lease = |ip: &str, vni: u8, mac: u8| {
+        let data = format!(r#"{{"VNI":{vni},"VtepMAC":"02:00:00:00:00:{mac:02x}"}}"#);
+        format!(r#"{{"PublicIP":"{ip}","BackendType":"vxlan","BackendData":{data}}}"#)
+    };
+    let skipped = [
+        ("10.1.40.0-25", r#"{"PublicIP":"10.168.0.90"}"#.to_owned(), "foreign-backend"),
+        ("10.1.41.0-25", lease("10.168.0.91", 7, 0x91), "vni-differs"),
+        ("10.1.92.0-24", lease("10.168.0.92", 7, 42), "vni-differs"),
+        ("192.0.2.0-24", lease("10.168.0.93", 1, 43), "outside-network"),
+        ("10.1.44.0-23", lease("10.1.9.9", 1, 0x94), "bad-lease-value"),
+        ("10.1.45.0-25", lease("255.255.255.255", 1, 0x95), "bad-lease-value"),
+    ];
+    for (key, value, _) in &skipped {
+        node.put(&format!("subnets/{key}"), value);
+    }
+    let peers = [40, 41, 42, 43, 44, 45];
+    peers.iter().for_each(|n| node.put_peer(*n));
+    let _agent = node.agent("--subnet 10.1.15.0/24");
+    peers.iter().for_each(|n| node.await_peer(*n, true));
+    let status = node.status();
+    for (key, _, code) in &skipped {
+        let named = |f: &serde_json::Value| f["code"] == *code && f["object"] == format!("lease {key}");
+        assert!(status["findings"].as_array().unwrap().iter().any(named), "{key} {code}: {status:#}");
+    }
+    // The same leases under another config: who is skipped, and who wins, has changed.
+    node.put("config", r#"{"Network":"10.1.0.0/16","Backend":{"Type":"vxlan","VNI":7}}"#);
+    eventually("those of VNI 7 are the peers", || {
+        let shown = node.host.try_run("ip route show dev flannel.7").stdout;
+        let routes = String::from_utf8_lossy(&shown).into_owned();
+        let there = |net: &str| routes.contains(&format!("{net} via"));
+        let good = there("10.1.41.0/25") && there("10.1.92.0/24") && routes.lines().count() == 2;
+        if good { Ok(()) } else { Err((routes, node.log("agent.log"))) }
+    });
+}
+
+#[test]
 fn a_bridge_with_a_subnet_that_was_ours_keeps_nobody_from_starting() {
     let Some((node, _dir)) = node() else { return };
     node.put_peer(40);

@@ -6,7 +6,7 @@ pub mod vxlan;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use crate::config::BackendConfig;
+use crate::config::{BackendConfig, NetworkConfig};
 use crate::host::{HostState, Object};
 use crate::lease::{Lease, LeaseAttrs, Peer, PeerFault};
 use crate::net::{Inet, LinkName, MacAddr, Mtu, NodeId, Prefix, is_host};
@@ -99,6 +99,8 @@ pub trait Backend: std::fmt::Debug + Send + Sync {
     fn mtu(&self, underlay: &Underlay, v4: bool) -> Result<Mtu, Refusal>;
     /// Own objects: device, address, sysctls.
     fn base(&self, cx: &Cx) -> Result<HostState, Refusal>;
+    /// Whether a lease tells what reaches its holder in one family, as far as every node sees it alike: collisions are decided by it.
+    fn accepts(&self, networks: &[Prefix], lease: &Lease, v4: bool) -> Result<(), PeerFault>;
     /// What reaches a peer. A fault drops that peer only, and what is missing for one family that family only.
     fn peer(&self, cx: &Cx, peer: &Peer) -> Result<Reach, PeerFault>;
     /// The tunnel that user space runs, where the backend has one. A backend opens no socket.
@@ -122,6 +124,48 @@ pub fn build(config: &BackendConfig) -> Result<Box<dyn Backend>, Refusal> {
     }
 }
 
+/// Which leases a network's nodes program, as its config says: all of them come to the same answer.
+#[derive(Debug)]
+pub struct Rule {
+    config: NetworkConfig,
+    networks: Vec<Prefix>,
+    backend: Box<dyn Backend>,
+}
+
+impl PartialEq for Rule {
+    fn eq(&self, other: &Self) -> bool {
+        self.config == other.config
+    }
+}
+
+impl Rule {
+    /// The rule of a network.
+    pub fn new(config: &NetworkConfig) -> Result<Self, Refusal> {
+        Ok(Self { config: config.clone(), networks: config.networks(), backend: build(&config.backend)? })
+    }
+
+    /// `Ok`: its holder can be reached in one family at least; else what is wrong with the lease.
+    pub fn accepts(&self, lease: &Lease) -> Result<(), PeerFault> {
+        if lease.attrs.backend_type.as_deref() != self.backend.lease_type() {
+            let theirs = lease.attrs.backend_type.clone().unwrap_or_else(|| "udp".into());
+            return Err(
+                lease.fault("foreign-backend", format!("its backend is {theirs}, and this network's is another"))
+            );
+        }
+        if let Some(outside) = lease.key.subnets().find(|s| !self.networks.iter().any(|n| n.covers(s))) {
+            return Err(lease.fault("outside-network", format!("its subnet {outside} is not in the network")));
+        }
+        let mut ways = lease.key.subnets().map(|subnet| self.backend.accepts(&self.networks, lease, subnet.is_v4()));
+        let first = ways.next().unwrap_or(Ok(()));
+        match (first, ways.next()) {
+            // What is missing for one family leaves out that family only.
+            (Err(fault), Some(second)) if fault.code == "bad-lease-value" => second,
+            (Ok(()), Some(Err(fault))) if fault.code != "bad-lease-value" => Err(fault),
+            (first, _) => first,
+        }
+    }
+}
+
 /// The node must forward, and the tunnel must not take routes from strangers.
 fn forwarding(name: LinkName, v4: bool) -> Vec<Object> {
     let (mut list, of_device) =
@@ -136,22 +180,29 @@ fn forwarding(name: LinkName, v4: bool) -> Vec<Object> {
     list.into_iter().map(|(path, value)| Object::Sysctl { path: path.into(), value: value.into() }).collect()
 }
 
-/// The underlay address of the host that holds the lease.
-fn host_of(cx: &Cx, lease: &Lease, v4: bool) -> Result<IpAddr, PeerFault> {
+/// The underlay address that a lease tells of its holder.
+fn told_host(networks: &[Prefix], lease: &Lease, v4: bool) -> Result<IpAddr, PeerFault> {
     let host = if v4 { lease.attrs.public_ip.map(IpAddr::V4) } else { lease.attrs.public_ipv6.map(IpAddr::V6) };
     let key = if v4 { "PublicIP" } else { "PublicIPv6" };
     let host = host.ok_or_else(|| lease.fault("bad-lease-value", format!("{key} is missing")))?;
     if !is_host(host) {
         return Err(lease.fault("bad-lease-value", format!("{key} {host} is not the address of a host")));
     }
-    let own = if v4 { cx.underlay.v4 } else { cx.underlay.v6 };
-    if own.is_some_and(|inet| inet.addr == host) || cx.underlay.public(v4) == Some(host) {
-        return Err(lease.fault("duplicate-public-ip", format!("{key} {host} is this node's own address")));
-    }
-    if let Some(network) = cx.networks.iter().find(|network| network.contains(host)) {
+    if let Some(network) = networks.iter().find(|network| network.contains(host)) {
         let reason =
             format!("{key} {host} lies in the network {network}: its packets would go through the tunnel again");
         return Err(lease.fault("bad-lease-value", reason));
+    }
+    Ok(host)
+}
+
+/// The underlay address of the host that holds the lease, which is another one than this.
+fn host_of(cx: &Cx, lease: &Lease, v4: bool) -> Result<IpAddr, PeerFault> {
+    let host = told_host(&cx.networks, lease, v4)?;
+    let own = if v4 { cx.underlay.v4 } else { cx.underlay.v6 };
+    if own.is_some_and(|inet| inet.addr == host) || cx.underlay.public(v4) == Some(host) {
+        let key = if v4 { "PublicIP" } else { "PublicIPv6" };
+        return Err(lease.fault("duplicate-public-ip", format!("{key} {host} is this node's own address")));
     }
     Ok(host)
 }

@@ -13,7 +13,7 @@ use crate::host::{Addr, HostState, Link, LinkKind, Object};
 use crate::lease::{Lease, LeaseAttrs, Peer, PeerFault};
 use crate::net::{Inet, LinkName, Mtu, Port, Prefix};
 
-use super::{Backend, Cx, Reach, Refusal, Underlay, as_v4, as_v6, forwarding, host_of};
+use super::{Backend, Cx, Reach, Refusal, Underlay, as_v4, as_v6, forwarding, host_of, told_host};
 
 /// What the tunnel adds: an outer IP header of 20 bytes (IPv6: 40) and a UDP header of 8; the payload is the inner packet, nothing else.
 const OVERHEAD: [u32; 2] = [28, 48];
@@ -94,6 +94,10 @@ impl Backend for UdpConfig {
             host.extend(forwarding(name, subnet.is_v4()));
         }
         Ok(host)
+    }
+
+    fn accepts(&self, networks: &[Prefix], lease: &Lease, _v4: bool) -> Result<(), PeerFault> {
+        told_host(networks, lease, self.over_v4).map(drop)
     }
 
     fn peer(&self, cx: &Cx, peer: &Peer) -> Result<Reach, PeerFault> {

@@ -14,7 +14,7 @@ use crate::host::{
 use crate::lease::{Lease, LeaseAttrs, Peer, PeerFault};
 use crate::net::{Inet, LinkName, MacAddr, Mtu, NodeId, Port, Prefix, Vni};
 
-use super::{Backend, Cx, Reach, Refusal, Underlay, as_v4, as_v6, forwarding, host_of};
+use super::{Backend, Cx, Reach, Refusal, Underlay, as_v4, as_v6, forwarding, host_of, told_host};
 
 /// Outer Ethernet header is the underlay's; what the tunnel adds to an inner IP packet: outer IPv4 20 + UDP 8 + VXLAN 8 + inner Ethernet 14.
 const OVERHEAD_V4: u32 = 50;
@@ -89,6 +89,11 @@ impl Backend for VxlanConfig {
             host.extend(forwarding(name, v4));
         }
         Ok(host)
+    }
+
+    fn accepts(&self, networks: &[Prefix], lease: &Lease, v4: bool) -> Result<(), PeerFault> {
+        told_host(networks, lease, v4)?;
+        self.vtep_mac(lease, v4).map(drop)
     }
 
     fn peer(&self, cx: &Cx, peer: &Peer) -> Result<Reach, PeerFault> {

@@ -177,21 +177,9 @@ impl Network {
         }
     }
 
-    /// What reaches the holder of one lease, which is not our own. A peer of another backend is left out with its reason.
+    /// What reaches the holder of one lease, which is not our own.
     pub(crate) fn peer(&self, leases: &LeaseSet, name: &str) -> Option<Result<Reach, PeerFault>> {
-        let peer = |lease: Lease| {
-            if lease.attrs.backend_type.as_deref() != self.backend.lease_type() {
-                let theirs = lease.attrs.backend_type.clone().unwrap_or_else(|| "udp".into());
-                return Err(
-                    lease.fault("foreign-backend", format!("its backend is {theirs}, and this network's is another"))
-                );
-            }
-            if let Some(outside) = lease.key.subnets().find(|s| !self.configured.iter().any(|n| n.covers(s))) {
-                return Err(lease.fault("outside-network", format!("its subnet {outside} is not in the network")));
-            }
-            self.backend.peer(&self.cx, &Peer { lease })
-        };
-        Some(leases.verdict(name)?.and_then(peer))
+        Some(leases.verdict(name)?.and_then(|lease| self.backend.peer(&self.cx, &Peer { lease })))
     }
 }
 

@@ -8,6 +8,7 @@ use anyhow::Context;
 use clap::Args;
 use serde::Serialize;
 use twill_core::alloc::{self, Choice};
+use twill_core::backend::Rule;
 use twill_core::config::NetworkConfig;
 use twill_core::firewall::beside;
 use twill_core::host::{HostState, Key, LinkKind, Object, PROTO_TWILL};
@@ -16,7 +17,7 @@ use twill_core::lease::Lease;
 use twill_core::lease_set::{LeaseName, LeaseSet};
 use twill_core::reconcile::{Claim, Desired, Plan, Scope, Wanted, plan};
 use twill_kernel::{Interest, Kernel, LinuxKernel};
-use twill_store::RawConfig;
+use twill_store::{EtcdStore, Listing, RawConfig};
 
 use super::folder::StateDir;
 use crate::agent::compose::{self, Network};
@@ -66,15 +67,14 @@ impl PlanArgs {
 fn compute(settings: &Settings) -> anyhow::Result<Plan> {
     let state = load_state(&settings.state_dir)?;
     let store = settings.store.connect()?;
-    let (raw, listing) = crate::runtime()?.block_on(async {
-        anyhow::Ok((store.config().await.map_err(Failure::from)?, store.list().await.map_err(Failure::from)?))
-    })?;
+    let (raw, listing) = read(&store)?;
     let config = parse_config(raw)?.0;
     let everything = LinuxKernel::open(Interest::default()).context("look at this host's network")?;
     let host = everything.mirror().clone();
     let chosen = iface::choose(&host, &settings.wishes).map_err(refused)?;
     let mut network = Network::new(&config, chosen.underlay, &host, &state, settings.way_out).map_err(refused)?;
     let mut leases = LeaseSet::default();
+    leases.follow(Rule::new(&config).map_err(refused)?);
     leases.reset(listing.entries);
     let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
     let env = std::fs::read_to_string(&settings.subnet_file).unwrap_or_default();
@@ -117,6 +117,13 @@ fn compute(settings: &Settings) -> anyhow::Result<Plan> {
     let kernel = LinuxKernel::open(interest).context("look at this host's network")?;
     wanted.set_beside(beside::heads(&network.cx.networks, kernel.mirror()));
     Ok(plan(wanted.desired(), kernel.mirror(), Scope::All))
+}
+
+/// Network config and leases.
+fn read(store: &EtcdStore) -> anyhow::Result<(Option<RawConfig>, Listing)> {
+    crate::runtime()?.block_on(async {
+        Ok((store.config().await.map_err(Failure::from)?, store.list().await.map_err(Failure::from)?))
+    })
 }
 
 /// The network config, or the error that a user can act on.
@@ -165,11 +172,15 @@ struct LeaseRow {
 impl Leases {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         let store = self.store.connect()?;
-        let listing = crate::runtime()?.block_on(store.list()).map_err(Failure::from)?;
+        let (raw, listing) = read(&store)?;
         let revision = listing.revision;
         let reserved: BTreeSet<String> =
             listing.entries.iter().filter(|e| e.etcd_lease == 0).map(|e| e.name.clone()).collect();
         let mut set = LeaseSet::default();
+        // Without a config that can be read they are judged by themselves.
+        if let Some(rule) = parse_config(raw).ok().and_then(|(config, _)| Rule::new(&config).ok()) {
+            set.follow(rule);
+        }
         set.reset(listing.entries);
         let row = |name: &LeaseName| {
             let lease: Option<Lease> = set.lease(name).and_then(Result::ok);

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
-use twill_core::backend::Reach;
+use twill_core::backend::{Reach, Rule};
 use twill_core::config::{self, NetworkConfig};
 use twill_core::host::{HostState, Object};
 use twill_core::iface;
@@ -157,6 +157,9 @@ impl Session {
     async fn round(&mut self) -> Result<End, StoreError> {
         let (network, config) = self.network().await?;
         let Some(mut network) = network else { return Ok(End::Again) };
+        if let Ok(rule) = Rule::new(&config) {
+            self.leases.follow(rule);
+        }
         let listing = self.store.list().await?;
         let revision = listing.revision;
         self.say_up(revision);
@@ -383,7 +386,7 @@ impl Session {
             }
         };
         if concerned.contains(own_name.as_str()) {
-            match self.leases.verdict(&own_name) {
+            match self.leases.standing(&own_name) {
                 Some(Ok(lease)) if self.still_mine(&lease, network) => {
                     if self.told(network, &lease) != lease.attrs {
                         self.on_altered(&own_name);
