@@ -364,3 +364,71 @@ fn a_store_that_is_away_stops_neither_repairs_nor_the_way_out() {
     runs(&node, "10.1.15.0/24");
     assert_eq!(node.log("agent.log").matches("the data path keeps running").count(), 1, "said once");
 }
+
+#[test]
+fn a_second_agent_on_a_host_is_refused_and_takes_nothing() {
+    let Some((node, _dir)) = node() else { return };
+    let agent = node.agent("--subnet 10.1.15.0/24");
+    eventually("the lease stands", || (node.status()["state"] == "running").then_some(()).ok_or("not yet"));
+    let stands = || {
+        let key = "/coreos.com/network/subnets/";
+        let leases = String::from_utf8(node.etcdctl(&["get", "--prefix", key, "-w", "fields"]).stdout).unwrap();
+        let leases: Vec<String> =
+            leases.lines().filter(|line| !line.starts_with("\"Revision\"")).map(str::to_owned).collect();
+        (leases, node.host.run("ip -d addr show flannel.1"), node.host.run("nft list ruleset"))
+    };
+    let before = stands();
+    let second = |words: &str| {
+        let mut command = node.host.command(twill_e2e::bin("twill"));
+        command.args(words.split_whitespace());
+        for (name, folder) in [("STATE_DIR", "state2"), ("RUN_DIR", "run2"), ("SUBNET_FILE", "subnet2.env")] {
+            command.env(format!("TWILL_{name}"), node.file(folder));
+        }
+        command
+    };
+    let state = node.file("state").canonicalize().unwrap();
+    for words in ["agent --iface eth0", "agent --iface eth0 --takeover", "clean"] {
+        let out = second(words).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr);
+        let errors: Vec<&str> = said.lines().filter(|line| line.contains("error: ")).collect();
+        assert_eq!((out.status.code(), errors.len()), (Some(1), 1), "{words}: {said}");
+        assert!(
+            errors[0].contains(&format!("another agent (pid {}, ", agent.pid()))
+                && errors[0].contains(&*state.to_string_lossy()),
+            "{said}"
+        );
+        assert!(said.contains("hint: one agent serves a host; stop that one first: kill "), "{said}");
+    }
+    assert_eq!(stands(), before);
+    assert!(!node.file("subnet2.env").exists() && !node.file("run2/twill.sock").exists());
+    agent.end(Signal::KILL);
+    // Its place is free at once, however it ended.
+    let next = twill_e2e::node::spawn(second("agent --iface eth0"), &node.file("agent.log"));
+    eventually("the next one runs", || std::fs::read_to_string(node.file("subnet2.env")));
+    next.end(Signal::TERM);
+}
+
+#[test]
+fn a_stranger_who_locks_the_namespace_keeps_no_agent_out() {
+    let Some((node, _dir)) = node() else { return };
+    if !installed("flock") || !installed("setpriv") {
+        return;
+    }
+    let lock = "setpriv --reuid 65534 --clear-groups flock -n --no-fork /proc/self/ns/net";
+    let can = node.host.try_run(&format!("{lock} true"));
+    if !can.status.success() {
+        println!("SKIP: nobody else can be here: {}", String::from_utf8_lossy(&can.stderr));
+        return;
+    }
+    let mut words = lock.split(' ');
+    let mut command = node.host.command(words.next().unwrap());
+    command.args(words).args(["sleep", "infinity"]);
+    let stranger = twill_e2e::node::spawn(command, &node.file("stranger.log"));
+    eventually("it holds the lock", || {
+        let out = node.host.try_run("flock -n /proc/self/ns/net true");
+        if out.status.success() { Err("free") } else { Ok(()) }
+    });
+    let _agent = node.agent("--subnet 10.1.15.0/24");
+    assert!(node.log("agent.log").contains("another user"), "{}", node.log("agent.log"));
+    stranger.end(Signal::KILL);
+}

@@ -7,7 +7,8 @@
 
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// From now on all threads share one heap: what a short-lived thread freed is not kept for it.
@@ -70,6 +71,31 @@ pub fn neighbours_named(name: &str) -> Vec<u32> {
         comm.trim() == name && fs::read_link(proc.join("ns/net")).is_ok_and(|theirs| theirs == ours)
     };
     pids.filter(same).collect()
+}
+
+/// PIDs of the processes that hold a lock of the file at `path` (proc_locks(5)), as far as our PID namespace shows them.
+pub fn lock_holders(path: &Path) -> Vec<u32> {
+    let Ok(inode) = fs::metadata(path).map(|is| is.ino().to_string()) else { return Vec::new() };
+    let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+    // "1: FLOCK  ADVISORY  WRITE 12010 00:04:4026532963 0 EOF"; who waits has "->" before the word.
+    let holder = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let ours = words.get(1) == Some(&"FLOCK") && words.get(5)?.rsplit(':').next() == Some(&inode);
+        words.get(4)?.parse().ok().filter(|_| ours)
+    };
+    locks.lines().filter_map(holder).collect()
+}
+
+/// True for a process of root or of our own user.
+pub fn is_trusted(pid: u32) -> bool {
+    let ours = rustix::process::geteuid().as_raw();
+    fs::metadata(format!("/proc/{pid}")).is_ok_and(|is| is.uid() == 0 || is.uid() == ours)
+}
+
+/// The path of a file of this name that a process has open, as far as we may look.
+pub fn open_file_named(pid: u32, name: &str) -> Option<PathBuf> {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten();
+    fds.filter_map(|fd| fs::read_link(fd.path()).ok()).find(|path| path.file_name().is_some_and(|last| last == name))
 }
 
 /// Descriptors that the service manager has kept for us, with their names (sd_listen_fds_with_names(3)). The first call has them all.

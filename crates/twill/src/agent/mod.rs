@@ -5,12 +5,14 @@
 //! - [`reconciler`]: the thread that owns the kernel
 //! - [`compose`]: from leases and facts to what is wanted
 //! - [`tunnel`], [`handover`]: the udp backend's tunnel, and how the next agent gets it
+//! - [`place`]: one agent for each state folder and network namespace
 //! - [`control`], [`view`], [`guests`]: the control API and what it shows
 
 pub(crate) mod compose;
 pub(crate) mod control;
 mod guests;
 mod handover;
+pub(crate) mod place;
 pub(crate) mod reconciler;
 pub(crate) mod session;
 pub(crate) mod settings;
@@ -62,7 +64,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
     let tunnel = |waker| TunnelHost::new(waker, Arc::clone(&gauge), &settings.state_dir, !settings.tunnel_offloads);
     let mut reconciler = Reconciler::new(host_sender, Arc::clone(&view), Records::new(attachments.clone()), tunnel)
         .context("look at this host's network")?;
-    let _lock = take_the_place(&settings, &mut reconciler)?;
+    let _place = place::take(&settings, &mut reconciler)?;
     let state = load_state(&settings.state_dir)?;
     let store = settings.store.connect()?;
     show(&view, &state, &store);
@@ -140,42 +142,6 @@ async fn sweep(attachments: PathBuf) {
             Err(error) => tracing::error!(%error, "the task that frees addresses ended"),
         }
     }
-}
-
-/// One agent for each state folder: the only one, or the next one, which has the tunnel running before the one before it has ended.
-fn take_the_place(settings: &Settings, reconciler: &mut Reconciler) -> anyhow::Result<files::Lock> {
-    if let Some((_, failure)) = missing_capabilities().into_iter().find(|(name, _)| *name == NET_ADMIN) {
-        return Err(failure.into());
-    }
-    let before = if settings.takeover { handover::take(&settings.run_dir)? } else { None };
-    let lock = match before {
-        Some(handed) => {
-            reconciler.restore(handed);
-            let path = settings.state_dir.join("agent.lock");
-            files::Lock::exclusive(&path).with_context(|| format!("lock {}", path.display()))?
-        }
-        None => {
-            let lock = lock(settings)?;
-            refuse_beside_flannel()?;
-            reconciler.restore(None);
-            lock
-        }
-    };
-    Ok(lock)
-}
-
-/// One agent for each state folder.
-fn lock(settings: &Settings) -> anyhow::Result<files::Lock> {
-    let path = settings.state_dir.join("agent.lock");
-    let lock = files::Lock::try_exclusive(&path).map_err(|e| {
-        let message = format!("lock {}: {e}", path.display());
-        Failure::new("state-unwritable", message).hint("run as root, or name another folder with --state-dir")
-    })?;
-    lock.ok_or_else(|| {
-        Failure::new("agent-running", "another agent runs on this state")
-            .hint("stop it first: systemctl stop twill; or take its place without loss: twill agent --takeover")
-            .into()
-    })
 }
 
 /// The capabilities that this process lacks, by name. Without the first the kernel refuses every step.

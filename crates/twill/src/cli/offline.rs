@@ -247,6 +247,7 @@ impl Clean {
                 .hint("stop it first: systemctl stop twill")
                 .into());
         }
+        let _network = if self.dry_run { None } else { crate::agent::place::network()? };
         refuse_beside_flannel()?;
         let mut state = load_state(&state_dir)?;
         let interest = Interest { firewall: true, ..Interest::default() };

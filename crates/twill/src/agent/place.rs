@@ -1,0 +1,80 @@
+//! One agent for each state folder and for each network namespace: two on one host would write each other's lease, devices and
+//! firewall for ever.
+//!
+//! Both are locks that end with the process; the second is the lock of the namespace's own file, so that it needs no common folder.
+
+use std::path::Path;
+
+use anyhow::Context;
+use twill_kernel::files::Lock;
+use twill_kernel::process;
+
+use super::reconciler::Reconciler;
+use super::settings::Settings;
+use super::{NET_ADMIN, handover, missing_capabilities, refuse_beside_flannel};
+use crate::output::Failure;
+
+const NETWORK: &str = "/proc/self/ns/net";
+
+/// Held for as long as the agent lives.
+#[derive(Debug)]
+pub(crate) struct Place {
+    _state: Lock,
+    _network: Option<Lock>,
+}
+
+/// The only agent here, or the next one, which has the tunnel running before the one before it has ended.
+pub(crate) fn take(settings: &Settings, reconciler: &mut Reconciler) -> anyhow::Result<Place> {
+    if let Some((_, failure)) = missing_capabilities().into_iter().find(|(name, _)| *name == NET_ADMIN) {
+        return Err(failure.into());
+    }
+    let before = if settings.takeover { handover::take(&settings.run_dir)? } else { None };
+    let Some(handed) = before else {
+        let place = Place { _state: state(settings)?, _network: network()? };
+        refuse_beside_flannel()?;
+        reconciler.restore(None);
+        return Ok(place);
+    };
+    reconciler.restore(handed);
+    let path = settings.state_dir.join("agent.lock");
+    let state = Lock::exclusive(&path).with_context(|| format!("lock {}", path.display()))?;
+    let network = Lock::of(Path::new(NETWORK), true).with_context(|| format!("lock {NETWORK}"))?;
+    Ok(Place { _state: state, _network: network })
+}
+
+fn state(settings: &Settings) -> anyhow::Result<Lock> {
+    let path = settings.state_dir.join("agent.lock");
+    let lock = Lock::try_exclusive(&path).map_err(|e| {
+        let message = format!("lock {}: {e}", path.display());
+        Failure::new("state-unwritable", message).hint("run as root, or name another folder with --state-dir")
+    })?;
+    lock.ok_or_else(|| {
+        Failure::new("agent-running", "another agent runs on this state")
+            .hint("stop it first: systemctl stop twill; or take its place without loss: twill agent --takeover")
+            .into()
+    })
+}
+
+/// The network namespace's lock; `None`: somebody without rights over it holds it, which is to keep nobody out.
+pub(crate) fn network() -> anyhow::Result<Option<Lock>> {
+    if let Some(lock) = Lock::of(Path::new(NETWORK), false).with_context(|| format!("lock {NETWORK}"))? {
+        return Ok(Some(lock));
+    }
+    let holder = process::lock_holders(Path::new(NETWORK)).into_iter().next();
+    if let Some(pid) = holder.filter(|pid| !process::is_trusted(*pid)) {
+        tracing::warn!(pid, "a process of another user holds the lock of this network namespace: ignored");
+        return Ok(None);
+    }
+    let (who, stop) = match holder {
+        Some(pid) => {
+            let state = process::open_file_named(pid, "agent.lock");
+            let folder = state.as_deref().and_then(Path::parent);
+            let state = folder.map_or_else(String::new, |folder| format!(", state in {}", folder.display()));
+            (format!("pid {pid}{state}"), format!("kill {pid}"))
+        }
+        None => ("in another PID namespace".to_owned(), "systemctl stop twill".to_owned()),
+    };
+    Err(Failure::new("agent-running", format!("another agent ({who}) runs in this network namespace"))
+        .hint(format!("one agent serves a host; stop that one first: {stop}"))
+        .into())
+}
