@@ -432,3 +432,50 @@ fn a_stranger_who_locks_the_namespace_keeps_no_agent_out() {
     assert!(node.log("agent.log").contains("another user"), "{}", node.log("agent.log"));
     stranger.end(Signal::KILL);
 }
+
+#[test]
+fn a_new_address_of_the_underlay_breaks_no_connection_to_the_store() {
+    let Some((node, _dir)) = node() else { return };
+    let mut serve = node.other.command(twill_e2e::bin("twill"));
+    serve.args(["store", "serve", "--insecure", "--listen", "10.168.0.3:2379", "--data"]).arg(node.file("store2"));
+    let store = twill_e2e::node::spawn(serve, &node.file("store2.log"));
+    let there = |words: &str| {
+        let out = node.other.try_run(&format!("etcdctl --endpoints http://10.168.0.3:2379 {words}"));
+        let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+        if out.status.success() { Ok(text(&out.stdout)) } else { Err(text(&out.stderr)) }
+    };
+    let config = format!("put /coreos.com/network/config {}", twill_e2e::node::CONFIG);
+    eventually("the store takes the config", || there(&config));
+    let _agent = node.agent("--subnet 10.1.15.0/24 --store http://10.168.0.3:2379");
+    runs_at(&node, "10.168.0.2");
+    for (old, new) in [("10.168.0.2/24", "10.168.0.9/24"), ("10.168.0.9/24", "10.168.0.10/24")] {
+        node.host.ip(&format!("addr del {old} dev eth0"));
+        node.host.ip(&format!("addr add {new} dev eth0"));
+        let ip = new.trim_end_matches("/24");
+        eventually("lease and device follow", || {
+            let lease = there("get --prefix /coreos.com/network/subnets/")?;
+            let link = node.host.run("ip -d link show flannel.1");
+            let good = lease.contains(&format!("\"PublicIP\":\"{ip}\"")) && link.contains(&format!("local {ip} "));
+            if good { Ok(()) } else { Err(format!("{lease} {link} {}", node.log("agent.log"))) }
+        });
+        // The watch is a new one, too.
+        let peer = if ip.ends_with('9') { 40 } else { 41 };
+        let data = format!(r#"{{"VNI":1,"VtepMAC":"02:00:00:00:00:{peer:02x}"}}"#);
+        let lease = format!(r#"{{"PublicIP":"10.168.0.{peer}","BackendType":"vxlan","BackendData":{data}}}"#);
+        there(&format!("put /coreos.com/network/subnets/10.1.{peer}.0-24 {lease}")).unwrap();
+        node.await_peer(peer, true);
+    }
+    // Nothing was waited for: a connection that hangs is seen as a store that is away.
+    let log = node.log("agent.log");
+    assert!(!log.contains("store-away"), "{log}");
+    store.end(Signal::KILL);
+}
+
+/// Waits until the node runs, at this address.
+fn runs_at(node: &Node, address: &str) {
+    eventually(&format!("the node runs at {address}"), || {
+        let status = node.status();
+        let right = status["state"] == "running" && status["underlay"]["addresses"][0] == address;
+        if right { Ok(()) } else { Err((status.to_string(), node.log("agent.log"))) }
+    });
+}

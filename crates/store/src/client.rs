@@ -107,6 +107,11 @@ impl EtcdStore {
         Ok(Self { config, channels, current: Mutex::new(0), token: Mutex::new(None) })
     }
 
+    /// Lets go of all connections: the address that they come from is gone, and the kernel tells nobody.
+    pub fn reconnect(&mut self) {
+        self.channels.iter_mut().for_each(|(_, channel)| drop(channel.take()));
+    }
+
     /// The endpoints, for messages.
     pub fn endpoints(&self) -> String {
         self.config.endpoints.join(",")

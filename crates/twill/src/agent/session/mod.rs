@@ -6,11 +6,12 @@
 //!      └───────────┴── waits and tries again, the data path stays ───┘
 //! ```
 //!
-//! [`listing`]: which listings are believed; [`own`]: the own lease and what stands on it; [`say`]: waiting, and what `status` shows.
+//! [`underlay`]: what the node stands on; [`listing`]: which listings are believed; [`own`]: the own lease and what stands on it; [`say`]: waiting, and what `status` shows.
 
 mod listing;
 mod own;
 mod say;
+mod underlay;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -21,12 +22,11 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use twill_core::backend::{Reach, Rule};
-use twill_core::config::{self, NetworkConfig};
+use twill_core::config::NetworkConfig;
 use twill_core::host::{HostState, Object};
-use twill_core::iface;
 use twill_core::lease::Lease;
 use twill_core::lease_set::{LeaseName, LeaseSet};
-use twill_core::net::Prefix;
+use twill_core::net::{Inet, Prefix};
 use twill_core::reconcile::Finding;
 use twill_core::state_file::State;
 use twill_kernel::Waker;
@@ -37,7 +37,6 @@ use super::reconciler::Order;
 use super::settings::Settings;
 use super::view::{PeerView, View, WayView};
 use crate::output::Failure;
-use crate::stores::PREFIX;
 
 /// flannel's time to live of a lease, in seconds.
 const TTL: i64 = 86_400;
@@ -51,7 +50,6 @@ const CORRECTIONS: Duration = Duration::from_secs(10);
 const BATCH: usize = 1000;
 /// What may be wrong with a config that was written while the node runs.
 const CONFIG_FINDINGS: [&str; 3] = ["bad-config", "config-missing", "backend-not-built"];
-const CLASH_FIX: &str = "choose another Network, or remove what clashes";
 
 /// What users ask of a running agent.
 pub(crate) enum Command {
@@ -88,6 +86,8 @@ pub(crate) struct Session {
     /// Those of them that an earlier run knew: what stands in the kernel for them, kept as if their leases said so.
     kept: BTreeMap<LeaseName, Vec<Object>>,
     seen: Option<(u64, i64)>,
+    /// The underlay's addresses when the store was last asked.
+    asked_from: [Option<Inet>; 2],
     /// The first listing may prune what an earlier run left; a strange one may not.
     prune: bool,
     /// What was last said of a store that is away.
@@ -125,6 +125,7 @@ impl Session {
             withheld: BTreeSet::new(),
             kept: BTreeMap::new(),
             seen: None,
+            asked_from: [None; 2],
             prune: true,
             last_away: "",
             waiting: None,
@@ -174,91 +175,6 @@ impl Session {
         self.waits_no_more();
         self.set_state("running");
         self.follow(network, config, own, revision).await
-    }
-
-    /// Underlay and config; `None`: something is wrong, was said, and was waited for.
-    async fn network(&mut self) -> Result<(Option<Network>, NetworkConfig), StoreError> {
-        loop {
-            let host = self.host.borrow_and_update().clone();
-            let chosen = match iface::choose(&host, &self.settings.wishes) {
-                Ok(chosen) => chosen,
-                Err(refusal) => {
-                    self.wait_for(refusal.code, &refusal.message, &refusal.hint).await;
-                    continue;
-                }
-            };
-            self.show_underlay(&chosen);
-            let raw = self.store.config().await?;
-            self.say_reached();
-            let Some(raw) = raw else {
-                let value = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
-                let prefix = self.settings.store.prefix.as_deref().unwrap_or(PREFIX);
-                let hint = format!("write one: etcdctl put {prefix}/config '{value}'");
-                self.wait_for("config-missing", "the store has no network config", &hint).await;
-                continue;
-            };
-            let (config, ignored) = match NetworkConfig::parse(&raw.value) {
-                Ok(parsed) => parsed,
-                Err(fault) => {
-                    self.wait_for("bad-config", &fault.to_string(), "correct it in the store; it is read again").await;
-                    continue;
-                }
-            };
-            self.show_ignored(&ignored);
-            let carried = chosen.underlay.mtu;
-            let mut network = match Network::new(&config, chosen.underlay, &host, &self.state, self.settings.way_out) {
-                Ok(network) => network,
-                Err(mut refusal) => {
-                    if refusal.code == "mtu-too-small" {
-                        refusal.message += "; until it carries one there is no tunnel, and no file for new containers";
-                        if self.waiting.as_ref().is_none_or(|(code, _)| *code != refusal.code) {
-                            self.withdraw(&config, carried);
-                        }
-                    }
-                    self.wait_for(refusal.code, &refusal.message, &refusal.hint).await;
-                    continue;
-                }
-            };
-            let clashes = self.clashes(&network, &host);
-            let overlapping: Vec<Prefix> = clashes.iter().map(|(prefix, _)| *prefix).collect();
-            if !network.leave_out(&overlapping) {
-                let message = clashes.first().map_or("", |(_, message)| message);
-                self.wait_for("network-overlap", message, CLASH_FIX).await;
-                continue;
-            }
-            for (_, message) in &clashes {
-                tracing::warn!(code = "network-overlap", hint = CLASH_FIX, "{message}: the other family goes on");
-            }
-            self.show_clashes(&clashes);
-            return Ok((Some(network), config));
-        }
-    }
-
-    /// Networks of the config that something on this host overlaps, and what.
-    fn clashes(&self, network: &Network, host: &HostState) -> Vec<(Prefix, String)> {
-        let networks = network.configured();
-        // Those of an earlier config are ours as well: they go once the new ones stand.
-        let earlier = self.state.devices.keys().copied();
-        let devices: Vec<_> = networks.iter().flat_map(|n| network.backend.devices(&[*n])).chain(earlier).collect();
-        let first = |prefix: &Prefix| {
-            let clash = config::overlaps(&[*prefix], host, &devices, &self.remembered()).into_iter().next()?;
-            Some((*prefix, format!("the network {prefix} overlaps what this host has: {clash}")))
-        };
-        networks.iter().filter_map(first).collect()
-    }
-
-    fn show_clashes(&self, clashes: &[(Prefix, String)]) {
-        match clashes.first() {
-            Some((_, message)) => self.find("network-overlap", "host", message, CLASH_FIX),
-            None => self.unfind("network-overlap"),
-        }
-    }
-
-    /// Subnets that were ours before.
-    fn remembered(&self) -> Vec<Prefix> {
-        let mut own: Vec<Prefix> = self.state.known().collect();
-        own.extend(twill_core::flannel::subnet_env::subnets(&self.subnet_env()));
-        own
     }
 
     fn subnet_env(&self) -> String {
@@ -463,46 +379,6 @@ impl Session {
                 None
             }
         }
-    }
-
-    /// The underlay's address, MTU or device may have changed; the lease follows in place.
-    async fn on_host(&mut self, network: &mut Network, own: &mut Lease) -> Result<Option<End>, StoreError> {
-        let host = self.host.borrow_and_update().clone();
-        let chosen = match iface::choose(&host, &self.settings.wishes) {
-            Ok(chosen) => chosen,
-            Err(refusal) => {
-                self.find(refusal.code, "underlay", &refusal.message, &refusal.hint);
-                return Ok(None);
-            }
-        };
-        ["iface-missing", "iface-down", "iface-without-address"].iter().for_each(|code| self.unfind(code));
-        let clashes = self.clashes(network, &host);
-        self.show_clashes(&clashes);
-        if network.overlapping.iter().any(|prefix| !clashes.iter().any(|(still, _)| still == prefix)) {
-            return Ok(Some(End::Again));
-        }
-        if chosen.underlay == network.cx.underlay {
-            return Ok(None);
-        }
-        tracing::info!(interface = %chosen.underlay.link, "the underlay has changed");
-        let (was, now) = (network.left_out(&network.cx.underlay), network.left_out(&chosen.underlay));
-        let too_small = now.iter().any(|refusal| refusal.code == "mtu-too-small" && !was.contains(refusal));
-        if now.len() < was.len() || too_small {
-            // Another set of families: begin again with it. An address that is lost for a while takes no family down.
-            return Ok(Some(End::Again));
-        }
-        self.show_underlay(&chosen);
-        // Before the store is asked, which may be away with the address.
-        self.show_left_out(&now);
-        network.cx.underlay = chosen.underlay;
-        match self.refresh(network, own.clone()).await? {
-            Some(lease) => *own = lease,
-            None => return Ok(Some(End::Again)),
-        }
-        self.establish(network, own).await;
-        let all: Vec<LeaseName> = self.leases.names().cloned().collect();
-        self.send_peers(network, own, all);
-        Ok(None)
     }
 
     async fn on_command(
