@@ -440,6 +440,92 @@ fn exec_enters_the_place_and_gives_its_exit_code() {
 }
 
 #[test]
+fn a_hosts_agent_is_found_in_exec_without_a_flag() {
+    for lab in [Lab::new(), Lab::without_root()].into_iter().flatten() {
+        lab.run("up");
+        let twill = lab.program.file_name().unwrap().to_str().unwrap();
+        let json = |words: &str| lab.json(&format!("exec node1 -- {twill} {words}"));
+        let status = json("status");
+        assert_eq!((&status["state"], &status["subnets"][0]), (&"running".into(), &"10.1.15.0/24".into()), "{status}");
+        assert_eq!(json("peers --probe")["peers"][0]["lease"], "10.1.16.0-24");
+        assert_eq!(json("leases")["leases"].as_array().unwrap().len(), 2);
+        assert_eq!(json("plan")["steps"], serde_json::json!([]), "it plans as the agent does");
+        assert_eq!(json("agent --check")["findings"], serde_json::json!([]));
+        assert_eq!(json("ipam list")["addresses"], serde_json::json!([]), "a lab's addresses are planned");
+        let keys = lab.run(&format!("exec node2 -- {twill} store ls /coreos.com/network/subnets"));
+        assert!(keys.contains("10.1.15.0-24"), "{keys}");
+        lab.run(&format!("exec node2 -- {twill} leave --force"));
+        assert_eq!(json("leases")["leases"].as_array().unwrap().len(), 1);
+        let nobody = lab.try_run(&format!("exec container-1 -- {twill} status"));
+        assert!(text(&nobody.stderr).contains("no agent listens"), "{}", text(&nobody.stderr));
+    }
+}
+
+#[test]
+fn a_killed_lab_is_named_with_the_way_out_and_leaves_no_name() {
+    for lab in [Lab::new(), Lab::without_root()].into_iter().flatten() {
+        let other = lab.beside("-b");
+        lab.run("up --nodes 3");
+        other.run("up --scenario bridge");
+        let pid = lab.supervisor();
+        assert!(Command::new("kill").args(["-KILL", &pid.to_string()]).status().unwrap().success());
+        eventually("the supervisor is gone", || {
+            if Path::new(&format!("/proc/{pid}/fd/0")).exists() { Err(()) } else { Ok(()) }
+        });
+        let down = format!("`twill lab down --name {}` removes what is left", lab.name);
+        let listed = lab.run("list");
+        let line = |name: &str| listed.lines().find(|l| l.split_whitespace().next() == Some(name)).unwrap();
+        assert!(line(&lab.name).contains(&down) && line(&other.name).contains("running"), "{listed}");
+        for words in ["ping", "explain node1 node2", "status", "node add", "exec node1 -- true", "capture node1 eth0"] {
+            let out = lab.try_run(words);
+            let said = text(&out.stderr);
+            assert_eq!((out.status.code(), said.matches("error: ").count()), (Some(1), 1), "{words}: {said}");
+            assert!(said.contains("its supervisor was killed") && said.contains(&down), "{words}: {said}");
+        }
+        // The next one of this name has fewer places.
+        lab.run("up --scenario bridge");
+        let prefix = format!("twill-{}-", lab.name);
+        let names = std::fs::read_dir("/run/netns").into_iter().flatten().flatten();
+        let names = names.filter_map(|e| Some(e.file_name().to_str()?.strip_prefix(&prefix)?.to_owned()));
+        let mut names: Vec<String> = names.filter(|name| !name.starts_with("b-")).collect();
+        names.sort();
+        let root = rustix::process::geteuid().is_root() && !lab.drop_root;
+        let left = if root { vec!["container-1", "container-2", "node1", "underlay"] } else { vec![] };
+        assert_eq!(names, left);
+        lab.run("down");
+        assert_eq!(other.json("ping")["reachable"], 2, "the other one stands");
+        other.run("down");
+        lab.assert_gone();
+        other.assert_gone();
+    }
+}
+
+#[test]
+fn the_way_to_an_address_that_no_place_has_is_explained_as_far_as_it_goes() {
+    let Some(lab) = Lab::new() else { return };
+    lab.run("up");
+    let explained = |from: &str, to: &str| {
+        let out = lab.try_run(&format!("explain {from} {to}"));
+        assert_eq!(out.status.code(), Some(3), "{}", text(&out.stderr));
+        text(&out.stdout)
+    };
+    let out = explained("container-1", "192.0.2.9");
+    assert!(out.contains("default via 10.168.0.1 dev eth0") && out.contains("it stops at underlay"), "{out}");
+    assert!(out.contains("container-1 (10.1.15.2) → outside (192.0.2.9)") && !out.contains("outside (192.0.2.9) →"));
+    let out = explained("node1", "10.168.0.77");
+    assert!(out.contains("on the network of eth0 itself") && out.contains("[nobody-answers]"), "{out}");
+    lab.run("exec node1 -- ip route add blackhole 192.0.2.0/24");
+    let out = explained("container-1", "192.0.2.9");
+    assert!(out.contains("it stops at node1") && out.contains("blackhole 192.0.2.0/24"), "{out}");
+    lab.run("exec node1 -- ip route del default");
+    let out = explained("node1", "198.51.100.1");
+    assert!(out.contains("no route covers 198.51.100.1"), "{out}");
+    let json: Value = serde_json::from_slice(&lab.try_run("explain node1 198.51.100.1 -o json").stdout).unwrap();
+    assert_eq!((&json["back"], &json["there"]["to"]["place"]), (&Value::Null, &"outside".into()), "{json}");
+    assert!(text(&lab.try_run("explain nobody node1").stderr).contains("neither a place"));
+}
+
+#[test]
 fn root_sees_the_namespaces_with_ip_netns() {
     if !rustix::process::geteuid().is_root() {
         return println!("SKIP: names for `ip netns` need root");

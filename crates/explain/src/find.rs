@@ -28,10 +28,17 @@ pub enum NotFound {
     },
 }
 
-/// The two ends that `a` and `b` name: a place's name, or an address. A family that an address fixes holds for both;
-/// else IPv4 is taken unless `v6`.
+/// The place of an address that no known place has.
+pub const OUTSIDE: &str = "outside";
+
+/// The two ends that `a` and `b` name: a place's name, or an address; the second one's may be one that no place has. A family that an
+/// address fixes holds for both; else IPv4 is taken unless `v6`.
 pub fn ends<F: Facts + ?Sized>(facts: &F, a: &str, b: &str, v6: bool) -> Result<(End, End), NotFound> {
-    let (first, second) = (candidates(facts, a)?, candidates(facts, b)?);
+    let outside = |fault| match b.parse() {
+        Ok(address) => Ok(vec![End { place: OUTSIDE.to_owned(), address }]),
+        Err(_) => Err(fault),
+    };
+    let (first, second) = (candidates(facts, a)?, candidates(facts, b).or_else(outside)?);
     for want_v6 in [v6, !v6] {
         let of = |ends: &[End]| ends.iter().find(|e| e.address.is_ipv6() == want_v6).cloned();
         if let (Some(from), Some(to)) = (of(&first), of(&second)) {

@@ -20,8 +20,8 @@ pub struct End {
 pub struct Explanation {
     /// From the first end to the second.
     pub there: Way,
-    /// The answer's way.
-    pub back: Way,
+    /// The answer's way; `None`: it starts outside of what is known.
+    pub back: Option<Way>,
 }
 
 /// One direction.
@@ -136,7 +136,7 @@ pub enum Code {
 impl Explanation {
     /// True when both directions arrive.
     pub fn arrives(&self) -> bool {
-        self.there.verdict == Verdict::Arrives && self.back.verdict == Verdict::Arrives
+        [Some(&self.there), self.back.as_ref()].iter().flatten().all(|way| way.verdict == Verdict::Arrives)
     }
 }
 
@@ -160,7 +160,10 @@ impl fmt::Display for End {
 
 impl fmt::Display for Explanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{}\n{}", self.there, self.back)
+        match &self.back {
+            Some(back) => writeln!(f, "{}\n{back}", self.there),
+            None => writeln!(f, "{}", self.there),
+        }
     }
 }
 

@@ -15,7 +15,8 @@ const MOST_STEPS: usize = 64 * 4;
 
 /// The path from `from` to `to`, and the answer's way back.
 pub fn explain<F: Facts + ?Sized>(facts: &F, from: &End, to: &End) -> Explanation {
-    Explanation { there: way(facts, from, to), back: way(facts, to, from) }
+    let back = facts.place(&to.place).map(|_| way(facts, to, from));
+    Explanation { there: way(facts, from, to), back }
 }
 
 /// One direction.

@@ -287,9 +287,45 @@ fn ipv6_walks_the_same_way() {
 fn two_containers_of_one_host_use_the_bridge_only() {
     let explanation = run(&healthy(), "container-1", "container-3", false);
     assert!(explanation.arrives(), "{explanation}");
-    let ways = [&explanation.there, &explanation.back];
+    let ways = [&explanation.there, explanation.back.as_ref().unwrap()];
     assert!(ways.iter().flat_map(|w| &w.hops).all(|h| h.depth == 0 && h.place != "underlay"));
     golden("same-host-bridge", &explanation);
+}
+
+#[test]
+fn an_address_that_nobody_has_is_followed_as_far_as_the_tables_go() {
+    let mut facts = healthy();
+    let stops = |facts: &Memory, from: &str, to: &str| {
+        let explanation = run(facts, from, to, false);
+        assert_eq!(
+            (explanation.back.as_ref(), explanation.there.to.place.as_str()),
+            (None, "outside"),
+            "{explanation}"
+        );
+        match &explanation.there.verdict {
+            Verdict::Stops { code, place, .. } => (*code, place.clone(), explanation.there.hops.len()),
+            Verdict::Arrives => panic!("{explanation}"),
+        }
+    };
+    // Through the default route to the host, which has none.
+    let (code, place, hops) = stops(&facts, "container-1", "192.0.2.9");
+    assert!((code, place.as_str()) == (Code::NoRoute, "node1") && hops > 1, "{code} {place} {hops}");
+    let (code, place, _) = stops(&facts, "node1", "10.168.0.77");
+    assert_eq!((code, place.as_str()), (Code::NobodyAnswers, "node1"));
+    let (code, ..) = stops(&facts, "container-2", "10.1.15.77");
+    assert_eq!(code, Code::NobodyAnswers);
+    let node1 = facts.place_mut("node1").unwrap();
+    node1.route("192.0.2.0/24", None, "eth0");
+    let key = RouteKey { table: 254, dst: "192.0.2.0/24".parse().unwrap(), tos: 0, metric: 0 };
+    let Some(Object::Route(mut route)) = node1.state.get(&Key::Route(key)).cloned() else { panic!("it is there") };
+    let Few::One(entry) = &mut route.entries else { panic!("it is alone") };
+    (entry.dev, entry.kind) = (None, 6);
+    node1.state.insert(Object::Route(route));
+    let (code, place, _) = stops(&facts, "container-1", "192.0.2.9");
+    assert_eq!((code, place.as_str()), (Code::RouteRefuses, "node1"));
+    // Where it starts must be known.
+    assert!(ends(&facts, "192.0.2.9", "node1", false).is_err());
+    assert!(ends(&facts, "node1", "nowhere", false).is_err());
 }
 
 #[test]
@@ -437,7 +473,7 @@ fn no_single_loss_goes_without_an_end() {
             remove(&mut facts, place, key.clone());
             let Ok((from, to)) = ends(&facts, "container-1", "container-2", false) else { continue };
             let explanation = explain(&facts, &from, &to);
-            for way in [&explanation.there, &explanation.back] {
+            for way in [&explanation.there, explanation.back.as_ref().unwrap()] {
                 assert!(way.hops.len() < 40, "{key:?}: {explanation}");
                 if let Verdict::Stops { code, place, why, .. } = &way.verdict {
                     assert!(whole.place(place).is_some() && !why.is_empty());

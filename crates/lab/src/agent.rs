@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -21,6 +21,26 @@ use crate::wiring::Place;
 
 /// How long an agent may take to have its subnet, or to end.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The device that it takes for the underlay.
+pub(crate) const IFACE: &str = "eth0";
+
+/// Files of the agent whose host has this folder.
+pub(crate) fn settings(folder: &Path) -> PathBuf {
+    folder.join("agent.toml")
+}
+
+pub(crate) fn state_dir(folder: &Path) -> PathBuf {
+    folder.join("state")
+}
+
+pub(crate) fn run_dir(folder: &Path) -> PathBuf {
+    folder.join("run")
+}
+
+pub(crate) fn subnet_file(folder: &Path) -> PathBuf {
+    folder.join("subnet.env")
+}
 
 /// An agent that was started.
 #[derive(Debug)]
@@ -40,21 +60,21 @@ pub(crate) fn start(
 ) -> Result<AgentProcess, LabError> {
     let name = &plan.name;
     let folder = dir.node(name);
-    let (env, log) = (folder.join("subnet.env"), folder.join("agent.log"));
+    let (env, log) = (subnet_file(&folder), folder.join("agent.log"));
     // At first it is ready with its subnet; later, when it says so: the file of an earlier run may stay as it is.
     let again = env.exists();
     // Nothing of this machine's own settings is for the lab.
-    let settings = folder.join("agent.toml");
+    let settings = settings(&folder);
     fs::write(&settings, "version = 1\n").act(|| format!("write {}", settings.display()))?;
     let store = spec.store_url().act(|| "plan the store".into())?;
     let act = || format!("start the agent of {name}");
     notify.begin();
     let kept = Kept::of(notify).act(act)?;
     let mut command = kept.command()?;
-    command.arg("agent").arg("--config").arg(&settings).args(["--store", &store]).args(["--iface", "eth0"]);
+    command.arg("agent").arg("--config").arg(&settings).args(["--store", &store]).args(["--iface", IFACE]);
     let subnets = [plan.subnet].into_iter().chain(plan.second.map(|second| second.subnet));
     command.args(["--subnet", &subnets.map(|subnet| subnet.to_string()).collect::<Vec<_>>().join(",")]);
-    command.arg("--state-dir").arg(folder.join("state")).arg("--run-dir").arg(folder.join("run"));
+    command.arg("--state-dir").arg(state_dir(&folder)).arg("--run-dir").arg(run_dir(&folder));
     command.arg("--subnet-file").arg(&env).env("NOTIFY_SOCKET", notify.path());
     let pid =
         children.spawn(&place.netns, &mut command, &log, kept.0.map(|[(_, tun), (_, udp)]| [tun, udp])).act(act)?;
@@ -90,7 +110,7 @@ impl Kept {
 impl AgentProcess {
     /// The MTU that its containers are to have, as subnet.env says.
     pub(crate) fn mtu(&self, folder: &Path) -> Result<Option<Mtu>, LabError> {
-        let path = folder.join("subnet.env");
+        let path = subnet_file(folder);
         let text = fs::read_to_string(&path).act(|| format!("read {}", path.display()))?;
         let value = text.lines().find_map(|line| line.strip_prefix("FLANNEL_MTU="));
         value.map(|value| value.parse().act(|| format!("read {}", path.display()))).transpose()
@@ -172,7 +192,7 @@ pub(crate) fn tunnel_peers(folder: &Path) -> Result<Vec<(String, String)>, LabEr
 
 /// One request to an agent's control API (HTTP/1.1 over its unix socket); gives the answer's body.
 fn ask(folder: &Path, method: &str, path: &str) -> Result<String, LabError> {
-    let socket = folder.join("run/twill.sock");
+    let socket = run_dir(folder).join("twill.sock");
     let act = || format!("ask the agent at {} for {path}", socket.display());
     let mut stream = UnixStream::connect(&socket).act(act)?;
     stream.set_read_timeout(Some(PATIENCE)).act(act)?;

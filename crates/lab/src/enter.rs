@@ -8,9 +8,11 @@ use std::process::{Command, ExitStatus};
 use twill_kernel::netns::{self, Netns};
 use twill_kernel::process;
 
+use crate::agent;
 use crate::children::own_program;
 use crate::error::{Act, LabError};
-use crate::proto::LabState;
+use crate::home::LabDir;
+use crate::proto::{AgentState, LabState};
 
 /// Enters the lab's user namespace, where it has one: from then on its network namespaces may be entered.
 /// The process must not have a second thread.
@@ -35,8 +37,9 @@ pub fn open_all(state: &LabState) -> Result<Vec<(String, Netns)>, LabError> {
 
 /// Runs a command in a place, with this process's own stdin, stdout and stderr. It ends with the lab.
 /// The process must not have a second thread, and stays in the place.
-pub fn exec(state: &LabState, place: &str, words: &[OsString]) -> Result<ExitStatus, LabError> {
+pub fn exec(state: &LabState, dir: &LabDir, place: &str, words: &[OsString]) -> Result<ExitStatus, LabError> {
     let mut command = inside(state, place)?;
+    command.envs(settings(state, dir, place)?);
     let mut child = command.args(words).spawn().act(|| format!("start a command in {place}"))?;
     child.wait().act(|| format!("wait for the command in {place}"))
 }
@@ -51,6 +54,24 @@ pub fn output(netns: &Netns, words: &[&str]) -> Result<String, LabError> {
         return Err(LabError::new("lab-failed", format!("{}: {}", act(), said.trim_end())));
     }
     Ok(String::from_utf8_lossy(&ran.stdout).into_owned())
+}
+
+/// What an agent's host tells this program's other commands: those of a real host need no flags either.
+fn settings(state: &LabState, dir: &LabDir, place: &str) -> Result<Vec<(&'static str, OsString)>, LabError> {
+    let host = state.hosts.iter().find(|host| host.name == place && host.agent != AgentState::None);
+    let Some(host) = host else { return Ok(Vec::new()) };
+    let folder = dir.node(place);
+    let subnets = [host.subnet].into_iter().chain(host.second.map(|(_, subnet)| subnet));
+    let subnets = subnets.map(|subnet| subnet.to_string()).collect::<Vec<_>>().join(",");
+    Ok(vec![
+        ("TWILL_CONFIG", agent::settings(&folder).into()),
+        ("TWILL_STORE", state.store_url()?.into()),
+        ("TWILL_IFACE", agent::IFACE.into()),
+        ("TWILL_SUBNET", subnets.into()),
+        ("TWILL_STATE_DIR", agent::state_dir(&folder).into()),
+        ("TWILL_RUN_DIR", agent::run_dir(&folder).into()),
+        ("TWILL_SUBNET_FILE", agent::subnet_file(&folder).into()),
+    ])
 }
 
 /// `lab inside -- …`, to be run in a place.
@@ -72,6 +93,11 @@ pub fn become_command(words: &[OsString]) -> std::io::Error {
     // One is root in there: root's programs are found, also from a user's shell that does not know their folders.
     let mut path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/bin:/bin".into());
     path.push(":/usr/local/sbin:/usr/sbin:/sbin");
+    // This very program is found as well, wherever it lies.
+    if let Some(folder) = std::env::current_exe().ok().as_deref().and_then(Path::parent) {
+        path.push(":");
+        path.push(folder);
+    }
     match words.split_first() {
         Some((program, rest)) => Command::new(program).args(rest).env("PATH", path).exec(),
         None => std::io::Error::from(std::io::ErrorKind::InvalidInput),

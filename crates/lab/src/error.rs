@@ -15,7 +15,7 @@ pub struct LabError {
 }
 
 /// Every code that a lab's error can have.
-pub const CODES: [&str; 13] = [
+pub const CODES: [&str; 14] = [
     "agent-failed",
     "backend-not-built",
     "bad-lab-name",
@@ -23,6 +23,7 @@ pub const CODES: [&str; 13] = [
     "lab-failed",
     "lab-full",
     "lab-home",
+    "lab-killed",
     "no-agent",
     "no-such-device",
     "no-such-lab",

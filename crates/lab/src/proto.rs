@@ -183,7 +183,15 @@ pub(crate) fn listen(from: impl std::io::Read, mut heard: impl FnMut(&str)) -> R
 /// A connection to a lab's supervisor; no such lab: `no-such-lab`.
 pub(crate) fn connect(dir: &LabDir) -> Result<UnixStream, LabError> {
     UnixStream::connect(dir.socket()).map_err(|_| {
-        LabError::new("no-such-lab", format!("there is no lab {:?}", dir.name().to_string()))
+        let name = dir.name();
+        if dir.path().exists() {
+            let message = format!("lab {name} has ended: its supervisor was killed");
+            let hint = format!(
+                "`twill lab down --name {name}` removes what is left, `twill lab up --name {name}` makes it anew"
+            );
+            return LabError::new("lab-killed", message).hint(hint);
+        }
+        LabError::new("no-such-lab", format!("there is no lab {:?}", name.to_string()))
             .hint("`twill lab list` shows those that are, `twill lab up` makes one")
     })
 }

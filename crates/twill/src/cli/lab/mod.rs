@@ -348,7 +348,8 @@ impl Up {
 impl Exec {
     fn run(self) -> anyhow::Result<ExitCode> {
         let state = state(&self.named)?;
-        let status = enter::exec(&state, &self.place, &self.command).map_err(Failure::from)?;
+        let dir = home()?.lab(&self.named.name);
+        let status = enter::exec(&state, &dir, &self.place, &self.command).map_err(Failure::from)?;
         Ok(ExitCode::from(enter::exit_code(status)))
     }
 }

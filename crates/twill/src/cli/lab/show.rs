@@ -111,7 +111,10 @@ fn list_text(labs: &[Listed]) -> String {
             state.hosts.len().to_string(),
             state.containers().count().to_string(),
         ],
-        None => [lab.name.to_string(), "killed (`lab down` removes what is left)".into(), "-".into(), "-".into()],
+        None => {
+            let killed = format!("killed (`twill lab down --name {}` removes what is left)", lab.name);
+            [lab.name.to_string(), killed, "-".into(), "-".into()]
+        }
     });
     columns(&["LAB", "STATE", "NODES", "CONTAINERS"], rows)
 }
