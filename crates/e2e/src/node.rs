@@ -208,6 +208,14 @@ impl Node {
         ]
     }
 
+    /// Packets that rules of our table's `chain` with all these words have dropped.
+    pub fn dropped(&self, chain: &str, words: &[&str]) -> u64 {
+        let rules = self.host.run(&format!("nft list chain inet twill {chain}"));
+        let hits = |line: &str| line.ends_with(" drop") && words.iter().all(|word| line.contains(word));
+        let packets = |line: &str| line.split("counter packets ").nth(1)?.split(' ').next()?.parse::<u64>().ok();
+        rules.lines().filter(|line| hits(line)).map(|line| packets(line).unwrap()).sum()
+    }
+
     /// A file of this node.
     pub fn file(&self, name: &str) -> PathBuf {
         self.dir.join(name)
