@@ -4,10 +4,14 @@
 //!   <dataDir>/<network>/lock                 flock(2), held while files below are looked at and made
 //!                      /10.1.15.2            "<container>\r\n<device>"
 //!                      /last_reserved_ip.0   of range set 0: the walk goes on behind it
+//!                      /asked.0              of range set 0: given by name since the walk came by; the walk passes them by once
+//!                      /.new                 half made: whoever has the lock next removes it
 //! ```
 //! A file comes into being whole (written beside, then linked), so that a process that is killed holds an address or does not. Whoever
-//! takes an address writes the attachment down first: a leak always has a file that tells of it.
+//! takes an address writes the attachment down first: a leak always has a file that tells of it. What the walk remembers is written
+//! before the address is, and is on the disk as early: whatever is lost, no address comes back before the others were used.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
@@ -32,6 +36,15 @@ pub struct Folder {
     _lock: Lock,
 }
 
+/// Addresses that are free, and what the walk has to remember when they are taken.
+#[derive(Debug, Default)]
+pub struct Choice {
+    /// One of each set.
+    pub given: Vec<Given>,
+    /// Files of the folder and their content.
+    marks: Vec<(String, String)>,
+}
+
 /// An address and who holds it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Held {
@@ -54,7 +67,16 @@ impl Folder {
 
     fn lock(dir: &Path) -> Result<Self, CniError> {
         let lock = Lock::exclusive(&dir.join("lock")).act(|| format!("lock {}", dir.display()))?;
-        Ok(Self { dir: dir.to_owned(), _lock: lock })
+        let folder = Self { dir: dir.to_owned(), _lock: lock };
+        match fs::remove_file(folder.half_made()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(folder),
+        }
+        .act(|| format!("remove what was left half made in {}", dir.display()))
+    }
+
+    fn half_made(&self) -> PathBuf {
+        self.dir.join(".new")
     }
 
     fn file(&self, ip: IpAddr) -> PathBuf {
@@ -62,7 +84,7 @@ impl Folder {
     }
 
     /// One free address of each set; those asked for by name where there are any. Nothing is taken yet.
-    pub fn choose(&self, sets: &[RangeSet], asked: &[IpAddr]) -> Result<Vec<Given>, CniError> {
+    pub fn choose(&self, sets: &[RangeSet], asked: &[IpAddr]) -> Result<Choice, CniError> {
         if let Some(ip) = asked.iter().find(|ip| !sets.iter().any(|set| set.find(**ip).is_some())) {
             let ranges: Vec<String> = sets.iter().map(RangeSet::to_string).collect();
             let msg = format!("{ip} is asked for, and lies in no range of the network: {}", ranges.join(", "));
@@ -77,11 +99,35 @@ impl Folder {
                 return Err(CniError::new(Code::Addresses, msg, "ask for one of them"));
             }
         }
-        let chosen = sets.iter().enumerate().map(|(n, set)| match asked.iter().find(|ip| set.find(**ip).is_some()) {
-            Some(ip) => self.ask(set, *ip),
-            None => set.next(self.last(n), |ip| !self.file(ip).exists()).ok_or_else(|| self.full(set)),
-        });
-        chosen.collect()
+        let mut choice = Choice::default();
+        for (n, set) in sets.iter().enumerate() {
+            let given = match asked.iter().find(|ip| set.find(**ip).is_some()) {
+                Some(ip) => {
+                    let mut passed_by = self.asked(n);
+                    passed_by.insert(*ip);
+                    choice.marks.push((asked_file(n), lines(&passed_by)));
+                    self.ask(set, *ip)?
+                }
+                None => self.walk(set, n, &mut choice)?,
+            };
+            choice.given.push(given);
+        }
+        Ok(choice)
+    }
+
+    /// The next one of the circle. One that somebody has asked for by name was used later than its place in the circle says.
+    fn walk(&self, set: &RangeSet, n: usize, choice: &mut Choice) -> Result<Given, CniError> {
+        let last = self.last(n);
+        let before = self.asked(n);
+        let mut asked = before.clone();
+        let is_free = |ip: IpAddr| !self.file(ip).exists();
+        let given = set.next(last, |ip| !asked.remove(&ip) && is_free(ip));
+        let given = given.or_else(|| set.next(last, is_free)).ok_or_else(|| self.full(set))?;
+        if asked != before {
+            choice.marks.push((asked_file(n), lines(&asked)));
+        }
+        choice.marks.push((last_file(n), given.inet.addr.to_string()));
+        Ok(given)
     }
 
     fn ask(&self, set: &RangeSet, ip: IpAddr) -> Result<Given, CniError> {
@@ -115,29 +161,36 @@ impl Folder {
 
     /// The address that was given last.
     fn last(&self, set: usize) -> Option<IpAddr> {
-        fs::read_to_string(self.dir.join(format!("last_reserved_ip.{set}"))).ok()?.trim().parse().ok()
+        fs::read_to_string(self.dir.join(last_file(set))).ok()?.trim().parse().ok()
+    }
+
+    /// What was given by its name since the walk came by.
+    fn asked(&self, set: usize) -> BTreeSet<IpAddr> {
+        let text = fs::read_to_string(self.dir.join(asked_file(set))).unwrap_or_default();
+        text.lines().filter_map(|line| line.parse().ok()).collect()
     }
 
     /// Takes what was chosen. Whatever fails, nothing is taken.
-    pub fn take(&self, given: &[Given], holder: &Holder) -> Result<Vec<Unsynced>, CniError> {
-        let mut taken = Vec::new();
-        for (n, given) in given.iter().enumerate() {
-            let ip = given.inet.addr;
-            let file = self.file(ip);
-            let put =
-                files::put_new(&file, holder.to_string().as_bytes(), 0o644).act(|| format!("write {}", file.display()));
-            // A crash of the machine may forget it: after that nobody knows any container.
-            let marked = put.and_then(|done| {
-                taken.push((ip, done));
-                let last = self.dir.join(format!("last_reserved_ip.{n}"));
-                files::overwrite(&last, ip.to_string().as_bytes()).act(|| format!("write {}", last.display()))
-            });
-            if let Err(error) = marked {
-                let left = taken.iter().filter_map(|(ip, _)| self.free(*ip).err());
-                return Err(left.fold(error, CniError::and));
+    pub fn take(&self, choice: &Choice, holder: &Holder) -> Result<Vec<Unsynced>, CniError> {
+        let mut changes = Vec::new();
+        for (name, content) in &choice.marks {
+            let file = self.dir.join(name);
+            let put = files::put_over(&file, &self.half_made(), content.as_bytes());
+            changes.push(put.act(|| format!("write {}", file.display()))?);
+        }
+        for (n, given) in choice.given.iter().enumerate() {
+            let file = self.file(given.inet.addr);
+            match files::put_new(&file, &self.half_made(), holder.to_string().as_bytes()) {
+                Ok(put) => changes.push(put),
+                Err(error) => {
+                    let error = Err(error).act(|| format!("write {}", file.display()));
+                    let left = choice.given[..n].iter().filter_map(|taken| self.free(taken.inet.addr).err());
+                    return error.map_err(|error| left.fold(error, CniError::and));
+                }
             }
         }
-        Ok(taken.into_iter().map(|(_, done)| done).collect())
+        changes.iter_mut().rev().skip(1).for_each(Unsynced::leave_folder);
+        Ok(changes)
     }
 
     /// Who holds an address.
@@ -174,6 +227,19 @@ impl Folder {
         ips.sort();
         ips.into_iter().map(|ip| Ok(Held { ip, holder: self.holder(ip)? })).collect()
     }
+}
+
+/// host-local's, that either plugin goes on where the other was.
+fn last_file(set: usize) -> String {
+    format!("last_reserved_ip.{set}")
+}
+
+fn asked_file(set: usize) -> String {
+    format!("asked.{set}")
+}
+
+fn lines(ips: &BTreeSet<IpAddr>) -> String {
+    ips.iter().map(|ip| format!("{ip}\n")).collect()
 }
 
 /// The container at the other end of a host's device, for people.

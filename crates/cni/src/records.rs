@@ -71,14 +71,20 @@ impl Records {
         write().act(|| format!("write {}", path.display()))
     }
 
-    /// Forgets an attachment; `None`: there is no such file.
+    /// Forgets an attachment, one that was half made too; `None`: there is no such file.
     pub fn remove(&self, container_id: &str, ifname: LinkName) -> Result<Option<Unsynced>, CniError> {
         let path = self.0.join(file_name(container_id, ifname));
+        files::sweep_half_made(&path).act(|| format!("remove what was left beside {}", path.display()))?;
         match files::remove(&path) {
             // The folder is missing as well.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             removed => removed.act(|| format!("remove {}", path.display())),
         }
+    }
+
+    /// Removes what processes have left half made that were killed.
+    pub fn sweep_half_made(&self) -> Result<(), CniError> {
+        files::sweep_folder(&self.0).act(|| format!("remove what was left half made in {}", self.0.display()))
     }
 
     /// All attachments that can be read.

@@ -12,6 +12,7 @@ use crate::verb::{forget, refused};
 
 /// Frees what gone containers have left; gives their names.
 pub fn sweep(records: &Records) -> Result<Vec<String>, CniError> {
+    records.sweep_half_made()?;
     let mut freed = Vec::new();
     let mut failed = None;
     for record in records.all()?.iter().filter(|record| record.network.is_some()) {

@@ -56,51 +56,102 @@ pub fn read_limited(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>>> {
 }
 
 /// Puts `bytes` at `path` as [`write_atomic`] does, but without waiting for the disk: that is what the answer is for. Until the answer is
-/// dropped, or the process ends, the file is locked; nobody sees it before it is.
+/// dropped, or the process ends, the file is locked; nobody sees it before it is. A process that is killed may leave [`half_made`].
 pub fn put_locked(path: &Path, bytes: &[u8], mode: u32) -> io::Result<Unsynced> {
-    let place = |file: &File, beside: &Path| {
-        flock(file, FlockOperation::NonBlockingLockExclusive)?;
-        fs::rename(beside, path)
+    in_folder(path, || {
+        let (dir, beside) = (folder(path)?, half_made(path));
+        let mut file = loop {
+            let file = OpenOptions::new().write(true).create(true).truncate(false).mode(mode).open(&beside)?;
+            let lock = Lock::wait(file)?;
+            // Whoever wrote it before may have put it in place, or somebody may have swept it.
+            if is_at(&lock.0, &beside)? {
+                break lock.0;
+            }
+        };
+        let mut write = || {
+            file.set_len(0)?;
+            file.write_all(bytes)?;
+            fs::rename(&beside, path)?;
+            File::open(dir)
+        };
+        let dir = write().inspect_err(|_| {
+            let _ = fs::remove_file(&beside);
+        })?;
+        Ok(Unsynced { file: Some(file), dir: Some(dir) })
+    })
+}
+
+/// Where a [`put_locked`] of `path` writes.
+pub fn half_made(path: &Path) -> PathBuf {
+    path.with_file_name(format!(".{}{HALF_MADE}", path.file_name().unwrap_or_default().to_string_lossy()))
+}
+
+/// How the name of [`half_made`] ends.
+const HALF_MADE: &str = ".new";
+
+/// Removes what a [`put_locked`] of `path` has left that was killed; one that is at work goes on.
+pub fn sweep_half_made(path: &Path) -> io::Result<()> {
+    sweep(&half_made(path))
+}
+
+/// The same of a whole folder.
+pub fn sweep_folder(dir: &Path) -> io::Result<()> {
+    let entries = match fs::read_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
     };
-    in_folder(path, || put_by(path, bytes, mode, place))
+    for entry in entries {
+        let entry = entry?;
+        let name = entry.file_name();
+        if name.to_string_lossy().starts_with('.') && name.to_string_lossy().ends_with(HALF_MADE) {
+            sweep(&entry.path())?;
+        }
+    }
+    Ok(())
 }
 
-/// Overwrites a small file in place: a reader may see neither the old content nor the new. The disk is not waited for, nor hurried, as
-/// it is by a file that is cut to nothing first (fs/ext4/file.c `ext4_release_file`).
-pub fn overwrite(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(path)?;
-    file.write_all(bytes)?;
-    let length = bytes.len() as u64;
-    if file.metadata()?.len() > length { file.set_len(length) } else { Ok(()) }
+fn sweep(beside: &Path) -> io::Result<()> {
+    match Lock::of(beside, false)? {
+        Some(_alone) => fs::remove_file(beside),
+        None => Ok(()),
+    }
 }
 
-/// Puts `bytes` at `path`, refused when it is there; without waiting for the disk.
-pub fn put_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<Unsynced> {
-    put_by(path, bytes, mode, |_, beside| {
+/// Puts `bytes` at `path`, refused when it is there; without waiting for the disk. Only under a lock of the folder, whose holder removes
+/// `beside` first: a process that is killed may leave it, as a second name of what it has put.
+pub fn put_new(path: &Path, beside: &Path, bytes: &[u8]) -> io::Result<Unsynced> {
+    put_by(path, beside, bytes, || {
         fs::hard_link(beside, path)?;
         fs::remove_file(beside)
     })
 }
 
-fn put_by(
-    path: &Path,
-    bytes: &[u8],
-    mode: u32,
-    place: impl Fn(&File, &Path) -> io::Result<()>,
-) -> io::Result<Unsynced> {
-    let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(io::ErrorKind::InvalidInput.into());
-    };
-    let beside = dir.join(format!(".{}.{}", name.to_string_lossy(), std::process::id()));
+/// The same, in place of what is there.
+pub fn put_over(path: &Path, beside: &Path, bytes: &[u8]) -> io::Result<Unsynced> {
+    put_by(path, beside, bytes, || fs::rename(beside, path))
+}
+
+fn put_by(path: &Path, beside: &Path, bytes: &[u8], place: impl Fn() -> io::Result<()>) -> io::Result<Unsynced> {
+    let dir = folder(path)?;
     let write = || {
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&beside)?;
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(beside)?;
         file.write_all(bytes)?;
-        place(&file, &beside)?;
-        Ok(Unsynced { file: Some(file), dir: File::open(dir)? })
+        place()?;
+        Ok(Unsynced { file: Some(file), dir: Some(File::open(dir)?) })
     };
     write().inspect_err(|_| {
-        let _ = fs::remove_file(&beside);
+        let _ = fs::remove_file(beside);
     })
+}
+
+fn folder(path: &Path) -> io::Result<&Path> {
+    path.parent().ok_or_else(|| io::ErrorKind::InvalidInput.into())
+}
+
+/// True when `path` is this very file.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let id = |is: fs::Metadata| (is.dev(), is.ino());
+    Ok(fs::metadata(path).ok().map(id) == Some(id(file.metadata()?)))
 }
 
 /// Does `act` at `path`; when the folder is missing, makes it and does it then.
@@ -120,7 +171,7 @@ pub fn remove(path: &Path) -> io::Result<Option<Unsynced>> {
     match fs::remove_file(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e),
-        Ok(()) => Ok(Some(Unsynced { file: None, dir: File::open(dir)? })),
+        Ok(()) => Ok(Some(Unsynced { file: None, dir: Some(File::open(dir)?) })),
     }
 }
 
@@ -129,13 +180,17 @@ pub fn remove(path: &Path) -> io::Result<Option<Unsynced>> {
 #[must_use]
 pub struct Unsynced {
     file: Option<File>,
-    dir: File,
+    dir: Option<File>,
 }
 
 impl Unsynced {
+    /// Another change of the same folder waits for it.
+    pub fn leave_folder(&mut self) {
+        self.dir = None;
+    }
+
     fn sync(&self) -> io::Result<()> {
-        self.file.as_ref().map_or(Ok(()), File::sync_all)?;
-        self.dir.sync_all()
+        [&self.file, &self.dir].into_iter().flatten().try_for_each(File::sync_all)
     }
 }
 
@@ -200,7 +255,6 @@ impl Lock {
     /// Takes the lock of the file that is at `path`; `None`: there is none, or, unless it is waited for, somebody else holds it.
     pub fn of(path: &Path, wait: bool) -> io::Result<Option<Lock>> {
         let how = if wait { FlockOperation::LockExclusive } else { FlockOperation::NonBlockingLockExclusive };
-        let id = |is: fs::Metadata| (is.dev(), is.ino());
         loop {
             let file = match File::open(path) {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -208,7 +262,7 @@ impl Lock {
             };
             match flock(&file, how) {
                 // Whoever held it may have removed or replaced it.
-                Ok(()) if fs::metadata(path).ok().map(id) == Some(id(file.metadata()?)) => return Ok(Some(Lock(file))),
+                Ok(()) if is_at(&file, path)? => return Ok(Some(Lock(file))),
                 Ok(()) | Err(rustix::io::Errno::INTR) => {}
                 Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
                 Err(error) => return Err(error.into()),

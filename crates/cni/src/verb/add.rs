@@ -15,7 +15,7 @@ use super::{forget, lease, netns, refused, undo};
 use crate::conf::{Conf, Device, resolv_conf};
 use crate::env::Target;
 use crate::error::{Act, CniError, Code};
-use crate::ipam::Folder;
+use crate::ipam::{Choice, Folder};
 use crate::ports::Ports;
 use crate::records::Records;
 use crate::result::{Answer, Interface, Ip, RouteTo};
@@ -48,9 +48,9 @@ fn addresses_alone(conf: &Conf, target: &Target) -> Result<Answer, CniError> {
     let Some(ipam) = &conf.ipam else { return Ok(Answer::default()) };
     let (given, taken) = {
         let folder = Folder::open(&ipam.dir)?;
-        let given = folder.choose(&ipam.sets, &ipam.asked)?;
-        let taken = folder.take(&given, &holder(target))?;
-        (given, taken)
+        let choice = folder.choose(&ipam.sets, &ipam.asked)?;
+        let taken = folder.take(&choice, &holder(target))?;
+        (choice.given, taken)
     };
     files::sync_all(&taken).act(|| format!("write {} to the disk", ipam.dir.display()))?;
     let ips = given.iter().map(|given| Ip { address: given.inet, gateway: Some(given.gateway), interface: None });
@@ -144,11 +144,11 @@ impl Plan<'_> {
         let ports = has_rules.then(|| Ports::lock(records)).transpose()?;
         ports.as_ref().map_or(Ok(()), Ports::refuse_foreign)?;
         let folder = conf.ipam.as_ref().map(|ipam| Folder::open(&ipam.dir)).transpose()?;
-        let given = match (&conf.ipam, &folder) {
+        let choice = match (&conf.ipam, &folder) {
             (Some(ipam), Some(folder)) => folder.choose(&ipam.sets, &ipam.asked)?,
-            _ => Vec::new(),
+            _ => Choice::default(),
         };
-        let mut record = request(conf, self.device, target, &given)?.record(self.boot, self.inode);
+        let mut record = request(conf, self.device, target, &choice.given)?.record(self.boot, self.inode);
         let dir = conf.ipam.as_ref().map(|ipam| ipam.dir.to_string_lossy().into()).unwrap_or_default();
         record.network = Some(Network { name: conf.name.clone(), dir });
         if let Some(ports) = &ports {
@@ -157,7 +157,7 @@ impl Plan<'_> {
         // With its rules once the addresses are held: they must not lead to the next holder's.
         let mut changes = vec![records.put(&record.without_rules())?];
         let mut take = || {
-            let taken = folder.as_ref().map(|folder| folder.take(&given, &holder(target))).transpose()?;
+            let taken = folder.as_ref().map(|folder| folder.take(&choice, &holder(target))).transpose()?;
             changes.extend(taken.into_iter().flatten());
             if record.request.has_rules() {
                 changes.push(records.put(&record)?);
@@ -165,13 +165,13 @@ impl Plan<'_> {
             Ok(())
         };
         if let Err(error) = take() {
-            let ips: Vec<_> = given.iter().map(|given| given.inet.addr).collect();
+            let ips: Vec<_> = choice.given.iter().map(|given| given.inet.addr).collect();
             let release = |folder: &Folder| folder.release(&ips, &target.container_id, target.ifname.as_str());
             let freed = folder.as_ref().map(release).and_then(Result::err);
             let forgotten = records.remove(&target.container_id, target.ifname).err();
             return Err([freed, forgotten].into_iter().flatten().fold(error, CniError::and));
         }
-        Ok((record, given, changes))
+        Ok((record, choice.given, changes))
     }
 }
 

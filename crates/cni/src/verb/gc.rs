@@ -13,10 +13,14 @@ use crate::sweep;
 
 /// Runs GC: attachments of this network that the runtime does not name go as DEL takes them, then addresses without one.
 pub fn run(conf: &Clear) -> Result<String, CniError> {
-    let valid = conf.valid()?;
+    let mut valid = conf.valid()?;
+    // Those of no network, a lab's, are no runtime's to name.
+    let records = Records::new(conf.attachments());
+    let others = records.all()?.into_iter().filter(|record| record.network.is_none()).map(|record| record.request);
+    valid.extend(others.map(|r| Valid { container_id: r.container_id, ifname: r.ifname.to_string() }));
     // Only then: a device that refuses to go, or a rule, has its addresses still.
     if conf.has_device {
-        stale_attachments(conf, &valid)?;
+        stale_attachments(conf, &valid, &records)?;
     }
     stale_addresses(conf, &valid)?;
     Ok(String::new())
@@ -26,8 +30,8 @@ fn names(valid: &[Valid], container_id: &str, ifname: Option<&str>) -> bool {
     valid.iter().any(|v| v.container_id == container_id && ifname.is_none_or(|ifname| v.ifname == ifname))
 }
 
-fn stale_attachments(conf: &Clear, valid: &[Valid]) -> Result<(), CniError> {
-    let records = Records::new(conf.attachments());
+fn stale_attachments(conf: &Clear, valid: &[Valid], records: &Records) -> Result<(), CniError> {
+    records.sweep_half_made()?;
     let ours = records
         .all()?
         .into_iter()
@@ -35,10 +39,10 @@ fn stale_attachments(conf: &Clear, valid: &[Valid]) -> Result<(), CniError> {
     let stale = ours.filter(|r| !names(valid, &r.request.container_id, Some(r.request.ifname.as_str())));
     all(stale.map(|record| {
         let Some(locked) = records.lock(&record.request.container_id, record.request.ifname)? else { return Ok(()) };
-        kernel::detach(locked.record.request.host_device).map_err(|failed| refused(failed, &records))?;
-        sweep::free(&locked, &records)
+        kernel::detach(locked.record.request.host_device).map_err(|failed| refused(failed, records))?;
+        sweep::free(&locked, records)
     }))?;
-    Ports::clear(&records)
+    Ports::clear(records)
 }
 
 fn stale_addresses(conf: &Clear, valid: &[Valid]) -> Result<(), CniError> {
