@@ -918,3 +918,57 @@ fn a_lab_whose_client_is_killed_ends_and_leaves_nothing() {
         lab.assert_gone();
     }
 }
+
+/// A runtime on a lab's node, with the node's folders: it never gives away what a container of the lab has.
+#[test]
+fn a_runtime_on_a_node_gets_no_address_of_the_labs_containers() {
+    let Some(lab) = Lab::new() else { return };
+    lab.run("up --nodes 2 --containers 3");
+    let address = |place: &str| {
+        let shown: Value =
+            serde_json::from_str(&lab.run(&format!("exec {place} -- ip -j -4 addr show dev eth0"))).unwrap();
+        shown[0]["addr_info"][0]["local"].as_str().unwrap().to_owned()
+    };
+    let own: Vec<String> = (1..=3).map(|n| address(&format!("container-{n}"))).collect();
+    let (net, _) = own[0].rsplit_once('.').unwrap();
+    let node = lab.folder().join(format!("lab-{}", lab.name)).join("node1");
+    let conf = node.join("conf");
+    let call = |verb: &str, id: &str| {
+        // The container's namespace is entered and left again: a descriptor holds it.
+        let line = "exec 8</proc/self/ns/net; exec unshare --net sh -c 'exec 9</proc/self/ns/net; exec nsenter --net=/proc/self/fd/8 \
+            env CNI_COMMAND=\"$0\" CNI_CONTAINERID=\"$1\" CNI_IFNAME=eth0 CNI_NETNS=/proc/self/fd/9 \"$2\" < \"$3\"' \"$@\"";
+        let mut command = lab.wrapped(&lab.program);
+        command.args(["lab", "exec", &format!("--name={}", lab.name), "node1", "--", "sh", "-c", line, "sh", verb, id]);
+        let out = command.arg(bin("twill-cni")).arg(&conf).output().unwrap();
+        (out.status.success(), text(&out.stdout), text(&out.stderr))
+    };
+    let mut wanted = serde_json::json!({"cniVersion": "1.1.0", "name": "twill", "type": "twill-cni",
+        "stateDir": node.join("state"), "ipam": {"type": "host-local", "dataDir": node.join("networks"),
+        "ranges": [[{"subnet": format!("{net}.0/24"), "rangeEnd": format!("{net}.9")}]]}});
+    std::fs::write(&conf, wanted.to_string()).unwrap();
+    let add = |n: usize| {
+        let (done, said, err) = call("ADD", &format!("runtimes-{n}"));
+        let said: Value = serde_json::from_str(&said).unwrap_or_else(|e| panic!("{e}: {said} {err}"));
+        if !done {
+            return Err(said["msg"].as_str().unwrap().to_owned());
+        }
+        Ok(said["ips"][0]["address"].as_str().unwrap().split('/').next().unwrap().to_owned())
+    };
+    let given: Vec<String> = (0..5).map(|n| add(n).unwrap()).collect();
+    let free: Vec<String> = (2..=9).map(|host| format!("{net}.{host}")).filter(|ip| !own.contains(ip)).collect();
+    assert_eq!(given, free);
+    // The runtime's own containers have ended: theirs are given again, and nobody else's.
+    let again = eventually("the kernel has taken their devices away", || add(5));
+    assert!(free.contains(&again), "{again}");
+    // What the runtime does not name is freed, the lab's is not.
+    wanted["cni.dev/valid-attachments"] = serde_json::json!([]);
+    std::fs::write(&conf, wanted.to_string()).unwrap();
+    let (done, said, err) = call("GC", "runtimes");
+    assert!(done, "{said} {err}");
+    let names =
+        std::fs::read_dir(node.join("networks/twill")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    let mut held: Vec<String> = names.filter(|name| name.parse::<std::net::IpAddr>().is_ok()).collect();
+    held.sort();
+    assert_eq!(held, own);
+    assert_eq!(lab.json("ping")["reachable"], 30);
+}

@@ -126,9 +126,9 @@ impl Lab {
     }
 
     fn attach(&self, host: &Host, mtu: Option<Mtu>) -> Result<(), LabError> {
-        let attachments = self.dir.node(&host.plan.name).join("state/attachments");
+        let folder = self.dir.node(&host.plan.name);
         for (container, plan) in host.containers.iter().zip(&host.plan.containers) {
-            wiring::join_container(&host.place, container, &host.plan, plan, mtu, &attachments)?;
+            wiring::join_container(&host.place, container, &host.plan, plan, mtu, &folder)?;
         }
         Ok(())
     }

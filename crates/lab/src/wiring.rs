@@ -1,12 +1,15 @@
-//! Namespaces and what joins them: the CNI plugin's way, `kernel::attach`.
+//! Namespaces and what joins them: the CNI plugin's way, `kernel::attach`, addresses held as it holds them.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use twill_cni::ipam::Folder;
+use twill_cni::records::Records;
 use twill_core::attach::{Request, Way, bridge as bridge_with, loopback};
 use twill_core::host::PortFlags;
+use twill_core::ipam::{Holder, Range, RangeSet};
 use twill_core::net::{Inet, LinkName, Mtu};
 use twill_core::reconcile::{Claim, Desired};
 use twill_kernel::netns::Netns;
@@ -81,14 +84,15 @@ pub(crate) fn join_host(
     attach(underlay, host, &request)
 }
 
-/// Joins a container to its host's bridge, and writes it down below `attachments`.
+/// Joins a container to its host's bridge, as the CNI plugin does: written down, its addresses taken, then the device. `folder` is the
+/// node's; a lab outlives no crash of the machine, so that no disk is waited for.
 pub(crate) fn join_container(
     host: &Place,
     container: &Place,
     node: &NodePlan,
     plan: &ContainerPlan,
     mtu: Option<Mtu>,
-    attachments: &Path,
+    folder: &Path,
 ) -> Result<(), LabError> {
     let gateways: Vec<Inet> = [node.gateway].into_iter().chain(node.second.map(|second| second.gateway)).collect();
     let request = Request {
@@ -108,14 +112,33 @@ pub(crate) fn join_container(
         ports: Vec::new(),
         masquerade_beyond: Vec::new(),
     };
-    attach(host, container, &request)?;
     let boot = files::boot_id().act(|| "read the boot's id".into())?;
     let inode = fs::metadata(container.own_path()).act(|| format!("look at the namespace of {}", plan.name))?.ino();
     let mut record = request.record(&boot, inode);
     record.request.netns = container.path(own_pid()?).into();
-    let path = attachments.join(record.file_name());
-    let text = record.to_json().act(|| format!("write {}", path.display()))?;
-    files::write_atomic(&path, text.as_bytes(), 0o644).act(|| format!("write {}", path.display()))
+    let act = || format!("write down {}", plan.name);
+    // Locked until the device stands.
+    let _written = Records::new(folder.join("state/attachments")).put(&record).act(act)?;
+    hold(&request, folder)?;
+    attach(host, container, &request)
+}
+
+/// The network of the containers, as `twill cni install` names it.
+const NETWORK: &str = "twill";
+
+/// Takes a container's addresses, so that a runtime on the same node gives them to nobody.
+fn hold(request: &Request, folder: &Path) -> Result<(), LabError> {
+    let act = || format!("hold the addresses of {}", request.container_id);
+    let range = |(own, gateway): (&Inet, &Inet)| {
+        RangeSet::new(vec![Range::new(own.network(), None, None, Some(gateway.addr))?])
+    };
+    let sets: Vec<RangeSet> =
+        request.addresses.iter().zip(&request.gateways).map(range).collect::<Result<_, _>>().act(act)?;
+    let asked: Vec<_> = request.addresses.iter().map(|inet| inet.addr).collect();
+    let network = Folder::open(&folder.join("networks").join(NETWORK)).act(act)?;
+    let choice = network.choose(&sets, &asked).act(act)?;
+    let holder = Holder { container_id: request.container_id.clone(), ifname: Some(request.ifname.to_string()) };
+    network.take(&choice, &holder).map(drop).act(act)
 }
 
 fn attach(host: &Place, guest: &Place, request: &Request) -> Result<(), LabError> {
