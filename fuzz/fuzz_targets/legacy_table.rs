@@ -3,14 +3,16 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use twill_core::firewall::{Base, ChainKind, Hook};
 use twill_kernel::legacy::entries::{chains, without};
 use twill_kernel::legacy::parse;
 
 fuzz_target!(|input: (bool, u16, u16, &[u8])| {
     let (v4, first, last, entries) = input;
     let (first, last) = (usize::from(first), usize::from(last));
-    let whole = parse(v4, entries, "FORWARD", first, last);
-    assert!(whole.iter().all(|rule| rule.ends.0.is_v4() == v4 && rule.ends.1.is_v4() == v4));
+    let base = Base { kind: ChainKind::Filter, hook: Hook::Forward, priority: 0, drops: false };
+    let whole = parse(v4, entries, &[("FORWARD", base, first, last)]);
+    assert!(whole.contains_key("FORWARD"));
     let names = chains(v4, entries);
     let Some(chain) = names.first() else { return };
     if let Some(rest) = without(v4, entries, chain) {

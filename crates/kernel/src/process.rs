@@ -58,6 +58,11 @@ pub fn network_capabilities() -> u64 {
     effective_capabilities()
 }
 
+/// The name of a process; `None`: there is none of this number.
+pub fn name(pid: u32) -> Option<String> {
+    std::fs::read_to_string(format!("/proc/{pid}/comm")).ok().map(|name| name.trim_end().to_owned())
+}
+
 /// PIDs of other programs named `name` in our network namespace.
 pub fn neighbours_named(name: &str) -> Vec<u32> {
     let Ok(ours) = fs::read_link("/proc/self/ns/net") else { return Vec::new() };

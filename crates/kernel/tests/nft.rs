@@ -91,7 +91,7 @@ fn rule(nat: bool, to: Option<&'static str>) -> impl Strategy<Value = Rule> {
         |(mut exprs, counted, end, comment)| {
             exprs.extend(counted.then_some(Expr::Counter));
             exprs.push(end);
-            Rule { exprs, comment: comment.map(Into::into) }
+            Rule { exprs, comment: comment.map(Into::into), handle: None }
         },
     )
 }
@@ -109,7 +109,7 @@ fn member() -> impl Strategy<Value = Expr> {
     let masked = any::<Option<[u8; 16]>>();
     (proptest::sample::select(SETS.to_vec()), masked, any::<bool>()).prop_map(|((set, field), mask, inside)| {
         let mask = mask.map(|bytes| field.kind().read(&bytes[..field.kind().len()]).unwrap());
-        Expr::Member { load: Load { field, mask }, set: set.into(), inside }
+        Expr::Member { loads: vec![Load { field, mask }], set: set.into(), inside, keys: Vec::new() }
     })
 }
 
@@ -140,6 +140,7 @@ fn table() -> impl Strategy<Value = Table> {
             name: TableName::twill(),
             comment: Some(policy::TAG.into()),
             dormant: false,
+            owner: None,
             sets,
             chains: chains.into(),
         }
@@ -238,7 +239,7 @@ fn a_refused_transaction_changes_nothing() {
         let good = policy.table();
         apply(&mut writer, &good);
         let mut bad = good.clone();
-        let nowhere = Rule { exprs: vec![Expr::Verdict(Verdict::Jump("nowhere".into()))], comment: None };
+        let nowhere = Rule { exprs: vec![Expr::Verdict(Verdict::Jump("nowhere".into()))], comment: None, handle: None };
         bad.chains.get_mut("leaving").unwrap().rules.push(nowhere);
         let (from, to) = (Object::Table(Box::new(good.clone())), Object::Table(Box::new(bad)));
         let step = Step { op: Op::Update { from, to }, needs: Vec::new(), why: Why::Differs };

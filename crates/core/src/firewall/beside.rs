@@ -15,9 +15,8 @@ use super::{
     Base, Chain, ChainKind, ChainName, Cmp, Datum, Expr, Family, Field, Head, Hook, Leftover, Load, Rule, Table,
     TableName, Verdict,
 };
-use crate::host::{HostState, LinkKind, Object};
-use crate::net::{LinkName, Prefix, ip_to_bits};
-use crate::reconcile::Finding;
+use crate::host::{HostState, Object};
+use crate::net::{Prefix, ip_to_bits};
 
 /// Where docker leaves room for the rules of others, before its own.
 const DOCKER_USER: &str = "DOCKER-USER";
@@ -60,7 +59,7 @@ pub fn bare_rule(rule: &Rule) -> Option<Prefix> {
             }
             Expr::Counter | Expr::Verdict(Verdict::Return) => {}
             Expr::Masquerade { .. } => masquerades = true,
-            Expr::Other { name, data } if is_target(name, data, b"MASQUERADE") => masquerades = true,
+            Expr::Xt { target: true, name, .. } if &**name == "MASQUERADE" => masquerades = true,
             _ => return None,
         }
     }
@@ -68,16 +67,12 @@ pub fn bare_rule(rule: &Rule) -> Option<Prefix> {
     bare(src?, dst?, masquerades).filter(|_| ends)
 }
 
-/// An expression of `iptables-nft` that stands for this target.
-fn is_target(expr: &str, data: &[u8], target: &[u8]) -> bool {
-    expr == "target" && data.windows(target.len()).any(|window| window == target)
-}
-
 /// The chains of a table that are worth reading, with those that they lead to: all of ours, and what may drop what we forward.
 pub fn roots(table: &TableName, chains: &BTreeMap<Box<str>, Option<Base>>) -> Vec<Box<str>> {
     let ours = table.is_twills();
     let routed = matches!(table.family, Family::Inet | Family::Ip | Family::Ip6);
-    let drops = |base: &Base| base.kind == ChainKind::Filter && matches!(base.hook, Hook::Forward | Hook::Prerouting);
+    // Nobody filters in a chain of the kind nat; what does it by its policy is a mistake.
+    let drops = |base: &Base| (base.kind == ChainKind::Filter || base.drops) && base.hook != Hook::Ingress;
     // The rooms for others, also when nothing leads there any more: rules of ours may be left in them.
     let nat = |name: &str| &*table.name == "nat" && name == POSTROUTING;
     let named = |name: &str| name == DOCKER_USER || is_flannels_chain(name) || nat(name);
@@ -95,7 +90,8 @@ pub fn found_in(table: &Table) -> Vec<Object> {
     for (name, chain) in &table.chains {
         let at = ChainName { table: table.name.clone(), chain: name.clone() };
         let tagged = |rule: &&Rule| rule.comment.as_deref() == Some(TAG);
-        let rules: Vec<Rule> = chain.rules.iter().filter(tagged).cloned().collect();
+        let bare = |rule: &Rule| Rule { handle: None, ..rule.clone() };
+        let rules: Vec<Rule> = chain.rules.iter().filter(tagged).map(bare).collect();
         if !rules.is_empty() {
             let first = chain.rules.iter().take(rules.len()).all(|rule| tagged(&rule));
             found.push(Object::Head(Box::new(Head { at: at.clone(), rules, first })));
@@ -115,7 +111,7 @@ pub fn found_in(table: &Table) -> Vec<Object> {
 /// The rules that must stand at the head of others' chains for the networks' packets to pass.
 pub fn heads(networks: &[Prefix], have: &HostState) -> Vec<Object> {
     let mut heads = Vec::new();
-    for table in foreign_tables(have) {
+    for table in foreign_tables(have).filter(|table| table.owner.is_none()) {
         let forward = table.chains.iter().filter(|(_, chain)| enters(chain, Hook::Forward));
         let places: BTreeSet<&str> = forward.filter_map(|(name, _)| place(table, name)).collect();
         for chain in places {
@@ -130,7 +126,7 @@ pub fn heads(networks: &[Prefix], have: &HostState) -> Vec<Object> {
 }
 
 /// Tables that are neither ours nor flannel's, and in force.
-fn foreign_tables(have: &HostState) -> impl Iterator<Item = &Table> {
+pub(super) fn foreign_tables(have: &HostState) -> impl Iterator<Item = &Table> {
     have.iter().filter_map(|(_, object)| match object {
         Object::Table(table) if !table.is_ours() && !is_flannels(&table.name) && !table.dormant => Some(&**table),
         _ => None,
@@ -154,6 +150,11 @@ fn place<'a>(table: &'a Table, base: &'a str) -> Option<&'a str> {
     let plain = |rule: &Rule| rule.exprs.iter().all(|expr| matches!(expr, Expr::Counter | Expr::Verdict(_)));
     let docker = chain.rules.iter().position(|rule| to_docker(rule) && plain(rule)).filter(|at| *at <= first);
     drops.then(|| if docker.is_some() { DOCKER_USER } else { base })
+}
+
+/// True for a base chain that may drop.
+pub fn may_shut(table: &Table, base: &str) -> bool {
+    table.chains.contains_key(base) && place(table, base).is_some()
 }
 
 /// True for what a base chain's policy decides on.
@@ -180,11 +181,12 @@ fn reached<'a>(table: &'a Table, from: &'a str) -> BTreeSet<&'a str> {
     reached
 }
 
-/// `drop`, `reject`, a map that leads to one, and the REJECT target of `iptables-nft`.
-fn is_drop(expr: &Expr) -> bool {
+/// `drop`, `reject`, a map that leads to one, and the REJECT target of `iptables`.
+pub(super) fn is_drop(expr: &Expr) -> bool {
     match expr {
         Expr::Verdict(_) | Expr::Choose { .. } => expr.verdicts().any(|verdict| *verdict == Verdict::Drop),
-        Expr::Other { name, data } => &**name == "reject" || is_target(name, data, b"REJECT"),
+        Expr::Other { name, .. } => &**name == "reject",
+        Expr::Xt { target: true, name, .. } => &**name == "REJECT",
         _ => false,
     }
 }
@@ -203,145 +205,14 @@ fn accepts(of: Family, network: &Prefix) -> Vec<Rule> {
     [End::Source, End::Destination].map(rule).into()
 }
 
-/// Drops before the forward chain, which no accept of ours can come before: each with the command that ends it.
-pub fn early_drops(networks: &[Prefix], tunnels: &BTreeSet<LinkName>, have: &HostState) -> Vec<Finding> {
-    let mut findings = Vec::new();
-    for table in foreign_tables(have) {
-        let bases = table.chains.iter().filter(|(_, chain)| enters(chain, Hook::Prerouting));
-        let bases: Vec<&Box<str>> = bases.map(|(name, _)| name).collect();
-        for name in &bases {
-            let devices = tunnels.iter().filter(|tunnel| of_family(table, tunnel, have));
-            findings.extend(
-                devices
-                    .filter(|tunnel| closed(&table.chains[&***name], tunnel))
-                    .map(|tunnel| shut(&table.name, name, tunnel)),
-            );
-        }
-        let chains: BTreeSet<&str> = bases.iter().flat_map(|name| reached(table, name)).collect();
-        for name in chains {
-            let rules = table.chains.get(name).into_iter().flat_map(|chain| &chain.rules);
-            for rule in rules.filter(|rule| rule.exprs.iter().any(is_drop) && concerns(rule, networks, tunnels)) {
-                findings.push(early_drop(&table.name, name, rule));
-            }
-        }
-    }
-    findings
-}
-
-/// True when a rule names an address of our networks, and may meet what comes through the tunnel.
-fn concerns(rule: &Rule, networks: &[Prefix], tunnels: &BTreeSet<LinkName>) -> bool {
-    let ours =
-        |named: Option<Prefix>| named.is_some_and(|named| networks.iter().any(|network| network.overlaps(&named)));
-    let elsewhere = rule.exprs.iter().any(|expr| match expr {
-        Expr::Match { load: Load { field: Field::Iif, .. }, op, value } => {
-            let tunnel = matches!(value, Datum::Name(name) if tunnels.contains(name));
-            tunnel == (*op == Cmp::Ne)
-        }
-        _ => false,
-    });
-    let named = rule.exprs.iter().any(|expr| match expr {
-        Expr::Match { load, op: Cmp::Eq, value } => ours(compared_with(load, value)),
-        Expr::Choose { load: Some(load), ways, .. } => ways.iter().any(|(key, verdict)| {
-            let key = load.field.kind().read(key);
-            *verdict == Verdict::Drop && ours(key.and_then(|key| compared_with(load, &key)))
-        }),
-        _ => false,
-    });
-    named && !elsewhere
-}
-
 /// The network that an address of the packet is compared with.
-fn compared_with(load: &Load, value: &Datum) -> Option<Prefix> {
+pub(super) fn compared_with(load: &Load, value: &Datum) -> Option<Prefix> {
     let Datum::Ip(ip) = value else { return None };
     let address = matches!(load.field, Field::SrcV4 | Field::SrcV6 | Field::DstV4 | Field::DstV6);
-    Prefix::truncate(*ip, length(load)?).ok().filter(|_| address)
-}
-
-/// True for a tunnel that is there and whose packets pass this table.
-fn of_family(table: &Table, tunnel: &LinkName, have: &HostState) -> bool {
-    have.link(*tunnel).is_some_and(|link| match (&link.kind, table.name.family) {
-        (LinkKind::Vxlan(vxlan), Family::Ip) => vxlan.is_v4(),
-        (LinkKind::Vxlan(vxlan), Family::Ip6) => !vxlan.is_v4(),
-        _ => true,
-    })
-}
-
-/// True for a chain that drops what comes by this device whatever it is: by a rule, or at its end because no rule accepts it.
-fn closed(chain: &Chain, tunnel: &LinkName) -> bool {
-    // Compares nothing, but perhaps the device with this one, or the family.
-    let whatever = |rule: &&Rule| {
-        rule.exprs.iter().all(|expr| match expr {
-            Expr::Match { load: Load { field: Field::Iif, mask: None }, op: Cmp::Eq, value } => {
-                *value == Datum::Name(*tunnel)
-            }
-            Expr::Match { load: Load { field: Field::NfProto, .. }, .. } | Expr::Counter => true,
-            Expr::Verdict(verdict) => matches!(verdict, Verdict::Accept | Verdict::Drop),
-            other => is_drop(other) && !matches!(other, Expr::Choose { .. }),
-        })
+    let len = match &load.mask {
+        None => load.field.kind().len() as u8 * 8,
+        Some(Datum::Ip(mask)) => ip_to_bits(IpAddr::to_canonical(mask)).count_ones() as u8,
+        Some(_) => return None,
     };
-    let ends = |rule: &&Rule| rule.exprs.last().is_some_and(|last| matches!(last, Expr::Verdict(_)) || is_drop(last));
-    let mut ends = chain.rules.iter().filter(ends).filter(whatever);
-    let policy = chain.base.is_some_and(|base| base.drops);
-    ends.find_map(|rule| rule.exprs.last()).map_or(policy, is_drop)
-}
-
-fn shut(table: &TableName, chain: &str, tunnel: &LinkName) -> Finding {
-    Finding {
-        code: "dropped-before-forward".into(),
-        object: format!("chain {table} {chain}"),
-        evidence: format!("it drops what comes through {tunnel}: no rule before accepts it"),
-        fix: format!("nft insert rule {table} {chain} iifname {tunnel} accept"),
-    }
-}
-
-fn early_drop(table: &TableName, chain: &str, rule: &Rule) -> Finding {
-    let fix = match iptables(rule) {
-        Some(words) if &*table.name == "raw" => {
-            let program = if table.family == Family::Ip6 { "ip6tables" } else { "iptables" };
-            format!(
-                "{program} -t raw -D {chain} {words}; where docker made it: start dockerd with --allow-direct-routing"
-            )
-        }
-        _ => format!(
-            "find its handle with `nft -a list chain {table} {chain}`, then nft delete rule {table} {chain} handle N"
-        ),
-    };
-    Finding {
-        code: "dropped-before-forward".into(),
-        object: format!("chain {table} {chain}"),
-        evidence: format!("`{rule}` drops packets for containers that come through the tunnel"),
-        fix,
-    }
-}
-
-/// The rule in the words of `iptables`, where it is simple enough.
-fn iptables(rule: &Rule) -> Option<String> {
-    let mut words = Vec::new();
-    for expr in &rule.exprs {
-        match expr {
-            Expr::Match { load, op: op @ (Cmp::Eq | Cmp::Ne), value } => {
-                let not = if *op == Cmp::Ne { "! " } else { "" };
-                let (option, value) = match (load.field, value) {
-                    (Field::Iif, Datum::Name(name)) => ("-i", LinkName::to_string(name)),
-                    (Field::SrcV4 | Field::SrcV6, _) => ("-s", compared_with(load, value)?.to_string()),
-                    (Field::DstV4 | Field::DstV6, _) => ("-d", compared_with(load, value)?.to_string()),
-                    _ => return None,
-                };
-                words.push(format!("{not}{option} {value}"));
-            }
-            Expr::Counter => {}
-            Expr::Verdict(Verdict::Drop) => words.push("-j DROP".into()),
-            _ => return None,
-        }
-    }
-    Some(words.join(" "))
-}
-
-/// Length of the network that a load compares.
-fn length(load: &Load) -> Option<u8> {
-    match &load.mask {
-        None => Some(load.field.kind().len() as u8 * 8),
-        Some(Datum::Ip(mask)) => Some(ip_to_bits(IpAddr::to_canonical(mask)).count_ones() as u8),
-        Some(_) => None,
-    }
+    Prefix::truncate(*ip, len).ok().filter(|_| address)
 }

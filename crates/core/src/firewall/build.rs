@@ -81,7 +81,7 @@ pub fn multicast(v4: bool) -> Prefix {
 impl Rule {
     /// A rule without a comment.
     pub fn new(exprs: impl IntoIterator<Item = Expr>) -> Self {
-        Self { exprs: exprs.into_iter().collect(), comment: None }
+        Self { exprs: exprs.into_iter().collect(), comment: None, handle: None }
     }
 
     /// The rule with a comment.

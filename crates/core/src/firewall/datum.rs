@@ -64,6 +64,14 @@ pub enum Field {
     Iif,
     /// `oifname`.
     Oif,
+    /// `meta iif` and `meta oif`: a device's number.
+    IifIndex,
+    /// See [`Field::IifIndex`].
+    OifIndex,
+    /// `meta protocol`: what an Ethernet frame says of its content.
+    Protocol,
+    /// `meta pkttype`: 0 is for this host, 1 broadcast, 2 multicast.
+    PacketType,
     /// `meta nfproto`: 2 is IPv4, 10 IPv6.
     NfProto,
     /// `meta l4proto`.
@@ -76,6 +84,13 @@ pub enum Field {
     CtStatus,
     /// `fib daddr type`: what the routing tables say of the destination (RTN_*); 2 is this host.
     DstType,
+    /// Anything else that `fib` tells, by its numbers.
+    Fib {
+        /// NFT_FIB_RESULT_*: 1 and 2 are the outgoing device's number and name, 3 the address's type.
+        result: u8,
+        /// NFTA_FIB_F_*: 1 and 2 are source and destination; 32 asks whether there is one.
+        flags: u8,
+    },
     /// `ip saddr`.
     SrcV4,
     /// `ip daddr`.
@@ -182,11 +197,15 @@ impl Field {
     pub const fn kind(self) -> Type {
         match self {
             Field::Iif | Field::Oif => Type::Name,
-            Field::NfProto | Field::L4Proto | Field::TcpFlags => Type::Proto,
+            Field::Fib { flags, .. } if flags & 32 != 0 => Type::Proto,
+            Field::Fib { result: 2, .. } => Type::Name,
+            Field::Fib { .. } => Type::Number,
+            Field::NfProto | Field::L4Proto | Field::TcpFlags | Field::PacketType => Type::Proto,
             Field::Mark | Field::CtState | Field::CtStatus | Field::DstType => Type::Number,
+            Field::IifIndex | Field::OifIndex => Type::Number,
             Field::SrcV4 | Field::DstV4 => Type::Ipv4,
             Field::SrcV6 | Field::DstV6 => Type::Ipv6,
-            Field::SrcPort | Field::DstPort => Type::Port,
+            Field::SrcPort | Field::DstPort | Field::Protocol => Type::Port,
             Field::Raw { len, .. } => Type::Bytes(len),
         }
     }

@@ -52,6 +52,12 @@ impl fmt::Display for Field {
         f.write_str(match self {
             Field::Iif => "iifname",
             Field::Oif => "oifname",
+            Field::IifIndex => "iif",
+            Field::OifIndex => "oif",
+            Field::Protocol => "meta protocol",
+            Field::PacketType => "meta pkttype",
+            Field::Fib { flags, .. } if flags & 1 != 0 => "fib saddr oif",
+            Field::Fib { .. } => "fib daddr oif",
             Field::NfProto => "meta nfproto",
             Field::L4Proto => "meta l4proto",
             Field::Mark => "meta mark",
@@ -135,9 +141,17 @@ impl fmt::Display for Expr {
                     None => write!(f, "{load} {op}{value}"),
                 }
             }
-            Expr::Member { load, set, inside } => write!(f, "{load} {}@{set}", if *inside { "" } else { "!= " }),
-            Expr::Choose { load: Some(load), map, .. } => write!(f, "{load} vmap @{map}"),
-            Expr::Choose { load: None, map, .. } => write!(f, "vmap @{map}"),
+            Expr::Range { load, keys, inside } => {
+                let not = if *inside { "" } else { "!= " };
+                write!(f, "{load} {not}{}-{}", Read(load.field, &keys.from), Read(load.field, &keys.to))
+            }
+            Expr::Member { loads, set, inside, .. } => {
+                write!(f, "{} {}@{set}", joined(loads), if *inside { "" } else { "!= " })
+            }
+            Expr::Choose { loads, map, .. } => write!(f, "{} vmap @{map}", joined(loads)),
+            Expr::SetMark => f.write_str("meta mark set (value)"),
+            Expr::Xt { target: true, name, .. } => write!(f, "-j {name}"),
+            Expr::Xt { name, .. } => write!(f, "-m {name}"),
             Expr::Counter => f.write_str("counter"),
             Expr::Verdict(verdict) => write!(f, "{verdict}"),
             Expr::Masquerade { fully_random } => {
@@ -157,6 +171,20 @@ impl fmt::Display for Rule {
             write!(f, "{}{expr}", if n == 0 { "" } else { " " })?;
         }
         self.comment.as_ref().map_or(Ok(()), |comment| write!(f, " comment {comment:?}"))
+    }
+}
+
+/// `ip saddr . th dport`.
+fn joined(loads: &[Load]) -> String {
+    loads.iter().map(ToString::to_string).collect::<Vec<_>>().join(" . ")
+}
+
+/// The bytes of a field's value.
+struct Read<'a>(Field, &'a [u8]);
+
+impl fmt::Display for Read<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.kind().read(self.1).unwrap_or_else(|| Datum::Bytes(self.1.into())).fmt(f)
     }
 }
 

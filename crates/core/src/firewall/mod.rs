@@ -9,14 +9,14 @@
 //! machine (loads, bitwise, cmp, …) stays in the kernel crate, which turns one into the other without loss.
 //!
 //! - [`build`]: rules in few words; [`policy`]: the agent's table; [`beside`]: what it needs in the tables of others
-//! - [`legacy`]: what legacy iptables drops
+//! - [`judge`]: what the tables of others, nftables' and legacy iptables', do to the network's packets
 //! - [`published`]: the table of the containers' host ports
 
 pub mod beside;
 pub mod build;
 mod datum;
 mod display;
-pub mod legacy;
+pub mod judge;
 pub mod policy;
 pub mod published;
 
@@ -68,6 +68,9 @@ pub struct Table {
     /// Nothing in it is in force (`flags dormant`).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub dormant: bool,
+    /// The netlink port of the program that alone may change it (`flags owner`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<u32>,
     /// Sets of addresses by name; of others' tables they are not read.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub sets: BTreeMap<Box<str>, Set>,
@@ -177,6 +180,18 @@ pub struct Rule {
     pub exprs: Vec<Expr>,
     /// What `nft` shows as `comment`.
     pub comment: Option<Box<str>>,
+    /// By what the kernel knows it, in a table of somebody else.
+    #[serde(skip)]
+    pub handle: Option<u64>,
+}
+
+/// The first and the last of the keys that an element of a set or map stands for. Where they have several fields, each field has its own.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Keys {
+    /// The first.
+    pub from: Box<[u8]>,
+    /// The last.
+    pub to: Box<[u8]>,
 }
 
 /// A comparison's operator (NFT_CMP_*).
@@ -210,23 +225,34 @@ pub enum Expr {
         /// With what.
         value: Datum,
     },
-    /// `ip saddr @peers`, `ip saddr != @peers`.
-    Member {
+    /// `th dport != 1000-2000`.
+    Range {
         /// What is looked at.
         load: Load,
+        /// The first and the last.
+        keys: Keys,
+        /// It is between them; else it is not.
+        inside: bool,
+    },
+    /// `ip saddr @peers`, `ip saddr . th dport != @pairs`.
+    Member {
+        /// What is looked at.
+        loads: Vec<Load>,
         /// The set's name.
         set: Box<str>,
         /// It is in the set; else it is not.
         inside: bool,
+        /// What is in the set, where it is somebody else's.
+        keys: Vec<Keys>,
     },
     /// `ip daddr vmap { 10.1.15.2 : drop }`: what happens depends on what is looked at. It can be looked at, but not written.
     Choose {
-        /// What is looked at; `None`: more than one field.
-        load: Option<Load>,
+        /// What is looked at; empty: it is not known.
+        loads: Vec<Load>,
         /// The map's name.
         map: Box<str>,
-        /// Its keys, as bytes, with what each leads to.
-        ways: Vec<(Box<[u8]>, Verdict)>,
+        /// Its keys with what each leads to.
+        ways: Vec<(Keys, Verdict)>,
     },
     /// Counts what comes by. Its figures are no part of the model.
     Counter,
@@ -243,6 +269,19 @@ pub enum Expr {
     Dnat(SocketAddr),
     /// `tcp option maxseg size set rt mtu`: never raised, only lowered, to what the MTU of the packet's route leaves.
     ClampMaxSeg,
+    /// `meta mark set …`.
+    SetMark,
+    /// A match or a target of `iptables`. It can be looked at, but not written.
+    Xt {
+        /// A target; else a match.
+        target: bool,
+        /// Its name.
+        name: Box<str>,
+        /// Its revision.
+        revision: u8,
+        /// Its struct.
+        data: Box<[u8]>,
+    },
     /// An expression that is not known here; it can be looked at, but not written.
     Other {
         /// The kernel's name for it.

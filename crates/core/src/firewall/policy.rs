@@ -90,7 +90,7 @@ impl Policy {
         add("leaving", ChainKind::Nat, Hook::Postrouting, SRCNAT, self.masquerade());
         let peers = |at: SocketAddr| (PEERS.into(), Set { v4: at.is_ipv4(), ..Set::default() });
         let sets = self.socket.into_iter().map(peers).collect();
-        Table { name: TableName::twill(), comment: Some(TAG.into()), dormant: false, sets, chains }
+        Table { name: TableName::twill(), comment: Some(TAG.into()), dormant: false, owner: None, sets, chains }
     }
 
     fn subnet(&self, network: &Prefix) -> Option<&Prefix> {
@@ -157,7 +157,7 @@ impl Policy {
                 is(address(End::Destination, v4), Datum::Ip(at.ip())),
                 is(Field::L4Proto, Datum::Byte(UDP)),
                 is(Field::DstPort, Datum::Port(at.port())),
-                Expr::Member { load, set: PEERS.into(), inside: false },
+                Expr::Member { loads: vec![load], set: PEERS.into(), inside: false, keys: Vec::new() },
             ];
             ending(to_it, Verdict::Drop)
         };

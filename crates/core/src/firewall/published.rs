@@ -63,6 +63,7 @@ pub fn table<'a>(attached: impl IntoIterator<Item = &'a Request>) -> Option<Tabl
         name: TableName::twill_cni(),
         comment: Some(TAG.into()),
         dormant: false,
+        owner: None,
         sets: BTreeMap::new(),
         chains,
     };

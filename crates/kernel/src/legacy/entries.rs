@@ -8,21 +8,25 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use twill_core::firewall::beside::bare;
-use twill_core::firewall::legacy::LegacyRule;
+use twill_core::firewall::{Base, Chain, Cmp, Datum, Expr, Field, Load, PayloadBase, Rule, Verdict};
 use twill_core::net::{Prefix, ip_to_bits};
 
 /// A verdict of a standard target: -NF_DROP - 1, -NF_ACCEPT - 1, XT_RETURN. One that is not negative is the offset of a rule to jump to.
 const DROP: i32 = -1;
 const ACCEPT: i32 = -2;
 const RETURN: i32 = -5;
-/// IFNAMSIZ; IPT_INV_VIA_IN, IPT_INV_SRCIP and IPT_INV_DSTIP of the inverted flags.
+/// IFNAMSIZ; IPT_INV_VIA_IN, _VIA_OUT, _SRCIP, _DSTIP, _FRAG and _PROTO of the inverted flags.
 const NAME: usize = 16;
 const FROM_INVERTED: u8 = 0x01;
+const TO_INVERTED: u8 = 0x02;
 const SRC_INVERTED: u8 = 0x08;
 const DST_INVERTED: u8 = 0x10;
-/// Chains that lead to each other are followed so far.
-const DEPTH: usize = 8;
-const STEPS: usize = 100_000;
+const FRAGMENTS_INVERTED: u8 = 0x20;
+const PROTO_INVERTED: u8 = 0x40;
+/// IPT_F_FRAG; IPT_F_GOTO and IP6T_F_GOTO.
+const LATER_FRAGMENTS: u8 = 0x01;
+const GOTO_V4: u8 = 0x02;
+const GOTO_V6: u8 = 0x04;
 /// struct xt_entry_target: size, name of 29 bytes, revision; what the target itself has comes behind.
 const TARGET: usize = 32;
 
@@ -41,7 +45,6 @@ struct Compared {
     from: Option<Box<str>>,
     /// The flags of what is inverted.
     not: u8,
-    commented: bool,
 }
 
 impl<'a> Entry<'a> {
@@ -104,15 +107,98 @@ impl<'a> Entry<'a> {
         };
         let commented = self.target()? != header(self.v4);
         let plain = others.iter().all(|byte| *byte == 0) && (!commented || self.comment_alone()?);
-        plain.then_some(Compared { ends: (prefix(0, 2)?, prefix(1, 3)?), from, not, commented })
+        plain.then_some(Compared { ends: (prefix(0, 2)?, prefix(1, 3)?), from, not })
     }
 
-    /// A rule of a chain by what it compares, its target left open.
-    fn rule(&self, chain: &str) -> Option<LegacyRule> {
-        let Compared { ends, from, not, commented } = self.compared()?;
-        let from = from.map(|device| (device, not == 0));
-        let known = not == 0 || not == FROM_INVERTED && from.is_some();
-        known.then(|| LegacyRule { chain: chain.into(), ends, from, commented, drops: true })
+    /// What it compares and does, in the words of nftables. `chains`: the names of the user chains by their first rules.
+    fn rule(&self, chains: &BTreeMap<usize, &'a str>) -> Option<Rule> {
+        let width = if self.v4 { 4 } else { 16 };
+        let field = |at: usize, len: usize| self.bytes.get(at..at + len);
+        let address = |n: usize| field(n * width, width).and_then(ip_of);
+        // struct ipt_ip, ip6t_ip6: addresses, their masks, names of the devices, their masks; protocol; (tos;) flags, inverted ones.
+        let rest = 4 * width + 4 * NAME;
+        let [flags, not] = *field(rest + if self.v4 { 2 } else { 3 }, 2)? else { return None };
+        let op = |bit: u8| if not & bit == 0 { Cmp::Eq } else { Cmp::Ne };
+        let mut exprs = Vec::new();
+        let ends = if self.v4 { [Field::SrcV4, Field::DstV4] } else { [Field::SrcV6, Field::DstV6] };
+        for (n, (field, bit)) in ends.into_iter().zip([SRC_INVERTED, DST_INVERTED]).enumerate() {
+            let (ip, mask) = (address(n)?, address(n + 2)?);
+            if ip_to_bits(mask) != 0 || not & bit != 0 {
+                let load = Load { field, mask: Some(Datum::Ip(mask)) };
+                exprs.push(Expr::Match { load, op: op(bit), value: Datum::Ip(ip) });
+            }
+        }
+        for (n, (device, bit)) in [(Field::Iif, FROM_INVERTED), (Field::Oif, TO_INVERTED)].into_iter().enumerate() {
+            let name = field(4 * width + n * NAME, NAME)?;
+            let mask = field(4 * width + (n + 2) * NAME, NAME)?;
+            // Without its NUL it is the beginning of a name.
+            let begin = &name[..mask.iter().filter(|byte| **byte != 0).count()];
+            if !begin.is_empty() {
+                let mut whole = begin.to_vec();
+                whole.resize(NAME, 0);
+                let value =
+                    if begin.ends_with(&[0]) { device.kind().read(&whole)? } else { Datum::Bytes(begin.into()) };
+                exprs.push(Expr::Match { load: device.into(), op: op(bit), value });
+            }
+        }
+        let proto = u16_at(self.bytes, rest).map(|proto| proto as u8)?;
+        if proto != 0 {
+            exprs.push(Expr::Match { load: Field::L4Proto.into(), op: op(PROTO_INVERTED), value: Datum::Byte(proto) });
+        }
+        if self.v4 && flags & LATER_FRAGMENTS != 0 {
+            // ip frag-off & 0x1fff != 0
+            let load = Field::from_payload(PayloadBase::Network, 6, 2);
+            let op = if not & FRAGMENTS_INVERTED == 0 { Cmp::Ne } else { Cmp::Eq };
+            let mask = Some(Datum::Bytes([0x1f, 0xff].into()));
+            exprs.push(Expr::Match { load: Load { field: load, mask }, op, value: Datum::Bytes([0, 0].into()) });
+        }
+        let mut comment = None;
+        self.matches(|name, revision, data| {
+            if name == "comment" {
+                comment = data.split(|byte| *byte == 0).next().and_then(|text| std::str::from_utf8(text).ok());
+            } else {
+                let (name, data) = (name.into(), data.into());
+                exprs.push(Expr::Xt { target: false, name, revision, data });
+            }
+        })?;
+        exprs.extend(self.does(flags & if self.v4 { GOTO_V4 } else { GOTO_V6 } != 0, chains)?);
+        Some(Rule { exprs, comment: comment.map(Into::into), handle: None })
+    }
+
+    /// Its target; a rule without one goes on with the next.
+    fn does(&self, goto: bool, chains: &BTreeMap<usize, &'a str>) -> Option<Option<Expr>> {
+        let Some((_, verdict)) = self.verdict() else {
+            let data = self.bytes.get(self.target()? + TARGET..)?.into();
+            let revision = *self.bytes.get(self.target()? + TARGET - 1)?;
+            return Some(Some(Expr::Xt { target: true, name: self.name()?.into(), revision, data }));
+        };
+        let next = self.at + self.bytes.len();
+        Some(
+            match verdict {
+                ACCEPT => Some(Verdict::Accept),
+                DROP => Some(Verdict::Drop),
+                RETURN => Some(Verdict::Return),
+                to if to as usize == next => None,
+                to => {
+                    let chain = Box::from(*chains.get(&(to as usize))?);
+                    Some(if goto { Verdict::Goto(chain) } else { Verdict::Jump(chain) })
+                }
+            }
+            .map(Expr::Verdict),
+        )
+    }
+
+    /// The matches between its header and its target (struct xt_entry_match): name, revision and struct of each.
+    fn matches(&self, mut each: impl FnMut(&'a str, u8, &'a [u8])) -> Option<()> {
+        let (mut at, target) = (header(self.v4), self.target()?);
+        while at < target {
+            let size = usize::from(u16_at(self.bytes, at)?);
+            let one = self.bytes.get(at..at + size).filter(|_| size >= TARGET && at + size <= target)?;
+            let name = std::str::from_utf8(one[2..31].split(|byte| *byte == 0).next()?).ok()?;
+            each(name, one[TARGET - 1], &one[TARGET..]);
+            at += size;
+        }
+        Some(())
     }
 
     /// See [`bare`].
@@ -143,51 +229,35 @@ const fn header(v4: bool) -> usize {
     if v4 { 112 } else { 168 }
 }
 
-/// A hook's chain, whose entries stand from `first` to `last`, which is its policy; with those that it leads to in every case.
-pub fn parse(v4: bool, entries: &[u8], chain: &str, first: usize, last: usize) -> Vec<LegacyRule> {
-    let mut follow = Follow { v4, entries, steps: STEPS, found: Vec::new() };
-    follow.chain(chain, first, last, DEPTH);
-    follow.found
-}
-
-/// A walk through the chains of a table.
-struct Follow<'a> {
-    v4: bool,
-    entries: &'a [u8],
-    /// How many entries it may still look at.
-    steps: usize,
-    found: Vec<LegacyRule>,
-}
-
-impl Follow<'_> {
-    fn chain(&mut self, chain: &str, first: usize, last: usize, depth: usize) {
-        for entry in Entry::walk(self.v4, self.entries, first) {
-            self.steps = self.steps.saturating_sub(1);
-            if self.steps == 0 || entry.begins().is_some() {
-                return;
-            }
-            if let Some(rule) = entry.rule(chain) {
-                let everything = rule.from.is_none() && rule.ends.0.len() == 0 && rule.ends.1.len() == 0;
-                match entry.verdict() {
-                    Some((_, ACCEPT)) => self.found.push(LegacyRule { drops: false, ..rule }),
-                    Some((_, DROP)) => self.found.push(rule),
-                    Some((_, RETURN)) if everything => return,
-                    Some((_, to)) if to >= 0 && everything && depth > 0 => {
-                        let all = Entry::walk(self.v4, self.entries, 0);
-                        let mut before = all.filter(|begin| begin.at + begin.bytes.len() == to as usize);
-                        if let Some(name) = before.next().and_then(|entry| entry.begins()) {
-                            self.chain(name, to as usize, usize::MAX, depth - 1);
-                        }
-                    }
-                    None if entry.name() == Some("REJECT") => self.found.push(rule),
-                    _ => {}
-                }
-            }
-            if entry.at >= last {
-                return;
-            }
+/// All chains of a table: those of the hooks with where their first rules and their policies stand, and the users'.
+pub fn parse(v4: bool, entries: &[u8], hooks: &[(&str, Base, usize, usize)]) -> BTreeMap<Box<str>, Chain> {
+    let mut starts = BTreeMap::new();
+    let mut heads = Vec::new();
+    for entry in Entry::walk(v4, entries, 0) {
+        if let Some(name) = entry.begins() {
+            let first = entry.at + entry.bytes.len();
+            starts.insert(first, name);
+            heads.push((name, first));
         }
     }
+    // The last one is the end of the table.
+    heads.pop();
+    let mut chains = BTreeMap::new();
+    for (name, base, first, last) in hooks {
+        let policy = Entry::walk(v4, entries, *last).next().and_then(|entry| entry.verdict());
+        let base = Base { drops: policy.is_some_and(|(_, verdict)| verdict == DROP), ..*base };
+        let rules = Entry::walk(v4, entries, *first).take_while(|entry| entry.at < *last && entry.begins().is_none());
+        let rules = rules.map(|entry| entry.rule(&starts).unwrap_or_default()).collect();
+        chains.insert(Box::from(*name), Chain { base: Some(base), rules });
+    }
+    for (name, first) in heads {
+        let rules = Entry::walk(v4, entries, first).take_while(|entry| entry.begins().is_none());
+        let mut rules: Vec<Rule> = rules.map(|entry| entry.rule(&starts).unwrap_or_default()).collect();
+        // The return at its end is nobody's rule.
+        rules.pop();
+        chains.insert(name.into(), Chain { base: None, rules });
+    }
+    chains
 }
 
 /// Names of the user chains.

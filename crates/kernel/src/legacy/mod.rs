@@ -8,15 +8,15 @@
 
 pub mod entries;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::net::{AddressFamily, Protocol, SocketType, ipproto, socket};
-use twill_core::firewall::beside::{POSTROUTING, is_flannels_chain};
-use twill_core::firewall::legacy::{LegacyChain, LegacyRule};
-use twill_core::firewall::{ChainName, Family, Leftover, TableName};
+use twill_core::firewall::beside::{POSTROUTING, is_flannels_chain, may_shut};
+use twill_core::firewall::{self, Base, ChainKind, ChainName, Family, Hook, Leftover, TableName};
 
 pub use self::entries::parse;
 use self::entries::{Rest, bare_networks, u32_at, without, without_bare};
@@ -37,52 +37,37 @@ const ENTRIES: usize = 40;
 const REPLACE: usize = 96;
 const COUNTERS: usize = 40;
 const COUNTER: usize = 16;
-/// NF_INET_NUMHOOKS, NF_INET_PRE_ROUTING, NF_INET_FORWARD and NF_INET_POST_ROUTING.
+/// NF_INET_NUMHOOKS, the chains in the order of their numbers, and NF_INET_POST_ROUTING.
 const HOOKS: usize = 5;
-const PREROUTING: usize = 0;
-const FORWARD: usize = 2;
+const HOOK_CHAINS: [(&str, Hook); HOOKS] = [
+    ("PREROUTING", Hook::Prerouting),
+    ("INPUT", Hook::Input),
+    ("FORWARD", Hook::Forward),
+    ("OUTPUT", Hook::Output),
+    (POSTROUTING, Hook::Postrouting),
+];
 const LEAVING: usize = 4;
+/// The tables, each with its priority among the chains of a hook (NF_IP_PRI_*); that of nat is another one on the way out, where nothing
+/// else depends on it.
+const TABLES: [(&str, i32); 5] = [("raw", -300), ("mangle", -150), ("nat", -100), ("filter", 0), ("security", 50)];
 /// What `iptables-legacy` holds while it changes something.
 const LOCK: &str = "/run/xtables.lock";
 
-/// The chains of both families that may drop what is forwarded, where their tables exist; none is brought to life by looking.
-pub fn chains() -> Vec<LegacyChain> {
-    let mut found = Vec::new();
+/// All tables of both families that exist, and what flannel left in them. None is brought to life by looking. A chain of flannel's that
+/// accepts stays as long as something there drops: nothing of ours can take its place.
+pub(crate) fn read() -> (Vec<firewall::Table>, Vec<Leftover>) {
+    let (mut tables, mut left) = (Vec::new(), Vec::new());
     for v4 in [true, false] {
-        for (table, name, hook) in [
-            ("raw", "PREROUTING", PREROUTING),
-            ("mangle", "PREROUTING", PREROUTING),
-            ("mangle", "FORWARD", FORWARD),
-            ("filter", "FORWARD", FORWARD),
-        ] {
-            if let Ok(Some(whole)) = Table::read(v4, table) {
-                found.push(LegacyChain { v4, table, name, rules: whole.rules(name, hook) });
+        for (name, priority) in TABLES {
+            let Ok(Some(whole)) = Table::read(v4, name) else { continue };
+            let table = whole.model(name, priority);
+            if name != "filter" || !may_shut(&table, "FORWARD") {
+                left.extend(whole.left_by_flannel(&table.name));
             }
+            tables.push(table);
         }
     }
-    found
-}
-
-/// What flannel left. A chain that accepts stays as long as something there drops: nothing of ours can take its place.
-pub(crate) fn left_by_flannel() -> Vec<Leftover> {
-    let mut found = Vec::new();
-    for (v4, name) in [(true, "nat"), (true, "filter"), (false, "nat"), (false, "filter")] {
-        let Ok(Some(table)) = Table::read(v4, name) else { continue };
-        let left = |chain: &str, bare| {
-            let table = TableName::new(if v4 { Family::Ip } else { Family::Ip6 }, name);
-            Leftover { at: ChainName { table, chain: chain.into() }, legacy: true, bare }
-        };
-        if name == "filter" && table.rules("FORWARD", FORWARD).iter().any(|rule| rule.drops) {
-            continue;
-        }
-        let chains = entries::chains(v4, &table.entries).into_iter().filter(|chain| is_flannels_chain(chain));
-        found.extend(chains.map(|chain| left(chain, None)));
-        if name == "nat" {
-            let networks = bare_networks(v4, &table.entries, table.hooks[LEAVING], table.policies[LEAVING]);
-            found.extend(networks.into_iter().map(|network| left(POSTROUTING, Some(network))));
-        }
-    }
-    found
+    (tables, left)
 }
 
 /// Removes what flannel left, in one replacement of its table.
@@ -118,9 +103,41 @@ struct Table {
 }
 
 impl Table {
-    /// What a hook's chain does with the addresses of a packet.
-    fn rules(&self, chain: &str, hook: usize) -> Vec<LegacyRule> {
-        parse(self.v4, &self.entries, chain, self.hooks[hook], self.policies[hook])
+    /// In the words of nftables.
+    fn model(&self, name: &str, priority: i32) -> firewall::Table {
+        let kind = if name == "nat" { ChainKind::Nat } else { ChainKind::Filter };
+        let hooks = HOOK_CHAINS.iter().enumerate().filter(|(n, _)| self.valid & (1 << n) != 0);
+        let hooks: Vec<(&str, Base, usize, usize)> = hooks
+            .map(|(n, (chain, hook))| {
+                (*chain, Base { kind, hook: *hook, priority, drops: false }, self.hooks[n], self.policies[n])
+            })
+            .collect();
+        firewall::Table {
+            name: TableName::new(if self.v4 { Family::Ip } else { Family::Ip6 }, name),
+            comment: None,
+            dormant: false,
+            owner: None,
+            sets: BTreeMap::new(),
+            chains: parse(self.v4, &self.entries, &hooks),
+        }
+    }
+
+    fn left_by_flannel(&self, name: &TableName) -> Vec<Leftover> {
+        let left = |chain: &str, bare| Leftover {
+            at: ChainName { table: name.clone(), chain: chain.into() },
+            legacy: true,
+            bare,
+        };
+        if !["nat", "filter"].contains(&&*name.name) {
+            return Vec::new();
+        }
+        let chains = entries::chains(self.v4, &self.entries).into_iter().filter(|chain| is_flannels_chain(chain));
+        let mut found: Vec<Leftover> = chains.map(|chain| left(chain, None)).collect();
+        if &*name.name == "nat" {
+            let networks = bare_networks(self.v4, &self.entries, self.hooks[LEAVING], self.policies[LEAVING]);
+            found.extend(networks.into_iter().map(|network| left(POSTROUTING, Some(network))));
+        }
+        found
     }
 
     fn read(v4: bool, name: &str) -> io::Result<Option<Self>> {

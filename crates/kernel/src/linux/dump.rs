@@ -258,7 +258,9 @@ impl LinuxKernel {
                     fresh.extend(beside::found_in(&table));
                     fresh.insert(Object::Table(Box::new(table)));
                 }
-                fresh.extend(legacy::left_by_flannel().into_iter().map(|left| Object::Leftover(Box::new(left))));
+                let (tables, left) = legacy::read();
+                self.legacy = tables;
+                fresh.extend(left.into_iter().map(|left| Object::Leftover(Box::new(left))));
             }
             Err(error) => self.firewall = Firewall::Lacking(error),
         }

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use twill_core::firewall::Leftover;
+use twill_core::firewall::{Leftover, Table};
 use twill_core::host::{Fdb, HostState, Key, Object};
 use twill_core::net::{LinkName, MacAddr};
 use twill_core::reconcile::{Changes, Outcome, Plan, Scope};
@@ -88,6 +88,7 @@ pub struct LinuxKernel {
     /// `None`: nothing is followed.
     monitor: Option<Socket>,
     firewall: Firewall,
+    legacy: Vec<Table>,
     waker: Arc<OwnedFd>,
     names: Names,
     mirror: HostState,
@@ -143,6 +144,7 @@ impl LinuxKernel {
             requests,
             monitor,
             firewall: Firewall::open(interest.firewall),
+            legacy: Vec::new(),
             waker: Arc::new(waker),
             names: Names::default(),
             mirror: HostState::new(),
@@ -206,12 +208,19 @@ impl LinuxKernel {
         dirty
     }
 
-    /// Reads what flannel left in legacy iptables, which announces nothing; gives the keys of what differs from the mirror.
+    /// The tables of legacy iptables, as they were last read.
+    pub fn legacy(&self) -> &[Table] {
+        &self.legacy
+    }
+
+    /// Reads legacy iptables, which announces nothing; gives the keys of what flannel left there that differs from the mirror.
     pub fn poll_legacy(&mut self) -> BTreeSet<Key> {
+        let (tables, found) = legacy::read();
+        self.legacy = tables;
         if !matches!(self.firewall, Firewall::Open(_)) {
             return BTreeSet::new();
         }
-        let found: BTreeSet<Leftover> = legacy::left_by_flannel().into_iter().collect();
+        let found: BTreeSet<Leftover> = found.into_iter().collect();
         // The mirror's last keys.
         let had = self
             .mirror

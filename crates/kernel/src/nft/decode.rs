@@ -1,15 +1,16 @@
 //! Messages → model.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use twill_core::firewall::{
-    Base, ChainKind, Cmp, Datum, Expr, Family, Field, Hook, Load, PayloadBase, Rule, Set, TableName, Type, Verdict,
-    build,
+    Base, ChainKind, Cmp, Datum, Expr, Family, Field, Hook, Keys, Load, PayloadBase, Rule, Set, Table, TableName, Type,
+    Verdict, build,
 };
 
 use super::uapi::{
-    COUNTER_PACKETS, REG_VERDICT, UDATA_COMMENT, chain, data, fib, lookup, masq, maxseg, meta, nat, payload, rule, set,
-    table, xt,
+    COUNTER_PACKETS, REG_VERDICT, UDATA_COMMENT, chain, data, fib, lookup, masq, maxseg, meta, nat, payload, range,
+    rule, set, table, xt,
 };
 use crate::netlink::wire::{attr, attrs, text};
 
@@ -27,12 +28,19 @@ pub(super) fn body(payload: &[u8]) -> Option<(Family, &[u8])> {
     Some((family, payload.get(4..)?))
 }
 
-/// A table's name and comment, and whether it is dormant.
-pub(super) fn table(payload: &[u8]) -> Option<(TableName, Option<Box<str>>, bool)> {
+/// A table without its chains.
+pub(super) fn table(payload: &[u8]) -> Option<Table> {
     let (family, body) = body(payload)?;
     let name = text(attr(body, table::NAME)?)?;
     let dormant = number(body, table::FLAGS).is_some_and(|flags| flags & table::DORMANT != 0);
-    Some((TableName::new(family, name), attr(body, table::USERDATA).and_then(comment), dormant))
+    Some(Table {
+        name: TableName::new(family, name),
+        comment: attr(body, table::USERDATA).and_then(comment),
+        dormant,
+        owner: number(body, table::OWNER),
+        sets: BTreeMap::new(),
+        chains: BTreeMap::new(),
+    })
 }
 
 /// A chain's table, name and base.
@@ -65,6 +73,14 @@ fn base(body: &[u8]) -> Option<Base> {
     })
 }
 
+/// A set's or map's table and name, and whether its elements are intervals.
+pub(super) fn intervals(payload: &[u8]) -> Option<(TableName, Box<str>, bool)> {
+    let (family, body) = body(payload)?;
+    let of = TableName::new(family, text(attr(body, set::TABLE)?)?);
+    let intervals = number(body, set::FLAGS).unwrap_or(0) & set::INTERVAL != 0;
+    Some((of, text(attr(body, set::NAME)?)?.into(), intervals))
+}
+
 /// A set's table and name, and itself without its elements where it is a plain one of addresses.
 pub(super) fn set(payload: &[u8]) -> Option<(TableName, Box<str>, Option<Set>)> {
     let (family, body) = body(payload)?;
@@ -89,13 +105,66 @@ pub(super) fn elements(payload: &[u8]) -> impl Iterator<Item = IpAddr> {
     })
 }
 
-/// The keys that a message about elements names, with the verdict of each.
-pub(super) fn ways(payload: &[u8]) -> impl Iterator<Item = (Box<[u8]>, Verdict)> {
+/// An element of a set or map, as it is told: where an interval of keys begins, or the next one may.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Element {
+    key: Box<[u8]>,
+    begins: bool,
+    to: Option<Box<[u8]>>,
+    verdict: Option<Verdict>,
+}
+
+/// The elements that a message names.
+pub(super) fn keyed(payload: &[u8]) -> impl Iterator<Item = Element> {
     let list = body(payload).and_then(|(_, body)| attr(body, set::LIST_ELEMENTS)).unwrap_or_default();
     attrs(list).filter(|(kind, _)| *kind == rule::ELEMENT).filter_map(|(_, element)| {
-        let key = attr(attr(element, set::ELEMENT_KEY)?, data::VALUE)?;
-        Some((key.into(), verdict(attr(attr(element, set::ELEMENT_DATA)?, data::VERDICT)?)?))
+        let flags = number(element, set::ELEMENT_FLAGS).unwrap_or(0);
+        let value = |attribute| attr(attr(element, attribute)?, data::VALUE);
+        let verdict = attr(element, set::ELEMENT_DATA).and_then(|found| verdict(attr(found, data::VERDICT)?));
+        // The one for all that the others are not for has no key.
+        let all = flags & set::CATCHALL != 0;
+        let key = if all { [].into() } else { value(set::ELEMENT_KEY)?.into() };
+        Some(Element {
+            key,
+            begins: flags & set::INTERVAL_END == 0,
+            to: value(set::ELEMENT_KEY_END).map(Into::into),
+            verdict,
+        })
     })
+}
+
+/// What these elements of one set stand for, in order. What is for all others comes last.
+pub(super) fn spans(mut elements: Vec<Element>, intervals: bool) -> Vec<(Keys, Option<Verdict>)> {
+    // An interval that ends where the next one begins: its end comes first.
+    elements.sort();
+    let mut spans: Vec<(Keys, Option<Verdict>)> = Vec::with_capacity(elements.len());
+    let mut others = None;
+    for (n, Element { key, to, verdict, .. }) in elements.iter().enumerate().filter(|(_, element)| element.begins) {
+        if key.is_empty() {
+            others = Some((Keys { from: [].into(), to: [].into() }, verdict.clone()));
+            continue;
+        }
+        let to = to.clone().unwrap_or_else(|| match elements.get(n + 1) {
+            _ if !intervals => key.clone(),
+            Some(next) => before(&next.key),
+            None => vec![0xff; key.len()].into(),
+        });
+        spans.push((Keys { from: key.clone(), to }, verdict.clone()));
+    }
+    spans.into_iter().chain(others).collect()
+}
+
+/// The key before this one.
+fn before(key: &[u8]) -> Box<[u8]> {
+    let mut bytes = key.to_vec();
+    for byte in bytes.iter_mut().rev() {
+        let (less, borrowed) = byte.overflowing_sub(1);
+        *byte = less;
+        if !borrowed {
+            break;
+        }
+    }
+    bytes.into()
 }
 
 /// What the counters of a rule have seen, in packets.
@@ -121,6 +190,7 @@ pub(super) fn content(family: Family, body: &[u8]) -> Rule {
     let mut exprs = Vec::with_capacity(raw.len());
     let mut rest = raw.as_slice();
     let mut v4 = family != Family::Ip6;
+    let mut held: Option<(Load, u32)> = None;
     let mut said = attr(body, rule::USERDATA).and_then(comment);
     while let Some((first, behind)) = rest.split_first() {
         if let Some(text) = commented(first) {
@@ -128,7 +198,12 @@ pub(super) fn content(family: Family, body: &[u8]) -> Rule {
             rest = behind;
             continue;
         }
-        let known = compared(rest, v4)
+        // The bounds of a range are held against what was loaded once.
+        let bound = held.clone().and_then(|(load, register)| comparison(load, register, first, v4));
+        held = if bound.is_some() { held } else { loaded(rest).map(|(load, register, _)| (load, register)) };
+        let known = bound
+            .map(|expr| (expr, behind))
+            .or_else(|| compared(rest, v4))
             .or_else(|| dnat(rest))
             .or_else(|| clamp(rest))
             .or_else(|| Some((single(first)?, behind)));
@@ -137,7 +212,7 @@ pub(super) fn content(family: Family, body: &[u8]) -> Rule {
         exprs.push(expr);
         rest = left;
     }
-    Rule { exprs, comment: said }
+    Rule { exprs, comment: said, handle: None }
 }
 
 /// An expression as it stands in the message.
@@ -162,37 +237,31 @@ impl<'a> Raw<'a> {
     }
 }
 
-/// A load, perhaps a mask, and a comparison of the same register or its lookup in a set.
+/// Loads, and a comparison of the same register or the lookup of all of them.
 fn compared<'r, 'a>(rest: &'r [Raw<'a>], v4: bool) -> Option<(Expr, &'r [Raw<'a>])> {
-    let (first, mut rest) = rest.split_first()?;
-    let (field, register) = load(first)?;
-    let kind = field.kind();
-    let mut mask = None;
-    if let Some(found) = rest.first().and_then(|raw| raw.is("bitwise")) {
-        let same = [data::BITWISE_SREG, data::BITWISE_DREG].iter().all(|reg| number(found, *reg) == Some(register));
-        let plain = number(found, data::BITWISE_OP).unwrap_or(0) == 0;
-        let value = |attribute| attr(attr(found, attribute)?, data::VALUE);
-        let turned = value(data::BITWISE_XOR)?.iter().any(|byte| *byte != 0);
-        if !same || !plain || turned {
-            return None;
-        }
-        mask = Some(kind.read(value(data::BITWISE_MASK)?)?);
-        rest = &rest[1..];
+    let (first, register, mut rest) = loaded(rest)?;
+    let mut loads = vec![first];
+    while let Some((next, _, behind)) = loaded(rest).filter(|(_, other, _)| *other != register) {
+        loads.push(next);
+        rest = behind;
     }
     let (cmp, rest) = rest.split_first()?;
-    if let Some(found) = cmp.is("lookup") {
-        if let (Some(map), Some(true)) = (chosen(found), number(found, lookup::SREG).map(|r| r == register)) {
-            return Some((Expr::Choose { load: Some(Load { field, mask }), map, ways: Vec::new() }, rest));
-        }
-        // With a register for the answer it is a map's.
-        let plain = number(found, lookup::SREG) == Some(register) && attr(found, lookup::DREG).is_none();
-        let inside = match number(found, lookup::FLAGS).unwrap_or(0) {
-            0 => true,
-            lookup::INVERTED => false,
-            _ => return None,
-        };
-        let set = text(attr(found, lookup::SET)?)?.into();
-        return plain.then_some((Expr::Member { load: Load { field, mask }, set, inside }, rest));
+    if let Some(found) = cmp.is("lookup").filter(|found| number(found, lookup::SREG) == Some(register)) {
+        return Some((looked_up(found, loads)?, rest));
+    }
+    let load = loads.pop().filter(|_| loads.is_empty())?;
+    Some((comparison(load, register, cmp, v4)?, rest))
+}
+
+/// The comparison of what was loaded into a register.
+fn comparison(load: Load, register: u32, cmp: &Raw<'_>, v4: bool) -> Option<Expr> {
+    let Load { field, mask } = load;
+    let kind = field.kind();
+    if let Some(found) = cmp.is("range").filter(|found| number(found, range::SREG) == Some(register)) {
+        let value = |attribute| attr(attr(found, attribute)?, data::VALUE).filter(|value| value.len() == kind.len());
+        let keys = Keys { from: value(range::FROM)?.into(), to: value(range::TO)?.into() };
+        let inside = number(found, range::OP)? == 0;
+        return Some(Expr::Range { load: Load { field, mask }, keys, inside });
     }
     let cmp = cmp.is("cmp").filter(|cmp| number(cmp, data::CMP_SREG) == Some(register))?;
     let op = match number(cmp, data::CMP_OP)? {
@@ -208,14 +277,44 @@ fn compared<'r, 'a>(rest: &'r [Raw<'a>], v4: bool) -> Option<(Expr, &'r [Raw<'a>
     if let (None, Some(field), Type::Bytes(len)) = (&mask, field.address_begun(v4), kind)
         && bytes.len() == usize::from(len)
     {
-        return Some((begun(field, op, bytes)?, rest));
+        return begun(field, op, bytes);
     }
     // `iptables-nft` compares a name up to its NUL; one that ends with `*` is compared by its beginning alone.
     let whole = bytes.len() == kind.len() || (kind == Type::Name && bytes.last() == Some(&0));
     let mut padded = bytes.to_vec();
     padded.resize(kind.len(), 0);
     let value = if whole { kind.read(&padded)? } else { Datum::Bytes(bytes.into()) };
-    Some((Expr::Match { load: Load { field, mask }, op, value }, rest))
+    Some(Expr::Match { load: Load { field, mask }, op, value })
+}
+
+/// A field with the bits of it that count, and the register that they are in.
+fn loaded<'r, 'a>(rest: &'r [Raw<'a>]) -> Option<(Load, u32, &'r [Raw<'a>])> {
+    let (first, rest) = rest.split_first()?;
+    let (field, register) = load(first)?;
+    let Some((found, behind)) = rest.split_first().and_then(|(raw, behind)| Some((raw.is("bitwise")?, behind))) else {
+        return Some((field.into(), register, rest));
+    };
+    let same = [data::BITWISE_SREG, data::BITWISE_DREG].iter().all(|reg| number(found, *reg) == Some(register));
+    let plain = number(found, data::BITWISE_OP).unwrap_or(0) == 0;
+    let value = |attribute| attr(attr(found, attribute)?, data::VALUE);
+    let turned = value(data::BITWISE_XOR)?.iter().any(|byte| *byte != 0);
+    let mask = field.kind().read(value(data::BITWISE_MASK)?)?;
+    (same && plain && !turned).then_some((Load { field, mask: Some(mask) }, register, behind))
+}
+
+/// The lookup in a set, or in a map whose answer is a verdict.
+fn looked_up(found: &[u8], loads: Vec<Load>) -> Option<Expr> {
+    if let Some(map) = chosen(found) {
+        return Some(Expr::Choose { loads, map, ways: Vec::new() });
+    }
+    let inside = match number(found, lookup::FLAGS).unwrap_or(0) {
+        0 => true,
+        lookup::INVERTED => false,
+        _ => return None,
+    };
+    // With a register for the answer it is a map's.
+    attr(found, lookup::DREG).is_none().then_some(())?;
+    Some(Expr::Member { loads, set: text(attr(found, lookup::SET)?)?.into(), inside, keys: Vec::new() })
 }
 
 /// The comparison of a whole address that one of its first bytes stands for.
@@ -243,6 +342,10 @@ fn load(raw: &Raw<'_>) -> Option<(Field, u32)> {
         let field = match (raw.name, number(found, meta::KEY)?) {
             ("meta", meta::KEY_IIFNAME) => Field::Iif,
             ("meta", meta::KEY_OIFNAME) => Field::Oif,
+            ("meta", meta::KEY_IIF) => Field::IifIndex,
+            ("meta", meta::KEY_OIF) => Field::OifIndex,
+            ("meta", meta::KEY_PROTOCOL) => Field::Protocol,
+            ("meta", meta::KEY_PKTTYPE) => Field::PacketType,
             ("meta", meta::KEY_NFPROTO) => Field::NfProto,
             ("meta", meta::KEY_L4PROTO) => Field::L4Proto,
             ("meta", meta::KEY_MARK) => Field::Mark,
@@ -253,8 +356,12 @@ fn load(raw: &Raw<'_>) -> Option<(Field, u32)> {
         return Some((field, number(found, meta::DREG)?));
     }
     if let Some(found) = raw.is("fib") {
-        let known = number(found, fib::RESULT)? == fib::TYPE && number(found, fib::FLAGS)? == fib::OF_DESTINATION;
-        return known.then_some((Field::DstType, number(found, fib::DREG)?));
+        let (result, flags) = (number(found, fib::RESULT)?, number(found, fib::FLAGS)?);
+        let field = match (result, flags) {
+            (fib::TYPE, fib::OF_DESTINATION) => Field::DstType,
+            _ => Field::Fib { result: u8::try_from(result).ok()?, flags: u8::try_from(flags).ok()? },
+        };
+        return Some((field, number(found, fib::DREG)?));
     }
     let found = raw.is("payload")?;
     let base = match number(found, payload::BASE)? {
@@ -315,7 +422,16 @@ fn single(raw: &Raw<'_>) -> Option<Expr> {
     match raw.name {
         "counter" => Some(Expr::Counter),
         "notrack" => Some(Expr::Notrack),
-        "lookup" => Some(Expr::Choose { load: None, map: chosen(raw.data)?, ways: Vec::new() }),
+        "meta" if number(raw.data, meta::KEY) == Some(meta::KEY_MARK) => {
+            attr(raw.data, meta::SREG).map(|_| Expr::SetMark)
+        }
+        "match" | "target" => Some(Expr::Xt {
+            target: raw.name == "target",
+            name: text(attr(raw.data, xt::NAME)?)?.into(),
+            revision: u8::try_from(number(raw.data, xt::REVISION).unwrap_or(0)).ok()?,
+            data: attr(raw.data, xt::INFO)?.into(),
+        }),
+        "lookup" => Some(Expr::Choose { loads: Vec::new(), map: chosen(raw.data)?, ways: Vec::new() }),
         "immediate" if number(raw.data, data::IMMEDIATE_DREG) == Some(REG_VERDICT) => {
             verdict(attr(attr(raw.data, data::IMMEDIATE_DATA)?, data::VERDICT)?).map(Expr::Verdict)
         }

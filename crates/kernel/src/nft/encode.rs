@@ -7,8 +7,8 @@ use twill_core::firewall::{
 };
 
 use super::uapi::{
-    COUNTER_PACKETS, REG, REG_NEXT, REG_VERDICT, UDATA_COMMENT, chain, data, fib, lookup, masq, maxseg, meta, nat,
-    payload, rule, set,
+    COUNTER_PACKETS, REG, REG_NEXT, REG_SMALL, REG_VERDICT, UDATA_COMMENT, chain, data, fib, lookup, masq, maxseg,
+    meta, nat, payload, range, rule, set, xt,
 };
 use crate::netlink::wire::Writer;
 
@@ -109,19 +109,28 @@ pub(super) fn comment(w: &mut Writer, kind: u16, text: &str) {
 fn expr(w: &mut Writer, expr: &Expr) {
     match expr {
         Expr::Match { load, op, value } => {
-            self::load(w, load);
+            self::load(w, load, REG);
             compare(w, *op, &value.bytes());
         }
-        Expr::Member { load, set, inside } => {
-            self::load(w, load);
+        Expr::Range { load, keys, inside } => {
+            self::load(w, load, REG);
+            element(w, "range", |w| {
+                number(w, range::SREG, REG);
+                number(w, range::OP, u32::from(!*inside));
+                w.nest(range::FROM, |w| w.attr(data::VALUE, &keys.from));
+                w.nest(range::TO, |w| w.attr(data::VALUE, &keys.to));
+            });
+        }
+        Expr::Member { loads, set, inside, .. } => {
+            joined(w, loads);
             element(w, "lookup", |w| {
                 w.text(lookup::SET, set);
                 number(w, lookup::SREG, REG);
                 number(w, lookup::FLAGS, if *inside { 0 } else { lookup::INVERTED });
             });
         }
-        Expr::Choose { load, map, .. } => {
-            load.iter().for_each(|load| self::load(w, load));
+        Expr::Choose { loads, map, .. } => {
+            joined(w, loads);
             element(w, "lookup", |w| {
                 w.text(lookup::SET, map);
                 number(w, lookup::SREG, REG);
@@ -141,6 +150,15 @@ fn expr(w: &mut Writer, expr: &Expr) {
         Expr::Notrack => element(w, "notrack", |_| {}),
         Expr::Dnat(to) => dnat(w, *to),
         Expr::ClampMaxSeg => clamp(w),
+        Expr::SetMark => element(w, "meta", |w| {
+            number(w, meta::KEY, meta::KEY_MARK);
+            number(w, meta::SREG, REG);
+        }),
+        Expr::Xt { target, name, revision, data } => element(w, if *target { "target" } else { "match" }, |w| {
+            w.text(xt::NAME, name);
+            number(w, xt::REVISION, (*revision).into());
+            w.attr(xt::INFO, data);
+        }),
         Expr::Other { name, data } => w.nest(rule::ELEMENT, |w| {
             w.text(rule::EXPR_NAME, name);
             w.attr(rule::EXPR_DATA, data);
@@ -148,31 +166,48 @@ fn expr(w: &mut Writer, expr: &Expr) {
     }
 }
 
+/// Several fields stand side by side in the small registers.
+fn joined(w: &mut Writer, loads: &[Load]) {
+    let mut register = REG;
+    for load in loads {
+        self::load(w, load, register);
+        let taken = load.field.kind().len().div_ceil(4) as u32;
+        register = if register == REG { REG_SMALL } else { register } + taken;
+    }
+}
+
 /// The field into the register, then its bits that count.
-fn load(w: &mut Writer, load: &Load) {
+fn load(w: &mut Writer, load: &Load, register: u32) {
     let keyed = |w: &mut Writer, name, key| {
         element(w, name, |w| {
-            number(w, meta::DREG, REG);
+            number(w, meta::DREG, register);
             number(w, meta::KEY, key);
         });
     };
     match load.field {
         Field::Iif => keyed(w, "meta", meta::KEY_IIFNAME),
         Field::Oif => keyed(w, "meta", meta::KEY_OIFNAME),
+        Field::IifIndex => keyed(w, "meta", meta::KEY_IIF),
+        Field::OifIndex => keyed(w, "meta", meta::KEY_OIF),
+        Field::Protocol => keyed(w, "meta", meta::KEY_PROTOCOL),
+        Field::PacketType => keyed(w, "meta", meta::KEY_PKTTYPE),
         Field::NfProto => keyed(w, "meta", meta::KEY_NFPROTO),
         Field::L4Proto => keyed(w, "meta", meta::KEY_L4PROTO),
         Field::Mark => keyed(w, "meta", meta::KEY_MARK),
         Field::CtState => keyed(w, "ct", meta::CT_STATE),
         Field::CtStatus => keyed(w, "ct", meta::CT_STATUS),
-        Field::DstType => element(w, "fib", |w| {
-            number(w, fib::DREG, REG);
-            number(w, fib::RESULT, fib::TYPE);
-            number(w, fib::FLAGS, fib::OF_DESTINATION);
+        Field::DstType => {
+            self::load(w, &Field::Fib { result: fib::TYPE as u8, flags: fib::OF_DESTINATION as u8 }.into(), register);
+        }
+        Field::Fib { result, flags } => element(w, "fib", |w| {
+            number(w, fib::DREG, register);
+            number(w, fib::RESULT, result.into());
+            number(w, fib::FLAGS, flags.into());
         }),
         field => {
             if let Some((base, offset, len)) = field.payload() {
                 element(w, "payload", |w| {
-                    number(w, payload::DREG, REG);
+                    number(w, payload::DREG, register);
                     number(w, payload::BASE, payload_base(base));
                     number(w, payload::OFFSET, offset.into());
                     number(w, payload::LEN, len.into());
@@ -183,8 +218,8 @@ fn load(w: &mut Writer, load: &Load) {
     if let Some(mask) = &load.mask {
         let mask = mask.bytes();
         element(w, "bitwise", |w| {
-            number(w, data::BITWISE_SREG, REG);
-            number(w, data::BITWISE_DREG, REG);
+            number(w, data::BITWISE_SREG, register);
+            number(w, data::BITWISE_DREG, register);
             number(w, data::BITWISE_LEN, mask.len() as u32);
             w.nest(data::BITWISE_MASK, |w| w.attr(data::VALUE, &mask));
             w.nest(data::BITWISE_XOR, |w| w.attr(data::VALUE, &vec![0; mask.len()]));

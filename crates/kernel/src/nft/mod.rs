@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::net::netlink;
 use twill_core::firewall::{
-    Base, Chain, ChainName, Expr, Family, Head, Rule, Set, Table, TableName, Verdict, beside, policy,
+    Base, Chain, ChainName, Expr, Family, Head, Keys, Rule, Set, Table, TableName, Verdict, beside, policy,
 };
 use twill_core::host::Object;
 use twill_core::reconcile::{Op, StepError};
@@ -29,18 +29,16 @@ use crate::netlink::wire::{Writer, flag};
 /// Elements in one message: the attribute that holds them has a length of 16 bits.
 const ELEMENTS: usize = 1024;
 
+/// The chains of a table, and where they are entered.
+type Bases = BTreeMap<Box<str>, Option<Base>>;
+/// What the elements of a set stand for, with the verdict of each where it is a map's.
+type Spans = Vec<(Keys, Option<Verdict>)>;
+
 /// nftables of the namespace of the thread that opened it.
 #[derive(Debug)]
 pub(crate) struct Nft {
     requests: Socket,
     monitor: Socket,
-}
-
-/// A table before its rules are read: what it is known by, and where its chains are entered.
-struct Frame {
-    comment: Option<Box<str>>,
-    dormant: bool,
-    bases: BTreeMap<Box<str>, Option<Base>>,
 }
 
 impl Nft {
@@ -76,15 +74,13 @@ impl Nft {
 
     /// One attempt; `None`: somebody changed something in between.
     fn collect(&mut self, which: &dyn Fn(&TableName) -> bool) -> io::Result<Option<Vec<Table>>> {
-        let mut found: BTreeMap<TableName, Frame> = BTreeMap::new();
+        let mut found: BTreeMap<TableName, (Table, Bases)> = BTreeMap::new();
         let mut whole = self.requests.dump(
             msg::GET_TABLE,
             |w| w.put(&header(0)),
             |m| {
-                let table = decode::table(m.payload).filter(|(name, ..)| which(name));
-                if let Some((name, comment, dormant)) = table {
-                    found.insert(name, Frame { comment, dormant, bases: BTreeMap::new() });
-                }
+                let table = decode::table(m.payload).filter(|table| which(&table.name));
+                found.extend(table.map(|table| (table.name.clone(), (table, BTreeMap::new()))));
             },
         )?;
         whole &= self.requests.dump(
@@ -92,36 +88,54 @@ impl Nft {
             |w| w.put(&header(0)),
             |m| {
                 let Some((of, name, base)) = decode::chain(m.payload) else { return };
-                if let Some(frame) = found.get_mut(&of) {
-                    frame.bases.insert(name, base);
+                if let Some((_, bases)) = found.get_mut(&of) {
+                    bases.insert(name, base);
                 }
             },
         )?;
         let mut tables = Vec::new();
-        for (name, Frame { comment, dormant, bases }) in found {
-            let mut todo = beside::roots(&name, &bases);
-            if todo.is_empty() && !name.is_twills() && !beside::is_flannels(&name) {
+        for (mut table, bases) in found.into_values() {
+            let roots = beside::roots(&table.name, &bases);
+            if roots.is_empty() && !table.name.is_twills() && !beside::is_flannels(&table.name) {
                 continue;
             }
-            let mut chains = BTreeMap::new();
-            while let Some(chain) = todo.pop() {
-                if chains.contains_key(&chain) {
-                    continue;
-                }
-                let rules = self.rules(&name, &chain, &mut whole)?;
-                let mut rules: Vec<Rule> = rules.into_iter().map(|(_, rule)| rule).collect();
-                for expr in rules.iter_mut().flat_map(|rule| &mut rule.exprs) {
-                    if let Expr::Choose { map, ways, .. } = expr {
-                        *ways = self.ways(&name, map, &mut whole)?;
-                    }
-                    todo.extend(expr.leads_to().cloned());
-                }
-                chains.insert(chain.clone(), Chain { base: bases.get(&chain).copied().flatten(), rules });
-            }
-            let sets = if name == TableName::twill() { self.sets(&name, &mut whole)? } else { BTreeMap::new() };
-            tables.push(Table { name, comment, dormant, sets, chains });
+            self.fill(&mut table, &bases, roots, &mut whole)?;
+            tables.push(table);
         }
         Ok(whole.then_some(tables))
+    }
+
+    /// Reads these chains of a table, all that they lead to, and what they look up.
+    fn fill(&mut self, table: &mut Table, bases: &Bases, mut todo: Vec<Box<str>>, whole: &mut bool) -> io::Result<()> {
+        let (name, foreign) = (table.name.clone(), !table.is_ours());
+        let mut spans = BTreeMap::new();
+        while let Some(chain) = todo.pop() {
+            if table.chains.contains_key(&chain) {
+                continue;
+            }
+            let rules = self.rules(&name, &chain, whole)?.into_iter();
+            let mut rules: Vec<Rule> =
+                rules.map(|(handle, rule)| Rule { handle: foreign.then_some(handle), ..rule }).collect();
+            for expr in rules.iter_mut().flat_map(|rule| &mut rule.exprs) {
+                match expr {
+                    Expr::Choose { map, ways, .. } => {
+                        let spans = self.spans(&name, map, &mut spans, whole)?.iter();
+                        ways.extend(spans.filter_map(|(keys, verdict)| Some((keys.clone(), verdict.clone()?))));
+                    }
+                    Expr::Member { set, keys, .. } if foreign => {
+                        let spans = self.spans(&name, set, &mut spans, whole)?.iter();
+                        keys.extend(spans.map(|(keys, _)| keys.clone()));
+                    }
+                    _ => {}
+                }
+                todo.extend(expr.leads_to().cloned());
+            }
+            table.chains.insert(chain.clone(), Chain { base: bases.get(&chain).copied().flatten(), rules });
+        }
+        if name == TableName::twill() {
+            table.sets = self.sets(&name, whole)?;
+        }
+        Ok(())
     }
 
     /// The plain sets of addresses of a table.
@@ -147,17 +161,33 @@ impl Nft {
         Ok(sets)
     }
 
-    /// Where a map of a table leads to.
-    fn ways(&mut self, table: &TableName, map: &str, whole: &mut bool) -> io::Result<Vec<(Box<[u8]>, Verdict)>> {
-        let fill = |w: &mut Writer| {
-            w.put(&header(encode::family(table.family)));
-            w.text(set::LIST_TABLE, &table.name);
-            w.text(set::LIST_SET, map);
-        };
-        let mut ways = Vec::new();
-        *whole &= self.requests.dump(msg::GET_ELEMENT, fill, |m| ways.extend(decode::ways(m.payload)))?;
-        ways.sort();
-        Ok(ways)
+    /// What is in a set or map of somebody else's table, read once.
+    fn spans<'s>(
+        &mut self,
+        table: &TableName,
+        set: &str,
+        known: &'s mut BTreeMap<Box<str>, Spans>,
+        whole: &mut bool,
+    ) -> io::Result<&'s Spans> {
+        if !known.contains_key(set) {
+            let (mut intervals, mut elements) = (false, Vec::new());
+            let fill = |w: &mut Writer| {
+                w.put(&header(encode::family(table.family)));
+                w.text(set::TABLE, &table.name);
+            };
+            *whole &= self.requests.dump(msg::GET_SET, fill, |m| {
+                let told = decode::intervals(m.payload).filter(|(of, name, _)| of == table && **name == *set);
+                intervals |= told.is_some_and(|(.., intervals)| intervals);
+            })?;
+            let fill = |w: &mut Writer| {
+                w.put(&header(encode::family(table.family)));
+                w.text(set::LIST_TABLE, &table.name);
+                w.text(set::LIST_SET, set);
+            };
+            *whole &= self.requests.dump(msg::GET_ELEMENT, fill, |m| elements.extend(decode::keyed(m.payload)))?;
+            known.insert(set.into(), decode::spans(elements, intervals));
+        }
+        Ok(&known[set])
     }
 
     /// The rules of a chain in order, each with its handle.

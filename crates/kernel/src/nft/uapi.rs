@@ -34,6 +34,7 @@ pub(super) mod table {
     pub(in super::super) const NAME: u16 = 1;
     pub(in super::super) const FLAGS: u16 = 2;
     pub(in super::super) const USERDATA: u16 = 6;
+    pub(in super::super) const OWNER: u16 = 7;
     /// NFT_TABLE_F_DORMANT.
     pub(in super::super) const DORMANT: u32 = 1;
 }
@@ -77,6 +78,13 @@ pub(super) mod set {
     pub(in super::super) const LIST_ELEMENTS: u16 = 3;
     pub(in super::super) const ELEMENT_KEY: u16 = 1;
     pub(in super::super) const ELEMENT_DATA: u16 = 2;
+    pub(in super::super) const ELEMENT_FLAGS: u16 = 3;
+    pub(in super::super) const ELEMENT_KEY_END: u16 = 10;
+    /// NFT_SET_ELEM_INTERVAL_END, NFT_SET_ELEM_CATCHALL.
+    pub(in super::super) const INTERVAL_END: u32 = 1;
+    pub(in super::super) const CATCHALL: u32 = 2;
+    /// NFT_SET_INTERVAL.
+    pub(in super::super) const INTERVAL: u32 = 4;
 }
 
 /// NFTA_LOOKUP_* and NFT_LOOKUP_F_INV.
@@ -97,13 +105,20 @@ pub(super) const UDATA_COMMENT: u8 = 0;
 /// NFT_REG_1: 16 bytes, enough for every value here; a second value has the next, and verdicts have a register of their own.
 pub(super) const REG: u32 = 1;
 pub(super) const REG_NEXT: u32 = 2;
+/// NFT_REG32_00, of 4 bytes, the first of those that lie in NFT_REG_1.
+pub(super) const REG_SMALL: u32 = 8;
 pub(super) const REG_VERDICT: u32 = 0;
 
 /// NFTA_META_*, NFT_META_*; NFTA_CT_* has the same numbers for register and key.
 pub(super) mod meta {
     pub(in super::super) const DREG: u16 = 1;
     pub(in super::super) const KEY: u16 = 2;
+    pub(in super::super) const SREG: u16 = 3;
+    pub(in super::super) const KEY_PROTOCOL: u32 = 1;
     pub(in super::super) const KEY_MARK: u32 = 3;
+    pub(in super::super) const KEY_IIF: u32 = 4;
+    pub(in super::super) const KEY_OIF: u32 = 5;
+    pub(in super::super) const KEY_PKTTYPE: u32 = 19;
     pub(in super::super) const KEY_IIFNAME: u32 = 6;
     pub(in super::super) const KEY_OIFNAME: u32 = 7;
     pub(in super::super) const KEY_NFPROTO: u32 = 15;
@@ -137,7 +152,16 @@ pub(super) mod nat {
 /// NFTA_MATCH_* and NFTA_TARGET_*.
 pub(super) mod xt {
     pub(in super::super) const NAME: u16 = 1;
+    pub(in super::super) const REVISION: u16 = 2;
     pub(in super::super) const INFO: u16 = 3;
+}
+
+/// NFTA_RANGE_*.
+pub(super) mod range {
+    pub(in super::super) const SREG: u16 = 1;
+    pub(in super::super) const OP: u16 = 2;
+    pub(in super::super) const FROM: u16 = 3;
+    pub(in super::super) const TO: u16 = 4;
 }
 
 /// NFTA_PAYLOAD_*.

@@ -16,9 +16,8 @@ use twill_cni::ports::{self, Restored};
 use twill_cni::records::Records;
 use twill_core::backend::{Reach, TunnelSpec};
 use twill_core::firewall::TableName;
-use twill_core::firewall::beside;
-use twill_core::firewall::legacy::{self, LegacyChain};
 use twill_core::firewall::policy::STRANGERS;
+use twill_core::firewall::{beside, judge};
 use twill_core::host::{HostState, Key, Object, PROTO_TWILL};
 use twill_core::lease_set::LeaseName;
 use twill_core::reconcile::{
@@ -87,9 +86,12 @@ pub(crate) struct Reconciler {
     wake: Option<Duration>,
     audit: Duration,
     sysctls: Duration,
-    /// The forward chains of legacy iptables, and when to look again.
-    legacy: (Vec<LegacyChain>, Duration),
+    /// When to look at legacy iptables again.
+    legacy: Duration,
     findings: Option<Duration>,
+    /// What the firewalls of others drop, and whether to judge them anew.
+    judged: Vec<Finding>,
+    judge: bool,
     trim: bool,
     /// The tunnel's peers may have changed, or the table that names them.
     members: bool,
@@ -124,8 +126,10 @@ impl Reconciler {
             wake: None,
             audit: AUDIT,
             sysctls: SYSCTLS,
-            legacy: (Vec::new(), LEGACY),
+            legacy: LEGACY,
             findings: None,
+            judged: Vec::new(),
+            judge: false,
             trim: false,
             members: false,
             guarded: false,
@@ -196,7 +200,7 @@ impl Reconciler {
     /// Until the next thing that time alone brings.
     fn timeout(&self) -> Duration {
         let sysctls = (!self.kernel.interest().sysctls.is_empty()).then_some(self.sysctls);
-        let legacy = self.kernel.interest().firewall.then_some(self.legacy.1);
+        let legacy = self.kernel.interest().firewall.then_some(self.legacy);
         let next =
             [self.wake, sysctls, legacy, self.findings, Some(self.audit)].into_iter().flatten().min().unwrap_or(AUDIT);
         next.saturating_sub(self.now())
@@ -209,14 +213,15 @@ impl Reconciler {
             let dirty = self.kernel.poll_sysctls();
             self.drifted.extend(dirty);
         }
-        if self.kernel.interest().firewall && now >= self.legacy.1 {
-            let found = twill_kernel::legacy::chains();
-            if found != self.legacy.0 {
-                self.findings = Some(now);
-            }
-            self.legacy = (found, now + LEGACY);
+        if self.kernel.interest().firewall && now >= self.legacy {
+            self.legacy = now + LEGACY;
+            let before = self.kernel.legacy().to_vec();
             let dirty = self.kernel.poll_legacy();
             self.drifted.extend(dirty);
+            self.look_at_owned();
+            if before != self.kernel.legacy() {
+                (self.findings, self.judge) = (Some(now), true);
+            }
         }
         if self.wake.is_some_and(|at| now >= at) {
             self.wake = None;
@@ -240,6 +245,22 @@ impl Reconciler {
                 twill_kernel::process::trim_heap();
             }
         }
+    }
+
+    /// A table that goes with its owner goes without a word.
+    fn look_at_owned(&mut self) {
+        let owned = self.kernel.mirror().iter().filter_map(|(key, object)| match object {
+            Object::Table(table) if table.owner.is_some() => Some(key.clone()),
+            _ => None,
+        });
+        let owned: BTreeSet<Key> = owned.collect();
+        if owned.is_empty() {
+            return;
+        }
+        if let Err(error) = self.kernel.read(Scope::Keys(&owned)) {
+            tracing::warn!(%error, "tables with an owner");
+        }
+        self.drifted.extend(owned.into_iter().filter(|key| self.kernel.mirror().get(key).is_none()));
     }
 
     fn on_peers(&mut self, peers: Vec<(LeaseName, Reach)>) {
@@ -361,6 +382,8 @@ impl Reconciler {
 
     /// Plans what is dirty, applies it, and notes what came of it.
     fn reconcile(&mut self) {
+        let seen = |key: &Key| !matches!(key, Key::Sysctl(_) | Key::Route(_) | Key::Neigh(..) | Key::Rule(_));
+        self.judge |= self.all || self.ordered.iter().chain(&self.drifted).any(seen);
         let idle = !self.all && self.ordered.is_empty() && self.drifted.is_empty();
         if idle || self.held || self.wanted.desired().claim == Claim::default() {
             return;
@@ -456,12 +479,11 @@ impl Reconciler {
         let mut findings = shadowed(self.wanted.desired(), self.kernel.mirror());
         findings.extend(taken_tunnels(&self.wanted.desired().host, self.kernel.mirror()));
         findings.extend(taken_tables(self.wanted.desired(), self.kernel.mirror()));
-        let claim = &self.wanted.desired().claim;
-        findings.extend(beside::early_drops(&claim.networks, &claim.devices, self.kernel.mirror()));
-        if self.kernel.interest().firewall {
-            self.legacy.0 = twill_kernel::legacy::chains();
-            findings.extend(legacy::findings(&claim.networks, &claim.devices, &self.legacy.0));
+        if std::mem::take(&mut self.judge) {
+            let (want, have) = (self.wanted.desired(), self.kernel.mirror());
+            self.judged = judge::findings(want, have, self.kernel.legacy(), &twill_kernel::process::name);
         }
+        findings.extend(self.judged.iter().cloned());
         let (mut refused, lacking) = (self.healer.findings(), self.kernel.without_nftables());
         if let Some(error) = lacking {
             refused.retain(|finding| finding.code != "kernel-refused" || !finding.object.starts_with("table "));
@@ -486,12 +508,16 @@ impl Reconciler {
 }
 
 /// Findings that come from here; the others are the session's.
-const KERNEL_CODES: [&str; 9] = [
+const KERNEL_CODES: [&str; 13] = [
     "route-shadowed",
     "vni-taken",
     "nf-tables-missing",
     "table-taken",
     "dropped-before-forward",
+    "dropped-after-forward",
+    "tunnel-dropped",
+    "may-drop",
+    "table-owned",
     "legacy-drops-forward",
     "fought-over",
     "kernel-refused",
