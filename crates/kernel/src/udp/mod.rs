@@ -234,7 +234,8 @@ impl Udp for UdpSocket {
     fn recv(&self, buffer: &mut [u8], out: &mut Vec<Incoming>) -> io::Result<()> {
         let mut room = Room::new();
         let count = room.fill_slots(buffer);
-        let flags = libc::MSG_DONTWAIT;
+        // The C libraries disagree about this argument's sign.
+        let flags = libc::MSG_DONTWAIT as _;
         let headers = room.headers.as_mut_ptr();
         // SAFETY: the first `count` headers point into `room` and into disjoint slots of `buffer`, which are borrowed exclusively.
         let got = unsafe { libc::recvmmsg(self.fd.as_raw_fd(), headers, count as u32, flags, std::ptr::null_mut()) };
