@@ -103,7 +103,7 @@ impl Way {
     }
 
     /// As `ip route add … dev LINK` leaves it.
-    fn route(&self, link: LinkName) -> Object {
+    pub fn route(&self, link: LinkName) -> Object {
         let v4 = self.dst.is_v4();
         let entry = RouteEntry {
             via: self.via,

@@ -145,6 +145,91 @@ fn check_names_everything_that_was_altered() {
     }
 }
 
+/// Changes what a runtime passes on.
+type Alter<'a> = &'a dyn Fn(&mut Value);
+
+/// What ADD answered belongs to what is compared, and so does what the kernel chose where nobody did.
+#[test]
+fn check_names_the_ports_state_an_mtu_that_nobody_chose_and_what_prev_result_says() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let (a, b) = (runtime.container("a"), runtime.container("b"));
+    // No MTU anywhere, told from 1.1.0 on.
+    for (version, container) in [("1.0.0", &a), ("1.1.0", &b)] {
+        let conf =
+            runtime.conf(version, json!({"ipam": {"type": "host-local", "ranges": [[{"subnet": "10.9.0.0/24"}]]}}));
+        let said = runtime.add(&conf, &container.name, container);
+        let pair = said["interfaces"][1]["name"].as_str().unwrap();
+        let check = |prev: &Value| {
+            let mut conf = conf.clone();
+            conf["prevResult"] = prev.clone();
+            runtime.try_verb("CHECK", &conf, &container.name, Some(container))
+        };
+        let names = |said: Result<Value, Value>, named: &str| {
+            let refused = said.expect_err(named);
+            assert!(refused["code"] == 103 && refused["msg"].as_str().unwrap().contains(named), "{named}: {refused:#}");
+        };
+        assert_eq!(check(&said), Ok(Value::Null));
+        let host = &runtime.host;
+        let cases: [(&Host, String, String, &str); 4] = [
+            (
+                host,
+                format!("bridge link set dev {pair} state 0"),
+                format!("bridge link set dev {pair} state 3"),
+                "bridge port is disabled",
+            ),
+            (
+                host,
+                format!("ip link set {pair} mtu 1400"),
+                format!("ip link set {pair} mtu 1500"),
+                "MTU is 1400, wanted: 1500",
+            ),
+            (
+                container,
+                "ip link set eth0 mtu 1400".into(),
+                "ip link set eth0 mtu 1500".into(),
+                "eth0: MTU is 1400, wanted: 1500",
+            ),
+            (
+                container,
+                "ip link set eth0 down".into(),
+                "ip link set eth0 up; ip route add default via 10.9.0.1".into(),
+                "eth0: state is down",
+            ),
+        ];
+        for (place, alter, restore, named) in &cases {
+            sh(place, alter);
+            names(check(&said), named);
+            sh(place, restore);
+            eventually("it is as it was", || check(&said));
+        }
+        let told: [(Alter<'_>, &str); 9] = [
+            (&|p| p["ips"] = json!([]), "prevResult lacks the address 10.9.0."),
+            (
+                &|p| p["ips"][0]["address"] = json!("10.9.0.77/24"),
+                "prevResult has the address 10.9.0.77/24, which ADD did not give",
+            ),
+            (
+                &|p| p["ips"][0]["gateway"] = json!("10.9.0.99"),
+                "prevResult has the gateway 10.9.0.99, wanted: 10.9.0.1",
+            ),
+            (&|p| p["ips"][0]["interface"] = json!(0), "on another interface"),
+            (&|p| p["interfaces"][1]["mac"] = json!("02:00:00:00:00:01"), ", wanted: 02:00:00:00:00:01"),
+            (&|p| p["interfaces"][2]["mac"] = json!("02:00:00:00:00:02"), "container: eth0: MAC is"),
+            (&|p| p["interfaces"][2]["mtu"] = json!(1300), "container: eth0: MTU is 1500, wanted: 1300"),
+            (&|p| drop(p["interfaces"].as_array_mut().unwrap().remove(1)), "prevResult lacks the interface veth"),
+            (
+                &|p| p["routes"].as_array_mut().unwrap().push(json!({"dst": "10.77.0.0/16", "gw": "10.9.0.1"})),
+                "route 10.77.0.0/16 via 10.9.0.1 dev eth0",
+            ),
+        ];
+        for (alter, named) in told {
+            let mut prev = said.clone();
+            alter(&mut prev);
+            names(check(&prev), named);
+        }
+    }
+}
+
 /// Runs a line by the shell.
 fn sh(host: &Host, line: &str) {
     let out = host.command("sh").args(["-c", line]).output().unwrap();

@@ -68,6 +68,32 @@ fn an_address_asked_for_by_name_is_not_used_again_before_the_others_were() {
     assert_eq!(walk(2), ips(&[14, 9]));
 }
 
+/// Addresses alone, one of each family: each file is looked at.
+#[test]
+fn check_of_addresses_alone_names_each_that_is_missing() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let mut conf = json!({"cniVersion": "1.0.0", "name": "net", "type": "macvlan", "ipam": {"type": "host-local",
+        "ranges": [[{"subnet": "10.9.0.0/24"}], [{"subnet": "fd00:9::/64"}]], "dataDir": runtime.file("networks")}});
+    conf["prevResult"] = runtime.try_verb("ADD", &conf, "a", None).unwrap();
+    let check = |conf: &Value| runtime.try_verb("CHECK", conf, "a", None);
+    assert_eq!(check(&conf), Ok(Value::Null));
+    let named = |conf: &Value, named: &str| {
+        let refused = check(conf).unwrap_err();
+        assert!(refused["code"] == 103 && refused["msg"].as_str().unwrap().contains(named), "{named}: {refused:#}");
+    };
+    for ip in ["10.9.0.2", "fd00:9::2"] {
+        let file = runtime.file("networks/net").join(ip);
+        let holder = std::fs::read_to_string(&file).unwrap();
+        std::fs::remove_file(&file).unwrap();
+        named(&conf, &format!("the address file of {ip} is missing"));
+        std::fs::write(&file, "other\r\neth0").unwrap();
+        named(&conf, &format!("the address {ip} is held by other:eth0"));
+        std::fs::write(&file, holder).unwrap();
+    }
+    conf["prevResult"]["ips"].as_array_mut().unwrap().pop();
+    named(&conf, "prevResult lacks an address of fd00:9::/64");
+}
+
 #[test]
 fn concurrent_processes_never_share_an_address() {
     let Some((runtime, _dir)) = runtime() else { return };

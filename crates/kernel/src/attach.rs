@@ -324,6 +324,16 @@ pub fn has_device(name: LinkName) -> Result<bool, Failed> {
     Ok(kernel.mirror().link(name).is_some())
 }
 
+/// How a bridge treats a port of the calling thread's namespace that lets nothing pass (include/uapi/linux/if_bridge.h). While a spanning
+/// tree listens and learns it is about to.
+pub fn hindered_port(port: LinkName) -> Result<Option<&'static str>, Failed> {
+    Ok(match Wires::open()?.port_state(port)? {
+        Some(0) => Some("disabled"),
+        Some(4) => Some("blocking"),
+        _ => None,
+    })
+}
+
 /// The devices of the calling thread's namespace.
 pub fn devices() -> Result<Vec<Link>, Failed> {
     let kernel = open(&Desired::default(), Depth::Links)?;

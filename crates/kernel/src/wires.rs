@@ -11,7 +11,7 @@ use crate::KernelError;
 use crate::netlink::decode::{self, ifla};
 use crate::netlink::encode::rtm;
 use crate::netlink::socket::Socket;
-use crate::netlink::wire::{attr, text, u32_at};
+use crate::netlink::wire::{Writer, attr, text, u32_at};
 use crate::netns::Netns;
 
 const RTM_GETNSID: u16 = 90;
@@ -61,6 +61,20 @@ impl Wires {
         dumped.map(|_| ends).map_err(|e| KernelError::new("list devices", e))
     }
 
+    /// What a bridge lets pass by a port (BR_STATE_*); `None`: the device is no port of a bridge, or there is none.
+    pub fn port_state(&mut self, port: LinkName) -> Result<Option<u8>, KernelError> {
+        let mut state = None;
+        let fill = |w: &mut Writer| {
+            w.put(&[0; 16]);
+            w.text(ifla::IFNAME, port.as_str());
+        };
+        let asked = self.socket.ask(rtm::GETLINK, fill, |m| state = m.payload.get(16..).and_then(brport_state));
+        match asked {
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+            asked => asked.map(|()| state).map_err(|e| KernelError::new(&format!("look at {port}"), e)),
+        }
+    }
+
     /// This namespace's number for `of`; `None`: it has none yet.
     pub fn netns_id(&mut self, of: &Netns) -> Result<Option<i32>, KernelError> {
         let fd = of.as_fd().as_raw_fd() as u32;
@@ -77,6 +91,12 @@ impl Wires {
         asked.map_err(|e| KernelError::new("ask for the number of a network namespace", e))?;
         Ok(id.map(|id| id as i32).filter(|id| *id >= 0))
     }
+}
+
+fn brport_state(rest: &[u8]) -> Option<u8> {
+    let info = attr(rest, ifla::LINKINFO)?;
+    attr(info, ifla::INFO_SLAVE_KIND).and_then(text).filter(|kind| *kind == "bridge")?;
+    attr(attr(info, ifla::INFO_SLAVE_DATA)?, ifla::BRPORT_STATE)?.first().copied()
 }
 
 fn veth(payload: &[u8]) -> Option<VethEnd> {

@@ -1,7 +1,10 @@
 //! CHECK: is the container attached as ADD left it? Every difference is named.
 
-use twill_core::attach::{Attachment, Request};
+use std::net::IpAddr;
+
+use twill_core::attach::{Attachment, Request, Way};
 use twill_core::host::{Link, Object};
+use twill_core::net::{LinkName, Mtu};
 use twill_core::reconcile::{Desired, Op};
 use twill_kernel::attach as kernel;
 
@@ -12,7 +15,7 @@ use crate::error::{CniError, Code};
 use crate::ipam::{Folder, who};
 use crate::ports::Ports;
 use crate::records::Records;
-use crate::result::{Answer, Version};
+use crate::result::{Answer, Interface, RouteTo, Version};
 
 /// Runs CHECK.
 pub fn run(conf: Conf, target: &Target) -> Result<String, CniError> {
@@ -41,22 +44,29 @@ pub fn run(conf: Conf, target: &Target) -> Result<String, CniError> {
         return finish(vec!["its attachment file is missing".to_owned()]);
     };
     let request = Request { netns: path.into(), ..record.request.clone() };
-    let mut found = against(prev, &request);
+    let told = Told { prev, request: &request };
+    let mut found = told.differences();
     found.extend(addresses(&record)?);
     if let Some(ports) = Ports::lock_for(&records, &request)? {
         found.extend(ports.differences(&request)?);
     }
-    let host = kernel::differences(|have| request.host_side(have)).and_then(|mut plan| {
+    let host = kernel::differences(|have| Ok(told.beside(request.host_side(have)?, None))).and_then(|mut plan| {
         plan.steps.extend(kernel::differences(|_| Ok(request.forwarding()))?.steps);
         Ok(plan)
     });
-    let wanted = |side: Desired| kernel::differences(move |_| Ok(side.clone()));
-    let inside =
-        container.visit(|| wanted(request.container_side())).map_err(kernel::Failed::Enter).and_then(|plan| plan);
+    let side = told.beside(request.container_side(), Some(path));
+    let inside = container
+        .visit(|| kernel::differences(|_| Ok(side.clone())))
+        .map_err(kernel::Failed::Enter)
+        .and_then(|plan| plan);
     for (place, plan) in [("host", host), ("container", inside)] {
         let plan = plan.map_err(|failed| refused(failed, &records))?;
         found.extend(plan.steps.iter().map(|step| format!("{place}: {}", differs(&step.op))));
     }
+    let port = kernel::hindered_port(request.host_device).map_err(|failed| refused(failed, &records))?;
+    found.extend(
+        port.map(|state| format!("host: {}: its bridge port is {state}, wanted: forwarding", request.host_device)),
+    );
     finish(found)
 }
 
@@ -68,22 +78,111 @@ fn finish(found: Vec<String>) -> Result<String, CniError> {
 }
 
 /// What the runtime says that ADD answered, beside what ADD wrote down.
-fn against(prev: &Answer, request: &Request) -> Vec<String> {
-    let told = |ip: &std::net::IpAddr| prev.ips.iter().any(|told| told.address.addr == *ip);
-    let missing = request.addresses.iter().filter(|inet| !told(&inet.addr));
-    missing.map(|inet| format!("prevResult lacks the address {inet}")).collect()
+struct Told<'a> {
+    prev: &'a Answer,
+    request: &'a Request,
 }
 
-/// The address files of what prevResult says, for somebody else's plugin.
+/// What a veth has that nobody gave an MTU (ETH_DATA_LEN).
+const PLAIN_MTU: i64 = 1500;
+
+impl Told<'_> {
+    /// A device of the answer: of the host, or of the container.
+    fn interface(&self, name: LinkName, inside: bool) -> Option<&Interface> {
+        let is_inside = |of: &Interface| of.sandbox.as_ref().is_some_and(|sandbox| !sandbox.is_empty());
+        self.prev.interfaces.iter().find(|of| of.name == name.as_str() && is_inside(of) == inside)
+    }
+
+    /// What the answer and the attachment file do not have in common.
+    fn differences(&self) -> Vec<String> {
+        let Self { prev, request } = self;
+        let mut found = Vec::new();
+        let devices = request.bridge.into_iter().chain([request.host_device]).map(|name| (name, false));
+        for (name, inside) in devices.chain([(request.ifname, true)]) {
+            // Before 0.3 nobody told of devices; whoever tells of any tells of all.
+            if !prev.interfaces.is_empty() && self.interface(name, inside).is_none() {
+                found.push(format!("prevResult lacks the interface {name}"));
+            }
+        }
+        let own = prev.interfaces.iter().position(|of| self.interface(request.ifname, true) == Some(of));
+        for inet in &request.addresses {
+            match prev.ips.iter().find(|told| told.address.addr == inet.addr) {
+                None => found.push(format!("prevResult lacks the address {inet}")),
+                Some(told) if told.address != *inet => {
+                    found.push(format!("prevResult has the address {}, wanted: {inet}", told.address));
+                }
+                Some(told) if told.interface.is_some() && told.interface != own => {
+                    found.push(format!("prevResult has the address {inet} on another interface"));
+                }
+                Some(told) => {
+                    let gateway = request.gateways.iter().find(|of| of.addr.is_ipv4() == inet.addr.is_ipv4());
+                    if let (Some(told), Some(gateway)) = (told.gateway, gateway)
+                        && told != gateway.addr
+                    {
+                        found.push(format!("prevResult has the gateway {told}, wanted: {}", gateway.addr));
+                    }
+                }
+            }
+        }
+        for told in prev.ips.iter().filter(|told| told.interface.is_none() || told.interface == own) {
+            if !request.addresses.iter().any(|inet| inet.addr == told.address.addr) {
+                found.push(format!("prevResult has the address {}, which ADD did not give", told.address));
+            }
+        }
+        found
+    }
+
+    /// What ADD made, as the answer tells of it: a plugin behind ours may have changed a MAC or an MTU, or added a route. A bridge may
+    /// have its MAC from a port.
+    fn beside(&self, mut side: Desired, sandbox: Option<&str>) -> Desired {
+        let (name, inside) =
+            (if sandbox.is_some() { self.request.ifname } else { self.request.host_device }, sandbox.is_some());
+        if let Some(link) = side.host.link(name) {
+            let told = self.interface(name, inside);
+            let told_mtu = told.and_then(|told| told.mtu).and_then(|mtu| Mtu::try_from(i64::from(mtu)).ok());
+            let mut link = link.clone();
+            link.mac = told.and_then(|told| told.mac).or(link.mac);
+            link.mtu = told_mtu.or(link.mtu).or(Mtu::try_from(PLAIN_MTU).ok());
+            side.host.insert(Object::Link(Box::new(link)));
+        }
+        if inside {
+            let known = |route: &RouteTo| {
+                self.request
+                    .routes
+                    .iter()
+                    .any(|way| way.dst == route.dst && (route.gw.is_none() || way.via == route.gw))
+            };
+            let more = self.prev.routes.iter().filter(|route| !known(route));
+            side.host.extend(more.map(|route| Way::new(route.dst, route.gw).route(name)));
+        }
+        side
+    }
+}
+
+/// The address files of what prevResult says, for somebody else's plugin: one address of each range.
 fn alone(conf: &Conf, target: &Target, prev: &Answer) -> Result<Vec<String>, CniError> {
     let Some(ipam) = &conf.ipam else { return Ok(Vec::new()) };
     let Some(folder) = Folder::find(&ipam.dir)? else { return Ok(vec![format!("{} is missing", ipam.dir.display())]) };
-    let held = folder.held()?;
-    let mine = held.iter().filter(|held| {
-        held.holder.as_ref().is_some_and(|holder| holder.is(&target.container_id, target.ifname.as_str()))
-    });
-    let told = prev.ips.iter().any(|ip| mine.clone().any(|held| held.ip == ip.address.addr));
-    Ok(if told { Vec::new() } else { vec!["no address of prevResult is held by this container".to_owned()] })
+    let mut found = Vec::new();
+    for set in &ipam.sets {
+        let told: Vec<_> = prev.ips.iter().map(|ip| ip.address.addr).filter(|ip| set.find(*ip).is_some()).collect();
+        if told.is_empty() {
+            found.push(format!("prevResult lacks an address of {set}"));
+        }
+        for ip in told {
+            found.extend(held(&folder, ip, &target.container_id, target.ifname.as_str())?);
+        }
+    }
+    Ok(found)
+}
+
+/// What is wrong with an address file.
+fn held(folder: &Folder, ip: IpAddr, container_id: &str, ifname: &str) -> Result<Option<String>, CniError> {
+    Ok(match folder.holder(ip)? {
+        Some(holder) if holder.is(container_id, ifname) => None,
+        Some(holder) => Some(format!("the address {ip} is held by {}", who(Some(&holder)))),
+        None => Some(format!("the address file of {ip} is missing")),
+    })
 }
 
 /// The address files of an attachment.
@@ -95,15 +194,8 @@ fn addresses(record: &Attachment) -> Result<Vec<String>, CniError> {
         return Ok(vec![format!("{} is missing", network.dir)]);
     };
     let Request { container_id, ifname, addresses, .. } = &record.request;
-    let mut found = Vec::new();
-    for ip in addresses.iter().map(|inet| inet.addr) {
-        match folder.holder(ip)? {
-            Some(holder) if holder.is(container_id, ifname.as_str()) => {}
-            Some(holder) => found.push(format!("the address {ip} is held by {}", who(Some(&holder)))),
-            None => found.push(format!("the address file of {ip} is missing")),
-        }
-    }
-    Ok(found)
+    let found = addresses.iter().map(|inet| held(&folder, inet.addr, container_id, ifname.as_str()));
+    found.filter_map(Result::transpose).collect()
 }
 
 /// A step that would be needed, as what is wrong.

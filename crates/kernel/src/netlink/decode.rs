@@ -34,6 +34,7 @@ pub(crate) mod ifla {
     pub(crate) const INFO_DATA: u16 = 2;
     pub(crate) const INFO_SLAVE_KIND: u16 = 4;
     pub(crate) const INFO_SLAVE_DATA: u16 = 5;
+    pub(crate) const BRPORT_STATE: u16 = 1;
     pub(crate) const BRPORT_MODE: u16 = 4;
     pub(crate) const BRPORT_ISOLATED: u16 = 33;
     pub(crate) const VETH_PEER: u16 = 1;
