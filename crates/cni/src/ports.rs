@@ -47,7 +47,7 @@ impl<'r> Ports<'r> {
 
     /// Attachments of this boot that have rules, but `except`.
     fn others(&self, except: Option<&Request>) -> Result<Vec<Attachment>, CniError> {
-        let mut all = self.records.all()?;
+        let mut all = self.records.all_for_rules()?;
         all.retain(|record| {
             record.boot_id == self.boot
                 && record.request.has_rules()

@@ -87,14 +87,32 @@ impl Records {
         files::sweep_folder(&self.0).act(|| format!("remove what was left half made in {}", self.0.display()))
     }
 
-    /// All attachments that can be read.
+    /// All attachments that are understood. One that is not, of a newer release for instance, hinders nobody else.
     pub fn all(&self) -> Result<Vec<Attachment>, CniError> {
+        Ok(self.paths()?.iter().filter_map(|path| read(path).ok().flatten()).collect())
+    }
+
+    /// The others: `<containerID>:<ifname>`, and what is wrong with the file.
+    pub(crate) fn not_understood(&self) -> Result<Vec<(String, CniError)>, CniError> {
+        let wrong = |path: &PathBuf| Some((path.file_stem()?.to_string_lossy().into_owned(), read(path).err()?));
+        Ok(self.paths()?.iter().filter_map(wrong).collect())
+    }
+
+    /// All that ask something of the firewall, those of a newer release as far as they are understood: their rules stay.
+    pub(crate) fn all_for_rules(&self) -> Result<Vec<Attachment>, CniError> {
+        let read = |path: PathBuf| {
+            let text = files::read_limited(&path, LIMIT).ok().flatten()?;
+            Attachment::parse(&text).ok().or_else(|| Attachment::parse_newer(&text))
+        };
+        Ok(self.paths()?.into_iter().filter_map(read).collect())
+    }
+
+    fn paths(&self) -> Result<Vec<PathBuf>, CniError> {
         let entries = match fs::read_dir(&self.0) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             entries => entries.act(|| format!("list {}", self.0.display()))?,
         };
-        let paths = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| is_record(path));
-        paths.filter_map(|path| read(&path).transpose()).collect()
+        Ok(entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| is_record(path)).collect())
     }
 }
 

@@ -14,7 +14,7 @@ use crate::verb::{forget, refused};
 pub fn sweep(records: &Records) -> Result<Vec<String>, CniError> {
     records.sweep_half_made()?;
     let mut freed = Vec::new();
-    let mut failed = None;
+    let mut failed = records.not_understood()?.into_iter().map(|(_, error)| error).reduce(CniError::and);
     for record in records.all()?.iter().filter(|record| record.network.is_some()) {
         match leaked(records, record).and_then(|leak| leak.map(|leak| free(&leak, records)).transpose()) {
             Ok(Some(())) => freed.push(record.file_name().trim_end_matches(".json").to_owned()),

@@ -375,6 +375,11 @@ impl Attachment {
         Self { request, ..self.clone() }
     }
 
+    /// Reads what is understood of a newer release's file, for what has to be kept of it.
+    pub fn parse_newer(text: &[u8]) -> Option<Self> {
+        serde_json::from_slice(text).ok().filter(|kept: &Self| kept.format == FORMAT)
+    }
+
     /// Reads a file's content.
     pub fn parse(text: &[u8]) -> Result<Self, BadAttachment> {
         #[derive(Deserialize)]

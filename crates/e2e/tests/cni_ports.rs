@@ -310,6 +310,47 @@ fn what_is_no_host_port_is_refused_and_leaves_nothing_behind() {
     assert_eq!(a.json("link").as_array().unwrap().len(), 1);
 }
 
+/// A file of a newer release is for that release: whoever it belongs to waits for it, nobody else does, and its host port stays.
+#[test]
+fn a_file_of_a_newer_release_hinders_only_its_own_container() {
+    let Some(place) = place() else { return };
+    let Place { runtime, a, b, .. } = &place;
+    let (conf, other) =
+        (with_ports(runtime, json!([port(8080, 80, "tcp")])), with_ports(runtime, json!([port(8081, 80, "tcp")])));
+    runtime.add(&conf, "a", a);
+    let of_a = published(&runtime.host);
+    let file = runtime.file("state/attachments/a:eth0.json");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let newer = text.replacen("\"version\": 1", "\"version\": 7, \"more\": true", 1);
+    assert_ne!(text, newer);
+    std::fs::write(&file, &newer).unwrap();
+    let refused = |said: Result<Value, Value>| {
+        let refused = said.unwrap_err();
+        let msg = refused["msg"].as_str().unwrap();
+        assert!(refused["code"] == 6 && msg.contains("a:eth0.json") && msg.contains("version is 7"), "{refused:#}");
+    };
+    for verb in ["ADD", "DEL"] {
+        refused(runtime.try_verb(verb, &conf, "a", Some(a)));
+    }
+    runtime.add(&other, "b", b);
+    assert_eq!(published(&runtime.host).len(), 2 * of_a.len());
+    let clash = runtime.try_verb("ADD", &conf, "c", Some(&runtime.container("c"))).unwrap_err();
+    assert!(clash["code"] == 105 && clash["msg"].as_str().unwrap().contains("a:eth0"), "{clash:#}");
+    runtime.del(&other, "b", Some(b));
+    assert_eq!(published(&runtime.host), of_a);
+    // GC frees the others, and what this one holds stays.
+    runtime.add(&other, "b", b);
+    let held = runtime.held().len();
+    let mut gc = conf.clone();
+    gc["cni.dev/valid-attachments"] = json!([]);
+    refused(runtime.try_verb("GC", &gc, "", None));
+    assert_eq!((runtime.held().len(), runtime.attachments()), (held / 2, vec!["a:eth0.json".to_owned()]));
+    assert_eq!(published(&runtime.host), of_a);
+    std::fs::write(&file, text).unwrap();
+    runtime.del(&conf, "a", Some(a));
+    assert_eq!((runtime.held(), runtime.attachments(), published(&runtime.host)), (vec![], vec![], vec![]));
+}
+
 /// The files may be lost: what they asked for goes with the container all the same, and what others ask for stays.
 #[test]
 fn del_and_gc_take_host_ports_back_without_an_attachment_file() {

@@ -131,8 +131,8 @@ impl Plan<'_> {
     fn write_down(&self) -> Result<(Attachment, Vec<Given>, Vec<Unsynced>), CniError> {
         match self.try_write_down() {
             Err(held) if [Code::Addresses, Code::Port].contains(&held.code) => {
-                sweep(self.records)?;
-                self.try_write_down()
+                let swept = sweep(self.records).err();
+                self.try_write_down().map_err(|error| swept.into_iter().fold(error, CniError::and))
             }
             written => written,
         }

@@ -18,11 +18,16 @@ pub fn run(conf: &Clear) -> Result<String, CniError> {
     let records = Records::new(conf.attachments());
     let others = records.all()?.into_iter().filter(|record| record.network.is_none()).map(|record| record.request);
     valid.extend(others.map(|r| Valid { container_id: r.container_id, ifname: r.ifname.to_string() }));
+    let not_understood = records.not_understood()?;
+    let holders = not_understood.iter().filter_map(|(name, _)| name.split_once(':'));
+    valid.extend(holders.map(|(id, ifname)| Valid { container_id: id.to_owned(), ifname: ifname.to_owned() }));
     // Only then: a device that refuses to go, or a rule, has its addresses still.
     if conf.has_device {
         stale_attachments(conf, &valid, &records)?;
     }
     stale_addresses(conf, &valid)?;
+    // They were left alone, and so was what they hold.
+    all(not_understood.into_iter().map(|(_, error)| Err(error)))?;
     Ok(String::new())
 }
 
