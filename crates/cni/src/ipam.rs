@@ -171,7 +171,7 @@ impl Folder {
     }
 
     /// Takes what was chosen. Whatever fails, nothing is taken.
-    pub fn take(&self, choice: &Choice, holder: &Holder) -> Result<Vec<Unsynced>, CniError> {
+    pub fn take(&self, choice: &Choice, holder: &Holder) -> Result<Option<Unsynced>, CniError> {
         let mut changes = Vec::new();
         for (name, content) in &choice.marks {
             let file = self.dir.join(name);
@@ -189,8 +189,7 @@ impl Folder {
                 }
             }
         }
-        changes.iter_mut().rev().skip(1).for_each(Unsynced::leave_folder);
-        Ok(changes)
+        Ok(Unsynced::of_folder(changes))
     }
 
     /// Who holds an address.

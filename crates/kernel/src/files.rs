@@ -6,7 +6,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::thread::{Scope, ScopedJoinHandle};
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
 /// Puts `bytes` at `path` so that a reader sees the old content or the new, and a crash loses neither: write beside it, fsync, rename,
 /// fsync the folder. The folder is made when it is missing.
@@ -77,7 +77,7 @@ pub fn put_locked(path: &Path, bytes: &[u8], mode: u32) -> io::Result<Unsynced> 
         let dir = write().inspect_err(|_| {
             let _ = fs::remove_file(&beside);
         })?;
-        Ok(Unsynced { file: Some(file), dir: Some(dir) })
+        Ok(Unsynced { files: vec![file], dir })
     })
 }
 
@@ -126,9 +126,14 @@ pub fn put_new(path: &Path, beside: &Path, bytes: &[u8]) -> io::Result<Unsynced>
     })
 }
 
-/// The same, in place of what is there.
+/// The same, in place of what is there. The two change places: a file that takes another one's by `rename` is hurried to the disk at once
+/// (fs/ext4/namei.c `ext4_rename`).
 pub fn put_over(path: &Path, beside: &Path, bytes: &[u8]) -> io::Result<Unsynced> {
-    put_by(path, beside, bytes, || fs::rename(beside, path))
+    put_by(path, beside, bytes, || match renameat_with(CWD, beside, CWD, path, RenameFlags::EXCHANGE) {
+        Ok(()) => fs::remove_file(beside),
+        // Nothing is there, or the file system cannot.
+        Err(_) => fs::rename(beside, path),
+    })
 }
 
 fn put_by(path: &Path, beside: &Path, bytes: &[u8], place: impl Fn() -> io::Result<()>) -> io::Result<Unsynced> {
@@ -137,7 +142,7 @@ fn put_by(path: &Path, beside: &Path, bytes: &[u8], place: impl Fn() -> io::Resu
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(beside)?;
         file.write_all(bytes)?;
         place()?;
-        Ok(Unsynced { file: Some(file), dir: Some(File::open(dir)?) })
+        Ok(Unsynced { files: vec![file], dir: File::open(dir)? })
     };
     write().inspect_err(|_| {
         let _ = fs::remove_file(beside);
@@ -171,7 +176,7 @@ pub fn remove(path: &Path) -> io::Result<Option<Unsynced>> {
     match fs::remove_file(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e),
-        Ok(()) => Ok(Some(Unsynced { file: None, dir: Some(File::open(dir)?) })),
+        Ok(()) => Ok(Some(Unsynced { files: Vec::new(), dir: File::open(dir)? })),
     }
 }
 
@@ -179,18 +184,21 @@ pub fn remove(path: &Path) -> io::Result<Option<Unsynced>> {
 #[derive(Debug)]
 #[must_use]
 pub struct Unsynced {
-    file: Option<File>,
-    dir: Option<File>,
+    files: Vec<File>,
+    dir: File,
 }
 
 impl Unsynced {
-    /// Another change of the same folder waits for it.
-    pub fn leave_folder(&mut self) {
-        self.dir = None;
+    /// Several changes of one folder as one: the folder is waited for once.
+    pub fn of_folder(changes: Vec<Unsynced>) -> Option<Unsynced> {
+        changes.into_iter().reduce(|mut all, next| {
+            all.files.extend(next.files);
+            all
+        })
     }
 
     fn sync(&self) -> io::Result<()> {
-        [&self.file, &self.dir].into_iter().flatten().try_for_each(File::sync_all)
+        self.files.iter().chain([&self.dir]).try_for_each(File::sync_all)
     }
 }
 

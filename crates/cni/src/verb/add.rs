@@ -52,7 +52,7 @@ fn addresses_alone(conf: &Conf, target: &Target) -> Result<Answer, CniError> {
         let taken = folder.take(&choice, &holder(target))?;
         (choice.given, taken)
     };
-    files::sync_all(&taken).act(|| format!("write {} to the disk", ipam.dir.display()))?;
+    files::sync_all(taken.as_slice()).act(|| format!("write {} to the disk", ipam.dir.display()))?;
     let ips = given.iter().map(|given| Ip { address: given.inet, gateway: Some(given.gateway), interface: None });
     Ok(Answer { ips: ips.collect(), routes: ipam.routes.clone(), dns: dns(conf)?, interfaces: Vec::new() })
 }
@@ -158,7 +158,7 @@ impl Plan<'_> {
         let mut changes = vec![records.put(&record.without_rules())?];
         let mut take = || {
             let taken = folder.as_ref().map(|folder| folder.take(&choice, &holder(target))).transpose()?;
-            changes.extend(taken.into_iter().flatten());
+            changes.extend(taken.flatten());
             if record.request.has_rules() {
                 changes.push(records.put(&record)?);
             }
