@@ -12,7 +12,7 @@ use twill_core::ipam::{BadRange, Range, RangeSet};
 use twill_core::net::{Inet, LinkName, MacAddr, Mtu, Prefix};
 use twill_core::ports::{PortMap, Transport};
 
-use crate::env::{address, unicast};
+use crate::env::{NAMES, address, can_be_made, unicast};
 use crate::error::{CniError, Code};
 use crate::result::{Answer, RouteTo, Version};
 
@@ -387,7 +387,14 @@ impl Device {
         let bridge = match name {
             // Ours, with no bridge at all.
             "" if ours => None,
-            name => Some(name.parse().map_err(|e| config(format!("bridge: {e}"), "name a bridge such as cni0"))?),
+            name => {
+                let name: LinkName =
+                    name.parse().map_err(|e| config(format!("bridge: {e}"), "name a bridge such as cni0"))?;
+                if !can_be_made(name) {
+                    return Err(config(format!("bridge: {name} is not {NAMES}"), "name a bridge such as cni0"));
+                }
+                Some(name)
+            }
         };
         let mtu = raw.mtu.filter(|mtu| *mtu != 0).map(Mtu::try_from).transpose();
         let default_route = raw.is_default_gateway.unwrap_or(ours);

@@ -83,7 +83,11 @@ impl Target {
     /// The variables of ADD and CHECK.
     pub fn read(vars: Vars<'_>) -> Result<Self, CniError> {
         let args = Args::parse(&vars("CNI_ARGS").unwrap_or_default())?;
-        Ok(Self { args, ..Self::leaving(vars)? })
+        let target = Self { args, ..Self::leaving(vars)? };
+        if !can_be_made(target.ifname) {
+            return Err(wrong("CNI_IFNAME", target.ifname.as_str(), NAMES));
+        }
+        Ok(target)
     }
 
     /// The variables of DEL, which has no use for CNI_ARGS.
@@ -107,6 +111,14 @@ impl Target {
         self.netns.as_deref().ok_or_else(|| missing("CNI_NETNS"))
     }
 }
+
+/// What the kernel makes a device of: sysctls of all devices have two of the names, and a number takes the place of '%'.
+pub(crate) fn can_be_made(name: LinkName) -> bool {
+    !["all", "default"].contains(&name.as_str()) && !name.as_str().contains('%')
+}
+
+/// For people.
+pub(crate) const NAMES: &str = "a device's name: the kernel has all and default for itself, and no '%' in it";
 
 /// It becomes part of a file's name. The specification has no limit; file systems do.
 fn is_container_id(id: &str) -> bool {

@@ -30,6 +30,12 @@ pub enum BadRange {
     /// Too few addresses.
     #[error("the subnet {0} has no room for a gateway and a container")]
     TooSmall(Prefix),
+    /// Addresses that no container can have.
+    #[error("the subnet {0} is of {1} addresses")]
+    NotUnicast(Prefix, &'static str),
+    /// Nothing for a container.
+    #[error("the range from {0} to {1} has no address but its gateway's")]
+    GatewayAlone(IpAddr, IpAddr),
     /// An address that lies elsewhere.
     #[error("{what} {ip} does not lie in the subnet {subnet}")]
     Outside {
@@ -69,7 +75,7 @@ impl std::fmt::Display for RangeSet {
 
 impl Range {
     /// What is not given has host-local's default: the second address to the last one (IPv4: before the broadcast address), and the
-    /// second address as gateway.
+    /// second address as gateway. IPv4's first and last address are no container's, whatever is asked for.
     pub fn new(
         subnet: Prefix,
         first: Option<IpAddr>,
@@ -79,6 +85,9 @@ impl Range {
         if subnet.len() > subnet.bits() - 2 {
             return Err(BadRange::TooSmall(subnet));
         }
+        if let Some(kind) = not_for_hosts(subnet.addr()) {
+            return Err(BadRange::NotUnicast(subnet, kind));
+        }
         let end = if subnet.is_v4() { before(subnet.last()) } else { subnet.last() };
         let second = subnet.nth(1).unwrap_or(subnet.addr());
         for (what, ip) in [("rangeStart", first), ("rangeEnd", last), ("gateway", gateway)] {
@@ -86,14 +95,14 @@ impl Range {
                 return Err(BadRange::Outside { what, ip, subnet });
             }
         }
-        let range = Self {
-            subnet,
-            first: first.unwrap_or(second),
-            last: last.unwrap_or(end),
-            gateway: gateway.unwrap_or(second),
-        };
+        let first = first.filter(|ip| !subnet.is_v4() || *ip != subnet.addr()).unwrap_or(second);
+        let last = last.filter(|ip| !subnet.is_v4() || *ip != subnet.last()).unwrap_or(end);
+        let range = Self { subnet, first, last, gateway: gateway.unwrap_or(second) };
         if ip_to_bits(range.first) > ip_to_bits(range.last) {
             return Err(BadRange::Empty(range.first, range.last));
+        }
+        if (range.first, range.last) == (range.gateway, range.gateway) {
+            return Err(BadRange::GatewayAlone(range.first, range.last));
         }
         Ok(range)
     }
@@ -201,6 +210,17 @@ impl RangeSet {
     }
 }
 
+/// What the addresses around `ip` are for, when no host can have one.
+fn not_for_hosts(ip: IpAddr) -> Option<&'static str> {
+    match ip {
+        ip if ip.is_multicast() => Some("multicast"),
+        ip if ip.is_loopback() => Some("loopback"),
+        IpAddr::V4(ip) if ip.octets()[0] == 0 => Some("unspecified"),
+        IpAddr::V4(ip) if ip.octets()[0] >= 240 => Some("reserved"),
+        _ => None,
+    }
+}
+
 /// The address before `ip`, of the same family.
 fn before(ip: IpAddr) -> IpAddr {
     ip_from_bits(&ip, ip_to_bits(ip).saturating_sub(1))
@@ -255,6 +275,8 @@ mod tests {
         let v4 = range("10.1.15.0/24", "", "");
         assert_eq!(v4.to_string(), "10.1.15.0/24 (10.1.15.1 to 10.1.15.254)");
         assert_eq!(v4.gateway.to_string(), "10.1.15.1");
+        let whole = range("10.1.15.0/24", "10.1.15.0", "10.1.15.255");
+        assert_eq!(whole, v4, "the network's own and the broadcast address are nobody's");
         let v6 = range("fd00:15::/64", "", "");
         assert_eq!(v6.last.to_string(), "fd00:15::ffff:ffff:ffff:ffff");
     }
@@ -270,6 +292,9 @@ mod tests {
             new("10.0.0.0/24", Some("10.0.1.1"), None),
             "rangeStart 10.0.1.1 does not lie in the subnet 10.0.0.0/24"
         );
+        assert_eq!(new("224.0.0.0/24", None, None), "the subnet 224.0.0.0/24 is of multicast addresses");
+        let alone = new("10.0.0.0/24", None, Some("10.0.0.1"));
+        assert_eq!(alone, "the range from 10.0.0.1 to 10.0.0.1 has no address but its gateway's");
         let empty = new("10.0.0.0/24", Some("10.0.0.9"), Some("10.0.0.8"));
         assert_eq!(empty, "the range from 10.0.0.9 to 10.0.0.8 is empty");
         assert_eq!(RangeSet::new(vec![]).unwrap_err(), BadRange::NoRange);
@@ -281,7 +306,7 @@ mod tests {
 
     #[test]
     fn the_last_address_of_a_family_ends_the_walk() {
-        let all = Prefix::strict("ff00::".parse().unwrap(), 8).unwrap();
+        let all = Prefix::strict("fe00::".parse().unwrap(), 8).unwrap();
         let last = all.last();
         let set = RangeSet::new(vec![Range::new(all, Some(last), None, None).unwrap()]).unwrap();
         assert_eq!(set.next(None, |_| true).unwrap().inet.addr, last);

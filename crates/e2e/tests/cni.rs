@@ -405,6 +405,48 @@ fn bad_input_is_named_and_leaves_nothing_behind() {
     refused(2, "vlan", &adds(&own(json!({"vlan": 7})), "a", &netns_a));
     refused(2, "dhcp", &adds(&own(json!({"ipam": {"type": "dhcp"}})), "a", &netns_a));
     refused(7, "10.9.0.0/31", &adds(&own(range("10.9.0.0/31")), "a", &netns_a));
+    let within = |first: &str, last: &str| json!({"ipam": {"type": "host-local", "ranges": [[{"subnet": "10.9.0.0/24", "rangeStart": first, "rangeEnd": last}]]}});
+    let two = json!({"ipam": {"type": "host-local", "ranges": [[{"subnet": "10.9.0.0/24", "rangeEnd": "10.9.0.9"}, {"subnet": "10.9.0.0/24", "rangeStart": "10.9.0.9"}]]}});
+    for (asked, says) in [
+        (range("10.9.0.2/32"), "10.9.0.2/32 has no room"),
+        (range("224.0.0.0/24"), "of multicast addresses"),
+        (range("127.0.0.0/8"), "of loopback addresses"),
+        (range("ff02::/64"), "of multicast addresses"),
+        (within("10.9.0.9", "10.9.0.8"), "from 10.9.0.9 to 10.9.0.8 is empty"),
+        (within("10.9.0.1", "10.9.0.1"), "no address but its gateway's"),
+        (two, "overlap"),
+        (json!({"bridge": "all"}), "bridge: all is not"),
+        (json!({"bridge": "br%d"}), "bridge: br%d is not"),
+    ] {
+        refused(7, says, &adds(&own(asked), "a", &netns_a));
+    }
+    for name in ["all", "default", "eth%d"] {
+        let call = adds(&conf, "a", &netns_a);
+        let mut command = runtime.command(&bin("twill-cni"), &call);
+        command.env("CNI_IFNAME", name);
+        let refused = runtime.finish(command, &conf).unwrap_err();
+        assert!(refused["code"] == 4 && refused["msg"].as_str().unwrap().contains(name), "{refused:#}");
+        assert_eq!(runtime.everything(), before, "{name}");
+    }
+    // Published at one address of the host, of a family that the container has not.
+    let published = |ip: &str, subnet: &str| {
+        let mut asked = range(subnet);
+        asked["bridge"] = json!("cni2");
+        asked["runtimeConfig"] =
+            json!({"portMappings": [{"hostPort": 80, "containerPort": 80, "protocol": "tcp", "hostIP": ip}]});
+        own(asked)
+    };
+    refused(7, "[::1]:80/tcp: IPv6 leads nothing from ::1", &adds(&published("::1", "fd00:7::/64"), "a", &netns_a));
+    refused(
+        7,
+        "[fd00::9]:80/tcp: the container has no IPv6 address",
+        &adds(&published("fd00::9", "10.7.0.0/24"), "a", &netns_a),
+    );
+    refused(
+        7,
+        "10.0.0.9:80/tcp: the container has no IPv4 address",
+        &adds(&published("10.0.0.9", "fd00:7::/64"), "a", &netns_a),
+    );
     refused(4, "CNI_CONTAINERID", &adds(&conf, "", &netns_a));
     refused(4, "CNI_CONTAINERID", &adds(&conf, "../up", &netns_a));
     refused(4, "CNI_NETNS", &adds(&conf, "a", ""));

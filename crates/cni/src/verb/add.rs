@@ -7,6 +7,7 @@ use twill_core::attach::{self, Attachment, Network, Request, Way};
 use twill_core::host::PortFlags;
 use twill_core::ipam::{Given, Holder};
 use twill_core::net::{Inet, LinkName, Mtu, Prefix};
+use twill_core::ports::PortMap;
 use twill_kernel::attach as kernel;
 use twill_kernel::files::{self, Unsynced};
 use twill_kernel::{Kernel, LinuxKernel};
@@ -193,6 +194,7 @@ fn request(conf: &Conf, device: &Device, target: &Target, given: &[Given]) -> Re
         let msg = format!("the MTU is {mtu}, and {} needs {IPV6_MTU} (RFC 8200)", v6.inet.addr);
         return Err(CniError::new(Code::Config, msg, "raise mtu, or leave the IPv6 range out"));
     }
+    device.ports.iter().try_for_each(|map| reachable(map, given))?;
     Ok(Request {
         container_id: target.container_id.clone(),
         ifname: target.ifname,
@@ -210,6 +212,21 @@ fn request(conf: &Conf, device: &Device, target: &Target, given: &[Given]) -> Re
         ports: device.ports.clone(),
         masquerade_beyond: beyond(device, given),
     })
+}
+
+/// A host port at one address leads to a container of the same family, and from where packets can be led at all.
+fn reachable(map: &PortMap, given: &[Given]) -> Result<(), CniError> {
+    let Some(ip) = map.only_at() else { return Ok(()) };
+    let refuse = |why: &str, hint: &str| Err(CniError::new(Code::Config, format!("portMappings: {map}: {why}"), hint));
+    if ip.is_ipv6() && ip.is_loopback() {
+        return refuse("IPv6 leads nothing from ::1 elsewhere", "publish it at 127.0.0.1, or leave hostIP out");
+    }
+    if !given.iter().any(|given| given.inet.addr.is_ipv4() == ip.is_ipv4()) {
+        let family = if ip.is_ipv4() { "IPv4" } else { "IPv6" };
+        let hint = format!("give the network an {family} range, or publish the port at an address of the other family");
+        return refuse(&format!("the container has no {family} address"), &hint);
+    }
+    Ok(())
 }
 
 /// `ipMasq`: what leaves the container's subnet has the host's address, but towards containers of other nodes.
