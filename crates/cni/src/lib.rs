@@ -27,7 +27,9 @@ use clear::Clear;
 use conf::Conf;
 use env::{Target, Vars, Verb};
 use error::CniError;
+use records::Records;
 use result::Version;
+use twill_core::host::Object;
 
 /// What the program of every release says of itself, after name and version: `twill cni` knows it by these bytes, so they never change.
 pub const ABOUT: &str = ": a CNI plugin, run by container runtimes; speaks CNI ";
@@ -35,31 +37,46 @@ pub const ABOUT: &str = ": a CNI plugin, run by container runtimes; speaks CNI "
 /// What goes to stdout, and whether it is an error.
 pub type Said = Result<String, String>;
 
-/// Runs one call: the environment says which, stdin is the configuration.
-pub fn run(vars: Vars<'_>, stdin: &[u8]) -> Said {
-    answer(vars, stdin).map_err(|error| error.to_json(&conf::version_of(stdin)))
+/// One call that was done.
+#[derive(Debug)]
+pub struct Done {
+    /// The answer.
+    pub said: Said,
+    /// The host's sysctls that an ADD has switched, as they were.
+    switched: Vec<Object>,
 }
 
-/// Takes back an ADD that was done and could not be answered; of any other verb there is nothing to take back.
-pub fn take_back(vars: Vars<'_>, stdin: &[u8]) -> Said {
-    match env::verb(vars) {
-        Ok(Verb::Add) => {
-            let del = |name: &str| if name == "CNI_COMMAND" { Some("DEL".to_owned()) } else { vars(name) };
-            run(&del, stdin)
-        }
-        _ => Ok(String::new()),
+/// Runs one call: the environment says which, stdin is the configuration.
+pub fn run(vars: Vars<'_>, stdin: &[u8]) -> Done {
+    match answer(vars, stdin) {
+        Ok((said, switched)) => Done { said: Ok(said), switched },
+        Err(error) => Done { said: Err(error.to_json(&conf::version_of(stdin))), switched: Vec::new() },
     }
 }
 
-fn answer(vars: Vars<'_>, stdin: &[u8]) -> Result<String, CniError> {
+/// Takes back an ADD that was done and could not be answered; of any other call there is nothing to take back.
+pub fn take_back(done: Done, vars: Vars<'_>, stdin: &[u8]) -> Said {
+    let back = || {
+        let (conf, target) = (Clear::parse(stdin)?, Target::leaving(vars)?);
+        let switched = verb::add::switch_back(&done.switched, &Records::new(conf.attachments()), &target);
+        verb::all([switched, verb::del::run(&conf, &target).map(drop)])
+    };
+    match (done.said, env::verb(vars)) {
+        (Ok(_), Ok(Verb::Add)) => back().map(|()| String::new()).map_err(|e| e.to_json(&conf::version_of(stdin))),
+        (said, _) => said.map(|_| String::new()),
+    }
+}
+
+fn answer(vars: Vars<'_>, stdin: &[u8]) -> Result<verb::add::Added, CniError> {
     let verb = env::verb(vars)?;
     let conf = || Conf::parse(stdin);
-    match verb {
-        Verb::Add => verb::add::run(conf()?, &Target::read(vars)?),
+    let said = match verb {
+        Verb::Add => return verb::add::run(conf()?, &Target::read(vars)?),
         Verb::Del => verb::del::run(&Clear::parse(stdin)?, &Target::leaving(vars)?),
         Verb::Check => verb::check::run(conf()?, &Target::read(vars)?),
         Verb::Status => verb::status::run(&conf()?),
         Verb::Gc => verb::gc::run(&Clear::parse(stdin)?),
         Verb::Version => Ok(Version::list(&conf::version_of(stdin))),
-    }
+    };
+    said.map(|said| (said, Vec::new()))
 }

@@ -16,15 +16,15 @@ fn main() -> ExitCode {
     }
     let mut stdin = Vec::with_capacity(8 << 10);
     let _ = std::io::stdin().read_to_end(&mut stdin);
-    let said = twill_cni::run(&vars, &stdin);
-    let text = said.as_ref().unwrap_or_else(|text| text);
+    let done = twill_cni::run(&vars, &stdin);
+    let text = done.said.as_ref().unwrap_or_else(|text| text);
     let mut stdout = std::io::stdout();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Ok(()) if said.is_ok() => ExitCode::SUCCESS,
+        Ok(()) if done.said.is_ok() => ExitCode::SUCCESS,
         Ok(()) => ExitCode::FAILURE,
         // A runtime that was told nothing takes the ADD for failed.
         Err(error) => {
-            let left = said.and_then(|_| twill_cni::take_back(&vars, &stdin)).err().unwrap_or_default();
+            let left = twill_cni::take_back(done, &vars, &stdin).err().unwrap_or_default();
             let _ = writeln!(std::io::stderr(), "twill-cni: write the answer: {error} {left}");
             ExitCode::FAILURE
         }

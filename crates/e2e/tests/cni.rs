@@ -9,7 +9,7 @@
 use serde_json::{Value, json};
 use twill_e2e::cni::{self, Call, Runtime, netns};
 use twill_e2e::net::{Bed, Host};
-use twill_e2e::{bin, eventually};
+use twill_e2e::{bin, eventually, installed};
 
 const VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
@@ -294,16 +294,55 @@ fn an_add_that_cannot_be_answered_is_taken_back() {
         assert!(!out.status.success());
         assert!(String::from_utf8_lossy(&out.stderr).contains("No space left"), "{out:?}");
     };
+    let forwarding = ["net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"].map(|path| format!("/proc/sys/{path}"));
+    let forwards = || forwarding.each_ref().map(|path| runtime.host.run(&format!("cat {path}")).trim() == "1");
     for conf in [&conf, &alone] {
+        forwarding.iter().for_each(|path| sh(&runtime.host, &format!("echo 0 > {path}")));
         unheard(conf);
+        assert_eq!(forwards(), [false, false]);
         assert_eq!((runtime.held(), runtime.attachments()), (vec![], vec![]));
         assert_eq!(a.json("link").as_array().unwrap().len(), 1);
         assert_eq!(runtime.host.run("nft list tables"), "");
     }
+    // While another container needs it the host forwards on.
+    let b = runtime.container("b");
+    runtime.add(&runtime.conf("1.0.0", json!({})), "b", &b);
+    unheard(&conf);
+    assert_eq!(forwards(), [true, true]);
+    runtime.del(&conf, "b", Some(&b));
     // One that was answered before stays, whatever becomes of the second.
     runtime.add(&conf, "a", &a);
     let before = runtime.everything();
     unheard(&conf);
+    assert_eq!(runtime.everything(), before);
+}
+
+/// The disk fails when everything else is done.
+#[test]
+fn an_add_that_fails_late_leaves_the_host_as_it_was() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    if !installed("strace") {
+        return;
+    }
+    let (a, b) = (runtime.container("a"), runtime.container("b"));
+    let conf = runtime.conf("1.0.0", json!({}));
+    let forwarding = "/proc/sys/net/ipv4/ip_forward";
+    let fails = || {
+        let mut command = runtime.command(std::path::Path::new("strace"), &adds(&conf, "a", &netns(&a)));
+        command.args(["-f", "-qq", "-o", "/dev/null", "-e", "inject=fsync:error=EIO"]).arg(bin("twill-cni"));
+        let refused = runtime.finish(command, &conf).unwrap_err();
+        assert!(refused["code"] == 5 && refused["msg"].as_str().unwrap().contains("to the disk"), "{refused:#}");
+        assert_eq!(a.json("link").as_array().unwrap().len(), 1);
+        runtime.host.run(&format!("cat {forwarding}")).trim().to_owned()
+    };
+    sh(&runtime.host, &format!("echo 0 > {forwarding}"));
+    let before = runtime.everything();
+    assert_eq!(fails(), "0");
+    assert_eq!(runtime.everything(), before);
+    runtime.add(&conf, "b", &b);
+    sh(&runtime.host, &format!("echo 0 > {forwarding}"));
+    let before = runtime.everything();
+    assert_eq!(fails(), "1", "b needs it");
     assert_eq!(runtime.everything(), before);
 }
 

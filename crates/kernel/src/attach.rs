@@ -4,7 +4,7 @@
 //!   container: loopback, IPv6 off or on ─▶ host: bridge, pair ─▶ container: device, addresses, routes ─▶ host: forwarding
 //!                                             └──────── a failure takes back what was made ◀───────┘
 //! ```
-//! Forwarding comes last: nothing after it can fail, and nothing has to take it back from containers that need it by now.
+//! Forwarding comes last, and is taken back first, unless another container needs it by now.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -18,7 +18,7 @@ use twill_core::reconcile::{Claim, Desired, Op, Plan, Scope, Step, StepError, Wh
 use crate::netns::Netns;
 use crate::nft::Nft;
 use crate::wires::{VethEnd, Wires};
-use crate::{Depth, Interest, Kernel, KernelError, LinuxKernel};
+use crate::{Depth, Interest, Kernel, KernelError, LinuxKernel, sysctl};
 
 /// How often a plan is made anew because somebody else was faster.
 const TRIES: usize = 4;
@@ -221,10 +221,15 @@ pub struct Attached {
     pub host: LinuxKernel,
     on_host: Done,
     inside: (LinuxKernel, Done),
+    /// Sysctls of the host that were switched, as they were.
+    pub switched: Vec<Object>,
 }
 
+/// True when somebody else needs a sysctl as it is by now.
+pub type Needed<'a> = &'a dyn Fn(&str) -> bool;
+
 /// Attaches a container to the calling thread's namespace. Whatever fails, nothing is left behind.
-pub fn attach(container: &Netns, request: &Request) -> Result<Attached, Failed> {
+pub fn attach(container: &Netns, request: &Request, needed: Needed<'_>) -> Result<Attached, Failed> {
     // However many containers a host has. One that stands alone has routes on it.
     let mut host = match request.bridge {
         Some(bridge) => {
@@ -235,16 +240,17 @@ pub fn attach(container: &Netns, request: &Request) -> Result<Attached, Failed> 
     // Of this container, and not written down: what a killed attach has left. Its other end goes with it.
     delete(&mut host, request.host_device)?;
     let inside = container.visit(|| open_inside(&request.container_before()))??;
-    let mut attached = Attached { host, on_host: Done::default(), inside: (inside, Done::default()) };
+    let mut attached =
+        Attached { host, on_host: Done::default(), inside: (inside, Done::default()), switched: Vec::new() };
     match attached.make(container, request) {
         Ok(()) => Ok(attached),
-        Err(failed) => Err(attached.take_back(container).err().into_iter().fold(failed, Failed::and)),
+        Err(failed) => Err(attached.take_back(container, needed).err().into_iter().fold(failed, Failed::and)),
     }
 }
 
 impl Attached {
     fn make(&mut self, container: &Netns, request: &Request) -> Result<(), Failed> {
-        let Self { host, on_host, inside: (inside, in_it) } = self;
+        let Self { host, on_host, inside: (inside, in_it), switched } = self;
         container.visit(|| {
             if inside.mirror().link(request.ifname).is_some() {
                 return Err(Failed::NameTaken(request.ifname));
@@ -260,15 +266,19 @@ impl Attached {
         // As the kernel has made them; a bridge may have its MAC from a port.
         let made = request.bridge.into_iter().chain([request.host_device]).map(Key::Link).collect();
         host.read(Scope::Keys(&made))?;
-        // What forwards is not taken back: other containers may need it by now.
-        settle(host, &mut Done::default(), |_| Ok(request.forwarding()))
+        let mut on = Done::default();
+        let settled = settle(host, &mut on, |_| Ok(request.forwarding()));
+        let was = |op: Op| if let Op::Update { to, .. } = op { Some(to) } else { None };
+        switched.extend(on.0.into_iter().filter_map(was));
+        settled
     }
 
     /// Takes back what was done, but a bridge that somebody uses by now; told is everything that failed.
-    pub fn take_back(self, container: &Netns) -> Result<(), Failed> {
-        let Self { mut host, on_host, inside: (mut inside, in_it) } = self;
+    pub fn take_back(self, container: &Netns, needed: Needed<'_>) -> Result<(), Failed> {
+        let Self { mut host, on_host, inside: (mut inside, in_it), switched } = self;
+        let mut failures: Vec<Failed> = switch_back(&switched, needed).err().into_iter().collect();
         let stale = widen(&mut host).err().map(Failed::from);
-        let mut failures: Vec<Failed> = stale.into_iter().chain(take_back(&mut host, on_host)).collect();
+        failures.extend(stale.into_iter().chain(take_back(&mut host, on_host)));
         // A container that has ended has nothing to take back.
         let emptied = container.visit(|| match widen(&mut inside) {
             Err(error) => vec![error.into()],
@@ -277,6 +287,27 @@ impl Attached {
         failures.extend(emptied.unwrap_or_default());
         failures.into_iter().reduce(Failed::and).map_or(Ok(()), Err)
     }
+}
+
+/// Switches sysctls back to what they were. Whoever needs one says so before it looks at it: who has said it after the look here finds
+/// it switched back, and who has said it before is found.
+pub fn switch_back(was: &[Object], needed: Needed<'_>) -> Result<(), Failed> {
+    let mut failed = None;
+    for object in was {
+        let Object::Sysctl { path, value } = object else { continue };
+        let back = || {
+            if needed(path) {
+                return Ok(());
+            }
+            let is = sysctl::read(path)?;
+            sysctl::write(path, value)?;
+            if needed(path) { sysctl::write(path, &is) } else { Ok(()) }
+        };
+        // It goes with its device.
+        let done = back().or_else(|e| if e.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(e) });
+        failed = failed.or(done.err().map(|error| KernelError::new(&format!("switch {path} back"), error)));
+    }
+    failed.map_or(Ok(()), |error| Err(error.into()))
 }
 
 /// The container before the pair is there; while it has other devices, their IPv6 is not ours to switch off. A kernel without IPv6

@@ -4,7 +4,7 @@ use std::thread;
 
 use serde_json::{Map, Value};
 use twill_core::attach::{self, Attachment, Network, Request, Way};
-use twill_core::host::PortFlags;
+use twill_core::host::{Key, Object, PortFlags};
 use twill_core::ipam::{Given, Holder};
 use twill_core::net::{Inet, LinkName, Mtu, Prefix};
 use twill_core::ports::PortMap;
@@ -27,17 +27,20 @@ const RESOLV_LIMIT: u64 = 1 << 16;
 /// The least MTU that IPv6 runs on.
 const IPV6_MTU: u32 = 1280;
 
+/// An ADD that was done: its answer, and the host's sysctls that it has switched, as they were.
+pub(crate) type Added = (String, Vec<Object>);
+
 /// Runs ADD.
-pub fn run(mut conf: Conf, target: &Target) -> Result<String, CniError> {
+pub fn run(mut conf: Conf, target: &Target) -> Result<Added, CniError> {
     lease(&mut conf)?;
     if let Some(ipam) = &mut conf.ipam {
         ipam.asked.extend(&target.args.ips);
     }
-    let answer = match conf.device.clone() {
+    let (answer, switched) = match conf.device.clone() {
         Some(device) => attach(&conf, &device, target)?,
-        None => addresses_alone(&conf, target)?,
+        None => (addresses_alone(&conf, target)?, Vec::new()),
     };
-    Ok(answer.to_json(conf.version))
+    Ok((answer.to_json(conf.version), switched))
 }
 
 fn holder(target: &Target) -> Holder {
@@ -58,7 +61,7 @@ fn addresses_alone(conf: &Conf, target: &Target) -> Result<Answer, CniError> {
     Ok(Answer { ips: ips.collect(), routes: ipam.routes.clone(), dns: dns(conf)?, interfaces: Vec::new() })
 }
 
-fn attach(conf: &Conf, device: &Device, target: &Target) -> Result<Answer, CniError> {
+fn attach(conf: &Conf, device: &Device, target: &Target) -> Result<(Answer, Vec<Object>), CniError> {
     let dns = dns(conf)?;
     let path = target.netns()?;
     let (netns, inode) = netns(path)?;
@@ -68,21 +71,38 @@ fn attach(conf: &Conf, device: &Device, target: &Target) -> Result<Answer, CniEr
     let plan = Plan { conf, device, target, records: &records, boot: &boot, inode };
     let (record, given, changes) = plan.write_down()?;
     let request = &record.request;
+    let needed = |path: &str| needs(&records, target, path);
     let (attached, published, synced) = thread::scope(|scope| {
         let disk = files::start_sync(scope, &changes);
-        let attached = kernel::attach(&netns, request).map_err(|failed| refused(failed, &records));
+        let attached = kernel::attach(&netns, request, &needed).map_err(|failed| refused(failed, &records));
         let published = attached.as_ref().map_or(Ok(()), |_| publish(request, &records));
         (attached, published, files::end_sync(disk))
     });
     let synced = synced.act(|| format!("write {} to the disk", conf.state.display()));
     match (attached, all([published, synced])) {
-        (Ok(attached), Ok(())) => Ok(answer(conf, device, (request, dns), &given, &attached.host)),
+        (Ok(attached), Ok(())) => Ok((answer(conf, device, (request, dns), &given, &attached.host), attached.switched)),
         (attached, rest) => {
-            let attached =
-                attached.and_then(|attached| attached.take_back(&netns).map_err(|failed| refused(failed, &records)));
-            all([attached, rest, give_back(&record, &records)]).map(|()| Answer::default())
+            let attached = attached
+                .and_then(|attached| attached.take_back(&netns, &needed).map_err(|failed| refused(failed, &records)));
+            all([attached, rest, give_back(&record, &records)]).map(|()| (Answer::default(), Vec::new()))
         }
     }
+}
+
+/// Whether an attachment of this boot, but that of `own`, needs a sysctl of the host. Where nobody can tell, one does.
+fn needs(records: &Records, own: &Target, path: &str) -> bool {
+    let key = Key::Sysctl(path.into());
+    let boot = files::boot_id().unwrap_or_default();
+    let needs = |Attachment { request, boot_id, .. }: &Attachment| {
+        let is_own = request.container_id == own.container_id && request.ifname == own.ifname;
+        *boot_id == boot && !is_own && request.forwarding().host.get(&key).is_some()
+    };
+    records.all_for_rules().map_or(true, |all| all.iter().any(needs))
+}
+
+/// Switches back what an ADD has switched that was done and could not be answered.
+pub(crate) fn switch_back(switched: &[Object], records: &Records, own: &Target) -> Result<(), CniError> {
+    kernel::switch_back(switched, &|path| needs(records, own, path)).map_err(|failed| refused(failed, records))
 }
 
 /// Addresses and file go back, unless the device that has them refuses to go: then DEL finds the file.
