@@ -30,13 +30,15 @@ pub fn misfits(
         }
         let holds = |prefixes: &[Prefix], inet: &Inet| prefixes.iter().any(|prefix| prefix.contains(inet.addr));
         let stranded = |inet: &&Inet| !subnets.is_empty() && holds(ours, inet) && !holds(subnets, inet);
-        if let Some(inet) = request.addresses.iter().find(stranded) {
+        let stranded: Vec<String> =
+            request.addresses.iter().filter(stranded).map(|inet| inet.addr.to_string()).collect();
+        if !stranded.is_empty() {
             findings.push(Finding {
                 code: "container-stranded".into(),
                 object,
                 evidence: format!(
-                    "its address {} is from a subnet that this node no longer holds: it runs, and containers of other nodes do not reach it",
-                    inet.addr
+                    "{}: of a subnet that this node no longer holds; it runs, and containers of other nodes do not reach it there",
+                    stranded.join(", ")
                 ),
                 fix: "start it anew: it gets an address of the node's own subnet".into(),
             });

@@ -33,26 +33,27 @@ pub(crate) struct Network {
 }
 
 impl Network {
-    /// Everything but the own subnets, which a lease gives.
+    /// Everything but the own subnets, which a lease gives. Refused where no family is carried: why, for each; an MTU first, since that
+    /// one takes something away.
     pub(crate) fn new(
         config: &NetworkConfig,
         underlay: Underlay,
         host: &HostState,
         state: &State,
         way_out: WayOut,
-    ) -> Result<Self, Refusal> {
-        let backend = backend::build(&config.backend)?;
+    ) -> Result<Self, Vec<Refusal>> {
+        let backend = backend::build(&config.backend).map_err(|refusal| vec![refusal])?;
         let devices = config.networks().iter().flat_map(|n| backend.devices(&[*n])).collect::<Vec<_>>();
-        let mut networks = Vec::new();
-        let mut lacking = None;
+        let (mut networks, mut lacking) = (Vec::new(), Vec::new());
         for network in config.networks() {
             match fault(&*backend, &underlay, network.is_v4()) {
                 None => networks.push(network),
-                Some(refusal) => lacking = lacking.or(Some(refusal)),
+                Some(refusal) => lacking.push(refusal),
             }
         }
-        if let (true, Some(refusal)) = (networks.is_empty(), lacking) {
-            return Err(refusal);
+        if networks.is_empty() && !lacking.is_empty() {
+            lacking.sort_by_key(|refusal| refusal.code != "mtu-too-small");
+            return Err(lacking);
         }
         let cx = Cx { networks, subnets: Vec::new(), underlay, macs: macs(&devices, host, state), node: state.node };
         Ok(Self {

@@ -88,7 +88,9 @@ pub(crate) fn run(settings: &Settings, output: Output) -> anyhow::Result<ExitCod
             let network = chosen.map(|chosen| Network::new(&config, chosen.underlay, host, &state, settings.way_out));
             match network {
                 Some(Ok(network)) => on_network(&mut check, &network, &config, host, &state, settings.serve_store),
-                Some(Err(refusal)) => check.find(refusal.code, "backend", &refusal.message, &refusal.hint),
+                Some(Err(refusals)) => refusals.iter().for_each(|refusal| {
+                    check.find(refusal.code, "backend", &refusal.message, &refusal.hint);
+                }),
                 None => {}
             }
         }

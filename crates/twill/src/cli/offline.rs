@@ -72,7 +72,8 @@ fn compute(settings: &Settings) -> anyhow::Result<Plan> {
     let everything = LinuxKernel::open(Interest::default()).context("look at this host's network")?;
     let host = everything.mirror().clone();
     let chosen = iface::choose(&host, &settings.wishes).map_err(refused)?;
-    let mut network = Network::new(&config, chosen.underlay, &host, &state, settings.way_out).map_err(refused)?;
+    let mut network = Network::new(&config, chosen.underlay, &host, &state, settings.way_out)
+        .map_err(|mut refusals| refused(refusals.swap_remove(0)))?;
     let mut leases = LeaseSet::default();
     leases.follow(Rule::new(&config).map_err(refused)?);
     leases.reset(listing.entries);

@@ -13,6 +13,9 @@ use super::super::view::UnderlayView;
 use super::{CONFIG_FINDINGS, Command, Session};
 use crate::output::Failure;
 
+/// Why a family that the config names is left out: of each what holds is shown, whatever is waited for.
+pub(super) const OF_FAMILIES: [&str; 2] = ["family-missing", "mtu-too-small"];
+
 /// Waiting, and saying why.
 impl Session {
     /// Says once what is missing, and waits until the host changes, or a while has passed. It is a finding until [`Session::waits_no_more`].
@@ -20,6 +23,7 @@ impl Session {
         if self.waiting.as_ref().is_none_or(|(_, said)| said != message) {
             tracing::warn!(code, hint, "{message}: waiting");
             self.waits_no_more();
+            OF_FAMILIES.iter().filter(|_| !OF_FAMILIES.contains(&code)).for_each(|code| self.unfind(code));
             self.waiting = Some((code, message.to_owned()));
         }
         self.find(code, "node", message, hint);
@@ -31,7 +35,8 @@ impl Session {
 
     /// What was waited for is there.
     pub(super) fn waits_no_more(&mut self) {
-        if let Some((code, _)) = self.waiting.take() {
+        // Those of a family that is still left out stay.
+        if let Some((code, _)) = self.waiting.take().filter(|(code, _)| !OF_FAMILIES.contains(code)) {
             self.unfind(code);
         }
     }
@@ -153,7 +158,7 @@ impl Session {
 
     /// Families that the config names and this host does not carry.
     pub(super) fn show_left_out(&self, refusals: &[Refusal]) {
-        for code in ["family-missing", "mtu-too-small"] {
+        for code in OF_FAMILIES {
             match refusals.iter().find(|refusal| refusal.code == code) {
                 Some(Refusal { message, hint, .. }) => {
                     if !self.has_found(code, message) {

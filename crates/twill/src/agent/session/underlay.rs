@@ -1,15 +1,16 @@
 //! What the node stands on: its underlay, the network config, and what clashes with it; and what follows when the host changes.
 
-use twill_core::backend::Underlay;
+use twill_core::backend::{Refusal, Underlay};
 use twill_core::config::{self, NetworkConfig};
 use twill_core::host::HostState;
 use twill_core::iface;
 use twill_core::lease::Lease;
 use twill_core::lease_set::LeaseName;
-use twill_core::net::Prefix;
+use twill_core::net::{Mtu, Prefix};
 use twill_store::StoreError;
 
 use super::super::compose::Network;
+use super::say::OF_FAMILIES;
 use super::{End, Session};
 use crate::stores::PREFIX;
 
@@ -49,14 +50,8 @@ impl Session {
             let carried = chosen.underlay.mtu;
             let mut network = match Network::new(&config, chosen.underlay, &host, &self.state, self.settings.way_out) {
                 Ok(network) => network,
-                Err(mut refusal) => {
-                    if refusal.code == "mtu-too-small" {
-                        refusal.message += "; until it carries one there is no tunnel, and no file for new containers";
-                        if self.waiting.as_ref().is_none_or(|(code, _)| *code != refusal.code) {
-                            self.withdraw(&config, carried);
-                        }
-                    }
-                    self.wait_for(refusal.code, &refusal.message, &refusal.hint).await;
+                Err(refusals) => {
+                    self.on_refusals(refusals, &config, carried).await;
                     continue;
                 }
             };
@@ -73,6 +68,24 @@ impl Session {
             self.show_clashes(&clashes);
             return Ok((Some(network), config));
         }
+    }
+
+    /// This host carries no family: says why, for each, and waits.
+    async fn on_refusals(&mut self, mut refusals: Vec<Refusal>, config: &NetworkConfig, carried: Mtu) {
+        let mut first = refusals.remove(0);
+        if first.code == "mtu-too-small" {
+            first.message += "; until it carries one there is no tunnel, and no file for new containers";
+            if self.waiting.as_ref().is_none_or(|(code, _)| *code != first.code) {
+                self.withdraw(config, carried);
+            }
+        }
+        // What was waited for before may be one of the others now.
+        self.waiting.take_if(|(code, _)| refusals.iter().any(|refusal| refusal.code == *code));
+        OF_FAMILIES.iter().for_each(|code| self.unfind(code));
+        for Refusal { code, message, hint } in &refusals {
+            self.find(code, "node", message, hint);
+        }
+        self.wait_for(first.code, &first.message, &first.hint).await;
     }
 
     /// Networks of the config that something on this host overlaps, and what.
