@@ -7,6 +7,7 @@
 
 use rustix::process::Signal;
 use serde_json::json;
+use twill_e2e::capture::Capture;
 use twill_e2e::net::Bed;
 use twill_e2e::site::Site;
 use twill_e2e::{eventually, grants, installed};
@@ -213,4 +214,25 @@ fn containers_of_a_former_network_are_listed() {
     // An address that was never of this node's subnets is somebody else's affair.
     site.attached(&["192.0.2.2/24"]);
     assert!(!stranded());
+}
+
+#[test]
+fn a_vxlan_peer_that_sends_from_another_address_than_its_lease_tells_is_heard() {
+    let Some((site, _dir)) = site("vxlan") else { return };
+    let _agent = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
+    site.plug();
+    site.peer();
+    // As behind a router that translates addresses, or with a second one on the wire.
+    site.node.other.ip("addr add 10.168.0.99/24 dev eth0");
+    site.node.other.ip("link set flannel.1 type vxlan local 10.168.0.99");
+    site.arrives("flannel.1", "10.1.40.0");
+    let answers = site.node.other.try_run("ping -c 1 -W 1 -I 10.1.40.0 10.1.15.2");
+    assert!(answers.status.success(), "{answers:?}");
+    eventually("its datagrams have the other address", || {
+        let capture =
+            Capture::start(&site.node.host, "eth0", &[], Some(1), "inbound and udp port 8472 and src 10.168.0.99");
+        site.node.other.try_run("ping -c 5 -i 0.2 -W 1 -I 10.1.40.0 10.1.15.2");
+        capture.stop();
+        if capture.text().is_empty() { Err(()) } else { Ok(()) }
+    });
 }
