@@ -138,6 +138,9 @@ pub struct Link {
     /// Keeps a neighbour table (no IFF_NOARP). Wanted `None`: not looked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arp: Option<bool>,
+    /// Takes part in multicast (IFF_MULTICAST). Wanted `None`: not looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub multicast: Option<bool>,
     /// Read only: lower layer up (IFF_LOWER_UP, "carrier"). Never compared.
     #[serde(default)]
     pub carrier: bool,
@@ -176,7 +179,7 @@ pub enum LinkKind {
     },
 }
 
-/// What a VXLAN device has. `vni`, `port` and `gbp` cannot change in place (kernel: drivers/net/vxlan/vxlan_core.c, `vxlan_nl2conf`).
+/// What a VXLAN device has. `vni`, `port`, `gbp` and the limit of `room` cannot change in place (kernel: drivers/net/vxlan/vxlan_core.c, `vxlan_nl2conf`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vxlan {
     /// VXLAN network identifier.
@@ -197,6 +200,25 @@ pub struct Vxlan {
     /// What is written into the outer IP header.
     #[serde(default)]
     pub outer: OuterHeader,
+    /// How long, and how many, entries may be in its forwarding table.
+    #[serde(default)]
+    pub room: FdbRoom,
+}
+
+/// A tunnel's forwarding table (IFLA_VXLAN_AGEING, _LIMIT).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FdbRoom {
+    /// Seconds after which a learned entry is forgotten; 0: never.
+    pub ageing: u32,
+    /// Most entries; 0: any number.
+    pub limit: u32,
+}
+
+impl Default for FdbRoom {
+    /// The kernel's (drivers/net/vxlan/vxlan_core.c `FDB_AGE_DEFAULT`).
+    fn default() -> Self {
+        Self { ageing: 300, limit: 0 }
+    }
 }
 
 impl Vxlan {
@@ -249,6 +271,9 @@ pub struct Neigh {
     pub mac: Option<MacAddr>,
     /// NUD_PERMANENT: no ARP or ND is ever sent for it.
     pub permanent: bool,
+    /// It has flags that Twill never gives: a router, somebody else's to manage.
+    #[serde(default)]
+    pub special: bool,
     /// The NUD_* state bits; never compared.
     #[serde(default)]
     pub state: u16,
@@ -267,7 +292,7 @@ pub struct Fdb {
     pub port: Option<LinkName>,
     /// NUD_PERMANENT.
     pub permanent: bool,
-    /// It has a port, VNI or device of its own instead of the tunnel's.
+    /// It has a port, VNI or device of its own instead of the tunnel's, or flags that Twill never gives.
     #[serde(default)]
     pub special: bool,
     /// The NUD_* state bits; never compared.
@@ -411,6 +436,7 @@ impl Link {
             port: None,
             promisc: None,
             arp: None,
+            multicast: None,
             carrier: true,
         }
     }
@@ -455,10 +481,11 @@ impl Object {
                     && wish(w.port, Some(h.port.unwrap_or_default()))
                     && wish(w.promisc, Some(h.promisc.unwrap_or_default()))
                     && wish(w.arp, h.arp)
+                    && wish(w.multicast, h.multicast)
                     && w.kind.satisfied_by(&h.kind)
             }
             (Object::Neigh(w), Object::Neigh(h)) => {
-                (w.link, w.ip, w.mac, w.permanent) == (h.link, h.ip, h.mac, h.permanent)
+                (w.link, w.ip, w.mac, w.permanent, w.special) == (h.link, h.ip, h.mac, h.permanent, h.special)
             }
             (Object::Fdb(w), Object::Fdb(h)) => {
                 (w.link, w.mac, &w.dst, w.port, w.permanent, w.special)
@@ -475,8 +502,8 @@ impl LinkKind {
         match (self, have) {
             (LinkKind::Veth { .. }, LinkKind::Veth { .. }) => true,
             (LinkKind::Vxlan(w), LinkKind::Vxlan(h)) => {
-                (w.vni, w.port, w.remote, w.learning, w.gbp, w.outer)
-                    == (h.vni, h.port, h.remote, h.learning, h.gbp, h.outer)
+                (w.vni, w.port, w.remote, w.learning, w.gbp, w.outer, w.room)
+                    == (h.vni, h.port, h.remote, h.learning, h.gbp, h.outer, h.room)
                     && wish(w.local, h.local)
                     && wish(w.lower, h.lower)
             }

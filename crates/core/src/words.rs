@@ -214,7 +214,7 @@ mod tests {
         let link = "flannel.1".parse().unwrap();
         let ip = "10.1.16.0".parse().unwrap();
         assert_eq!(
-            neigh_line(&Neigh { link, ip, mac: Some(mac), permanent: true, state: 0x80 }),
+            neigh_line(&Neigh { link, ip, mac: Some(mac), permanent: true, special: false, state: 0x80 }),
             "10.1.16.0 dev flannel.1 lladdr 5e:f8:4f:00:e3:37 PERMANENT"
         );
         let dst = Few::One("10.168.0.3".parse().unwrap());

@@ -35,11 +35,13 @@ fn tunnel(device: &str) -> Vec<Object> {
             learning: false,
             gbp: false,
             outer: OuterHeader::default(),
+            room: FdbRoom::default(),
         };
         let mut link = Link {
             mac: Some(MacAddr([2, 0, 0, 0, 0, 1])),
             mtu: Some(Mtu::try_from(1450).unwrap()),
             arp: Some(true),
+            multicast: Some(true),
             ..Link::up(name(device), LinkKind::Bridge)
         };
         change(&mut link, &mut vxlan);
@@ -57,10 +59,13 @@ fn tunnel(device: &str) -> Vec<Object> {
         make(&|_, vxlan| vxlan.lower = Some(name("eth1"))),
         make(&|_, vxlan| vxlan.outer.ttl = 1),
         make(&|link, _| link.arp = Some(false)),
+        make(&|link, _| link.multicast = Some(false)),
+        make(&|_, vxlan| vxlan.room.ageing = 7),
         make(&|link, _| link.master = Some(name("br0"))),
         make(&|link, _| link.up = false),
         make(&|_, vxlan| vxlan.vni = Vni::try_from(9).unwrap()),
         make(&|_, vxlan| vxlan.gbp = true),
+        make(&|_, vxlan| vxlan.room.limit = 1),
         make(&|link, _| link.carrier = false),
     ]
 }
@@ -70,11 +75,12 @@ fn address(device: &str, inet: &str) -> Vec<Object> {
 }
 
 fn neigh(device: &str, address: &str) -> Vec<Object> {
-    let make = |mac, permanent| {
+    let make = |mac, permanent, special| {
         let (link, state) = (name(device), if permanent { 0x80 } else { 4 });
-        Object::Neigh(Neigh { link, ip: ip(address), mac: Some(MacAddr([2, 0, 0, 0, 1, mac])), permanent, state })
+        let mac = Some(MacAddr([2, 0, 0, 0, 1, mac]));
+        Object::Neigh(Neigh { link, ip: ip(address), mac, permanent, special, state })
     };
-    vec![make(1, true), make(2, true), make(1, false)]
+    vec![make(1, true, false), make(2, true, false), make(1, false, false), make(1, true, true)]
 }
 
 fn fdb(device: &str, mac: u8) -> Vec<Object> {
@@ -297,10 +303,10 @@ proptest! {
         let gone: Vec<Key> = todo.steps[first..].iter().map(|step| step.op.object().key()).collect();
         prop_assert!(gone.iter().rev().is_sorted(), "in reverse key order: {gone:?}");
         for op in made[..links].iter() {
-            // VNI, port, GBP and the kind of a device never change in place, and nothing else needs a re-creation.
+            // VNI, port, GBP, limit and the kind of a device never change in place, and nothing else needs a re-creation.
             let fixed = |object: &Object| match object {
                 Object::Link(link) => match &link.kind {
-                    LinkKind::Vxlan(v) => Some((v.vni, v.port, v.gbp)),
+                    LinkKind::Vxlan(v) => Some((v.vni, v.port, v.gbp, v.room.limit)),
                     _ => None,
                 },
                 _ => None,

@@ -29,6 +29,19 @@ impl Daemon {
         let _ = kill_process(Pid::from_child(&self.0), signal);
     }
 
+    /// Stops it, and waits until every thread of it stands still: one takes the signal, and tells the others.
+    pub fn hold(&self) {
+        self.signal(Signal::STOP);
+        eventually("every thread has stopped", || {
+            let mut tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap().flatten();
+            let state = |path: PathBuf| {
+                let stat = std::fs::read_to_string(path.join("stat")).unwrap_or_default();
+                stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with('T'))
+            };
+            if tasks.all(|task| state(task.path())) { Ok(()) } else { Err(()) }
+        });
+    }
+
     /// Sends a signal and waits for the end; gives the exit code, if it was one.
     pub fn end(mut self, signal: Signal) -> Option<i32> {
         self.signal(signal);

@@ -55,11 +55,14 @@ fn picture(node: &Node, sysctls: &[String]) -> BTreeSet<String> {
     }
     for neigh in list().iter().filter(|neigh| on_ours(neigh)) {
         let (dst, dev, mac) = (word(&neigh["dst"]), word(&neigh["dev"]), word(&neigh["lladdr"]));
-        lines.insert(format!("neigh {dst} dev {dev} lladdr {mac} {}", word(&neigh["state"][0])));
+        let line = format!("neigh {dst} dev {dev} lladdr {mac} {}", word(&neigh["state"][0]));
+        // A flag is a key without a value.
+        lines.insert(with_rest(line, neigh.clone(), &["dst", "dev", "lladdr", "state"], |_| String::new()));
     }
     for fdb in list().into_iter().filter(on_ours) {
         let line = format!("fdb {} dev {} dst {} self", word(&fdb["mac"]), word(&fdb["ifname"]), word(&fdb["dst"]));
-        lines.insert(with_rest(line, fdb, &["mac", "ifname", "dst", "flags"], |rest| {
+        lines.insert(with_rest(line, fdb, &["mac", "ifname", "dst"], |rest| {
+            rest.retain(|key, value| key != "flags" || *value != json!(["self"]));
             let state = rest.remove("state").unwrap_or(json!("dynamic"));
             format!(" {}", word(&state))
         }));
@@ -111,8 +114,13 @@ fn link_line(link: &Value) -> String {
         .chain([("master", &link["master"])]);
     let is_set = |value: &Value| ![json!(null), json!(0), json!("unset"), json!("auto")].contains(value);
     let mut stray: String = fixed.filter(|(_, v)| is_set(v)).map(|(key, value)| format!(" {key} {value}")).collect();
-    if link["flags"].as_array().unwrap().contains(&json!("NOARP")) {
-        stray += " noarp";
+    if data["ageing"] != 300 || data["limit"].as_u64().is_some_and(|limit| limit != 0) {
+        stray += &format!(" ageing {} limit {}", data["ageing"], data["limit"]);
+    }
+    for (flag, there) in [("NOARP", true), ("MULTICAST", false)] {
+        if link["flags"].as_array().unwrap().contains(&json!(flag)) == there {
+            stray += &format!(" {flag} {there}");
+        }
     }
     format!(
         "link {} vxlan id {} dstport {} local {local} dev {} {learning}{} address {} mtu {} {}",
@@ -173,6 +181,12 @@ fn harms(line: &str) -> Vec<String> {
             format!("ip link set {name} type vxlan tos 4"),
             format!("ip link set {name} type vxlan df set"),
             format!("ip link set {name} type vxlan remote {other}"),
+            format!("ip link set {name} multicast off"),
+            format!("ip link set {name} type vxlan ageing 7"),
+            format!(
+                "ip link del {name} ; ip link add {name} type vxlan id 1 dstport 8472 dev eth0 local {} maxaddress 1",
+                own(v6)
+            ),
         ],
         "address" => {
             let mut harms = vec![
@@ -220,6 +234,8 @@ fn harms(line: &str) -> Vec<String> {
             format!("ip neigh replace {name} lladdr 02:00:00:00:00:99 dev {dev} nud permanent"),
             format!("ip neigh replace {name} lladdr {} dev {dev} nud stale", after("lladdr")),
             format!("ip neigh replace {name} lladdr {} dev {dev} nud noarp", after("lladdr")),
+            format!("ip neigh replace {name} lladdr {} dev {dev} nud permanent router", after("lladdr")),
+            format!("ip neigh replace {name} lladdr {} dev {dev} nud permanent extern_learn", after("lladdr")),
         ],
         "fdb" => vec![
             format!("bridge fdb del {name} dev {dev}"),
@@ -228,6 +244,11 @@ fn harms(line: &str) -> Vec<String> {
             format!("bridge fdb replace {name} dev {dev} dst {} port 1234", after("dst")),
             format!("bridge fdb replace {name} dev {dev} dst {} vni 7", after("dst")),
             format!("bridge fdb replace {name} dev {dev} dst {} via eth1", after("dst")),
+            format!("bridge fdb replace {name} dev {dev} dst {} router", after("dst")),
+            format!(
+                "bridge fdb del {name} dev {dev} ; bridge fdb add {name} dev {dev} dst {} extern_learn",
+                after("dst")
+            ),
         ],
         "sysctl" => vec![format!("sysctl -qw {name}={}", if line.ends_with('1') { 0 } else { 1 })],
         "table" => [
@@ -295,7 +316,7 @@ fn every_object_of_the_live_desired_state_comes_back_whatever_is_done_to_it() {
     // would be a fight.
     let mut reverts: BTreeMap<&str, usize> = BTreeMap::new();
     let mut repairs = 0;
-    for nth in 0..17 {
+    for nth in 0..20 {
         for (line, harm) in wanted.iter().filter_map(|line| Some((line, harms(line).into_iter().nth(nth)?))) {
             // What hangs on a device is dropped with it, and put right with it.
             let all = line.starts_with("link") || line.starts_with("address") || line.contains("/disable_ipv6");
@@ -328,7 +349,7 @@ fn every_object_of_the_live_desired_state_comes_back_whatever_is_done_to_it() {
 
 /// Does it, while `held` stands still, and finds its repair in the journal; gives the journal's length.
 fn harmed_and_journaled(node: &Node, held: Option<&Daemon>, line: &str, harm: &str, repairs: u64) -> u64 {
-    held.iter().for_each(|agent| agent.signal(Signal::STOP));
+    held.iter().for_each(|agent| agent.hold());
     harm.split(" ; ").for_each(|command| drop(node.host.run(command)));
     held.iter().for_each(|agent| agent.signal(Signal::CONT));
     let name = line.split(' ').take(2).collect::<Vec<_>>().join(" ");

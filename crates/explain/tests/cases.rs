@@ -16,7 +16,8 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use twill_core::host::{
-    Addr, Fdb, Few, Key, Link, LinkKind, Neigh, Object, OuterHeader, Remark, Route, RouteEntry, RouteKey, Vxlan,
+    Addr, Fdb, FdbRoom, Few, Key, Link, LinkKind, Neigh, Object, OuterHeader, Remark, Route, RouteEntry, RouteKey,
+    Vxlan,
 };
 use twill_core::net::{Inet, LinkName, MacAddr};
 use twill_explain::{Code, Explanation, Facts, Far, Memory, PlaceFacts, Verdict, ends, explain};
@@ -103,7 +104,14 @@ impl Build for PlaceFacts {
 
     fn add_neigh(&mut self, link: &str, address: &str, mac: MacAddr, state: u16) -> &mut Self {
         let (link, ip) = (link_name(link), ip(address));
-        self.state.insert(Object::Neigh(Neigh { link, ip, mac: Some(mac), permanent: state == 0x80, state }));
+        self.state.insert(Object::Neigh(Neigh {
+            link,
+            ip,
+            mac: Some(mac),
+            permanent: state == 0x80,
+            special: false,
+            state,
+        }));
         self
     }
 
@@ -159,6 +167,7 @@ fn vxlan(local: &str) -> LinkKind {
         gbp: false,
         remote: None,
         outer: OuterHeader::default(),
+        room: FdbRoom::default(),
     })
 }
 

@@ -60,11 +60,12 @@ fn link() -> impl Strategy<Value = Object> {
                 gbp,
                 remote: None,
                 outer: OuterHeader { ttl, tos, df },
+                room: FdbRoom { ageing: u32::from(ttl) * 7, limit: u32::from(tos) },
             })),
     ];
     let master = proptest::option::of(device());
-    (kind, any::<[u8; 6]>(), 68..65_536i64, any::<[bool; 2]>(), master).prop_map(
-        |(kind, mac, mtu, [up, arp], master)| {
+    (kind, any::<[u8; 6]>(), 68..65_536i64, any::<[bool; 3]>(), master).prop_map(
+        |(kind, mac, mtu, [up, arp, multicast], master)| {
             let (mac, mtu) = (Some(MacAddr(mac)), Some(Mtu::try_from(mtu).unwrap()));
             Object::Link(Box::new(Link {
                 mac,
@@ -72,6 +73,7 @@ fn link() -> impl Strategy<Value = Object> {
                 up,
                 master,
                 arp: Some(arp),
+                multicast: Some(multicast),
                 carrier: false,
                 ..Link::up("if9".parse().unwrap(), kind)
             }))
@@ -89,7 +91,7 @@ fn object() -> impl Strategy<Value = Object> {
         }),
         (entry(), any::<bool>()).prop_map(|((link, mac, ip), permanent)| {
             let state = if permanent { 0x80 } else { 0x40 };
-            Object::Neigh(Neigh { link, ip, mac: Some(mac), permanent, state })
+            Object::Neigh(Neigh { link, ip, mac: Some(mac), permanent, special: false, state })
         }),
         (entry(), any::<bool>()).prop_map(|((link, mac, ip), permanent)| {
             let state = if permanent { 0x80 } else { 0x40 };

@@ -59,6 +59,7 @@ fn desired(peers: u8) -> Desired {
         gbp: false,
         remote: None,
         outer: OuterHeader::default(),
+        room: FdbRoom::default(),
     });
     let mac = Some("5e:f8:4f:00:e3:37".parse().unwrap());
     let mtu = Some(Mtu::try_from(1450).unwrap());
@@ -69,7 +70,14 @@ fn desired(peers: u8) -> Desired {
         let vtep: std::net::IpAddr = format!("10.1.{}.0", 100 + n).parse().unwrap();
         let mac = MacAddr([0x5e, 0, 0, 0, 0, n]);
         let dst = Few::One(format!("10.168.0.{}", 100 + n).parse().unwrap());
-        host.insert(Object::Neigh(Neigh { link, ip: vtep, mac: Some(mac), permanent: true, state: 0x80 }));
+        host.insert(Object::Neigh(Neigh {
+            link,
+            ip: vtep,
+            mac: Some(mac),
+            permanent: true,
+            special: false,
+            state: 0x80,
+        }));
         host.insert(Object::Fdb(Fdb { link, mac, dst, port: None, permanent: true, special: false, state: 0x80 }));
         host.insert(Object::Route(Route {
             key: RouteKey { table: TABLE_MAIN, dst: Prefix::truncate(vtep, 24).unwrap(), tos: 0, metric: 0 },

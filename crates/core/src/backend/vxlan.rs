@@ -8,8 +8,8 @@
 use serde_json::{Value, json};
 
 use crate::host::{
-    Addr, Fdb, Few, HostState, Link, LinkKind, Neigh, Object, OuterHeader, PROTO_TWILL, Remark, Route, RouteEntry,
-    RouteKey, TABLE_MAIN, Vxlan,
+    Addr, Fdb, FdbRoom, Few, HostState, Link, LinkKind, Neigh, Object, OuterHeader, PROTO_TWILL, Remark, Route,
+    RouteEntry, RouteKey, TABLE_MAIN, Vxlan,
 };
 use crate::lease::{Lease, LeaseAttrs, Peer, PeerFault};
 use crate::net::{Inet, LinkName, MacAddr, Mtu, NodeId, Port, Prefix, Vni};
@@ -82,9 +82,16 @@ impl Backend for VxlanConfig {
                 gbp: self.gbp,
                 remote: None,
                 outer: OuterHeader::default(),
+                room: FdbRoom::default(),
             });
             let (mac, mtu) = (Some(cx.mac(name)), Some(self.mtu(&cx.underlay, v4)?));
-            host.insert(Object::Link(Box::new(Link { mac, mtu, arp: Some(true), ..Link::up(name, kind) })));
+            host.insert(Object::Link(Box::new(Link {
+                mac,
+                mtu,
+                arp: Some(true),
+                multicast: Some(true),
+                ..Link::up(name, kind)
+            })));
             host.insert(Object::Addr(Addr::global(name, Inet::host(subnet.addr()))));
             host.extend(forwarding(name, v4));
         }
@@ -147,7 +154,7 @@ impl VxlanConfig {
             return Err(lease.fault("mac-clash", format!("its VtepMAC {mac} is this node's own")));
         }
         let vtep = subnet.addr();
-        let neigh = Neigh { link, ip: vtep, mac: Some(mac), permanent: true, state: NUD_PERMANENT };
+        let neigh = Neigh { link, ip: vtep, mac: Some(mac), permanent: true, special: false, state: NUD_PERMANENT };
         let fdb =
             Fdb { link, mac, dst: Few::One(host), port: None, permanent: true, special: false, state: NUD_PERMANENT };
         let entry = RouteEntry {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::host::{Addr, Link, LinkKind, Object, PortFlags, Route, Rule};
+use crate::host::{Addr, FdbRoom, Link, LinkKind, Object, OuterHeader, PortFlags, Route, Rule, Vxlan};
 use crate::words;
 
 use super::{Op, Step, Why};
@@ -16,7 +16,7 @@ impl fmt::Display for Object {
                 let scope = if *scope == 0 { String::new() } else { format!(" scope {scope}") };
                 write!(f, "address {inet} dev {link}{scope}{}", if *expires { " expires" } else { "" })
             }
-            Object::Neigh(neigh) => write!(f, "neigh {}", words::neigh_line(neigh)),
+            Object::Neigh(neigh) => write!(f, "neigh {}{}", words::neigh_line(neigh), more(neigh.special)),
             Object::Fdb(fdb) => {
                 write!(f, "fdb {}{}", words::fdb_line(fdb).replace('\n', "; "), more(fdb.special))
             }
@@ -54,6 +54,7 @@ impl fmt::Display for Link {
                 if v.gbp {
                     f.write_str(" gbp")?;
                 }
+                stray(f, v)?;
             }
             LinkKind::Bridge => f.write_str(" bridge")?,
             LinkKind::Veth { peer, .. } => {
@@ -81,8 +82,31 @@ impl fmt::Display for Link {
         if self.promisc == Some(true) {
             f.write_str(" promisc on")?;
         }
+        if self.arp == Some(false) {
+            f.write_str(" noarp")?;
+        }
+        if self.multicast == Some(false) {
+            f.write_str(" multicast off")?;
+        }
         f.write_str(if self.up { " up" } else { " down" })
     }
+}
+
+/// What no tunnel of ours has: said where it was found.
+fn stray(f: &mut fmt::Formatter<'_>, vxlan: &Vxlan) -> fmt::Result {
+    if let Some(remote) = vxlan.remote {
+        write!(f, " remote {remote}")?;
+    }
+    let (FdbRoom { ageing, limit }, usual) = (vxlan.room, FdbRoom::default());
+    let OuterHeader { ttl, tos, df } = vxlan.outer;
+    let all = [
+        ("ageing", ageing, usual.ageing),
+        ("maxaddress", limit, usual.limit),
+        ("ttl", ttl.into(), 0),
+        ("tos", tos.into(), 0),
+        ("df", df.into(), 0),
+    ];
+    all.iter().filter(|(_, is, usual)| is != usual).try_for_each(|(word, is, _)| write!(f, " {word} {is}"))
 }
 
 impl fmt::Display for Route {

@@ -57,6 +57,7 @@ fn update(have: &mut HostState, from: &Object, to: &Object) {
             merged.port = link.port.or(was.port);
             merged.promisc = link.promisc.or(was.promisc);
             merged.arp = link.arp.or(was.arp);
+            merged.multicast = link.multicast.or(was.multicast);
             merged.carrier = was.carrier;
             if let (LinkKind::Vxlan(w), LinkKind::Vxlan(h)) = (&mut merged.kind, &was.kind) {
                 w.local = w.local.or(h.local);

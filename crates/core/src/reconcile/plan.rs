@@ -218,10 +218,12 @@ fn as_link(object: &Object) -> Option<&Link> {
     }
 }
 
-/// VNI, port and GBP cannot change on a living VXLAN (`vxlan_nl2conf` answers EOPNOTSUPP), nor can the kind of a device.
+/// VNI, port, GBP and limit cannot change on a living VXLAN (`vxlan_nl2conf` answers EOPNOTSUPP), nor can the kind of a device.
 fn changes_in_place(want: &Link, have: &Link) -> bool {
     match (&want.kind, &have.kind) {
-        (LinkKind::Vxlan(w), LinkKind::Vxlan(h)) => (w.vni, w.port, w.gbp) == (h.vni, h.port, h.gbp),
+        (LinkKind::Vxlan(w), LinkKind::Vxlan(h)) => {
+            (w.vni, w.port, w.gbp, w.room.limit) == (h.vni, h.port, h.gbp, h.room.limit)
+        }
         (LinkKind::Veth { .. }, LinkKind::Veth { .. }) => true,
         (w, h) => w == h,
     }

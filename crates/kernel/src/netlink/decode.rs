@@ -6,8 +6,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use twill_core::host::{
-    Addr, Fdb, Few, Link, LinkKind, Neigh, OuterHeader, PortFlags, Remark, Route, RouteEntry, RouteKey, Rule, RuleKey,
-    Vxlan,
+    Addr, Fdb, FdbRoom, Few, Link, LinkKind, Neigh, OuterHeader, PortFlags, Remark, Route, RouteEntry, RouteKey, Rule,
+    RuleKey, Vxlan,
 };
 use twill_core::net::{Inet, LinkName, MacAddr, Mtu, Port, Prefix, Vni};
 
@@ -45,6 +45,8 @@ pub(crate) mod ifla {
     pub(crate) const VXLAN_TTL: u16 = 5;
     pub(crate) const VXLAN_TOS: u16 = 6;
     pub(crate) const VXLAN_LEARNING: u16 = 7;
+    pub(crate) const VXLAN_AGEING: u16 = 8;
+    pub(crate) const VXLAN_LIMIT: u16 = 9;
     pub(crate) const VXLAN_PORT: u16 = 15;
     pub(crate) const VXLAN_GROUP6: u16 = 16;
     pub(crate) const VXLAN_LOCAL6: u16 = 17;
@@ -61,6 +63,7 @@ pub(crate) mod nda {
     pub(crate) const VNI: u16 = 7;
     pub(crate) const IFINDEX: u16 = 8;
     pub(crate) const MASTER: u16 = 9;
+    pub(crate) const FLAGS_EXT: u16 = 15;
 }
 
 /// Attribute numbers of routes.
@@ -88,7 +91,11 @@ pub(crate) const RTNH_F_ONLINK: u32 = 4;
 const IFF_UP: u32 = 1;
 const IFF_NOARP: u32 = 0x80;
 const IFF_PROMISC: u32 = 0x100;
+const IFF_MULTICAST: u32 = 0x1000;
 const IFF_LOWER_UP: u32 = 1 << 16;
+const NTF_EXT_LEARNED: u8 = 0x10;
+const NTF_STICKY: u8 = 0x40;
+const NTF_ROUTER: u8 = 0x80;
 const RTM_F_CLONED: u32 = 0x200;
 
 /// Index and name of a link message: the first pass over a dump.
@@ -111,6 +118,7 @@ pub(crate) fn link(payload: &[u8], names: &Names) -> Option<Link> {
         port: None,
         promisc: (flags & IFF_PROMISC != 0).then_some(true),
         arp: Some(flags & IFF_NOARP == 0),
+        multicast: Some(flags & IFF_MULTICAST != 0),
         carrier: flags & IFF_LOWER_UP != 0,
     };
     let elsewhere = attr(rest, ifla::LINK_NETNSID).is_some();
@@ -153,6 +161,7 @@ fn port_flags(info: &[u8]) -> Option<PortFlags> {
 
 fn vxlan(data: &[u8], names: &Names) -> Option<Vxlan> {
     let byte = |kind| attr(data, kind).and_then(|v| v.first()).copied().unwrap_or_default();
+    let number = |kind| attr(data, kind).and_then(|v| u32_at(v, 0)).unwrap_or_default();
     let address = |v4, v6| attr(data, v4).or(attr(data, v6)).and_then(ip).filter(|ip| !ip.is_unspecified());
     let port = attr(data, ifla::VXLAN_PORT).and_then(|v| Some(u16::from_be_bytes(v.try_into().ok()?)));
     Some(Vxlan {
@@ -164,6 +173,7 @@ fn vxlan(data: &[u8], names: &Names) -> Option<Vxlan> {
         learning: byte(ifla::VXLAN_LEARNING) != 0,
         gbp: attr(data, ifla::VXLAN_GBP).is_some(),
         outer: OuterHeader { ttl: byte(ifla::VXLAN_TTL), tos: byte(ifla::VXLAN_TOS), df: byte(ifla::VXLAN_DF) },
+        room: FdbRoom { ageing: number(ifla::VXLAN_AGEING), limit: number(ifla::VXLAN_LIMIT) },
     })
 }
 
@@ -196,8 +206,15 @@ pub(crate) fn neigh(payload: &[u8], names: &Names) -> Option<Neigh> {
         ip: attr(rest, nda::DST).and_then(ip).filter(|ip| !ip.is_multicast())?,
         mac: attr(rest, nda::LLADDR).and_then(mac),
         permanent: state & NUD_PERMANENT != 0,
+        // Flags of the second word too: managed, locked.
+        special: is_flagged(payload) || attr(rest, nda::FLAGS_EXT).is_some(),
         state,
     })
+}
+
+/// True when an entry has a flag that only others give: of a router, learned elsewhere, sticky.
+fn is_flagged(payload: &[u8]) -> bool {
+    payload.get(10).is_some_and(|flags| flags & (NTF_EXT_LEARNED | NTF_STICKY | NTF_ROUTER) != 0)
 }
 
 /// A forwarding entry; of a bridge's only those without VLAN (each entry is told once for each VLAN).
@@ -216,7 +233,8 @@ pub(crate) fn fdb(payload: &[u8], names: &Names) -> Option<Fdb> {
         dst: dst.map_or(Few::none(), Few::One),
         port: master.map(|_| device),
         permanent: state & NUD_PERMANENT != 0,
-        special: [nda::PORT, nda::VNI, nda::IFINDEX].into_iter().any(|kind| attr(rest, kind).is_some()),
+        special: [nda::PORT, nda::VNI, nda::IFINDEX].into_iter().any(|kind| attr(rest, kind).is_some())
+            || is_flagged(payload),
         state,
     })
 }

@@ -38,6 +38,7 @@ const IFA_F_NODAD: u8 = 2;
 const IFF_UP: u32 = 1;
 const IFF_NOARP: u32 = 0x80;
 const IFF_PROMISC: u32 = 0x100;
+const IFF_MULTICAST: u32 = 0x1000;
 
 /// Writes requests into a batch.
 #[derive(Debug)]
@@ -137,7 +138,7 @@ impl Encoder<'_> {
             _ => None,
         };
         self.begin(rtm::NEWLINK, flag::CREATE | flag::EXCL);
-        self.ifinfo(0, &[(IFF_UP, Some(link.up)), (IFF_PROMISC, link.promisc), (IFF_NOARP, link.arp.map(|arp| !arp))]);
+        self.ifinfo(0, &flags(link, None));
         let w = &mut *self.writer;
         w.text(ifla::IFNAME, link.name.as_str());
         link_attrs(w, link, master);
@@ -211,11 +212,7 @@ impl Encoder<'_> {
             }
             _ => None,
         };
-        let flags = [
-            (IFF_UP, (from.up != to.up).then_some(to.up)),
-            (IFF_PROMISC, to.promisc.filter(|promisc| from.promisc.unwrap_or_default() != *promisc)),
-            (IFF_NOARP, to.arp.filter(|arp| from.arp != Some(*arp)).map(|arp| !arp)),
-        ];
+        let flags = flags(to, Some(from));
         // Two requests: the kernel refuses an MTU beside VXLAN's own attributes (`vxlan_nl2conf`), and a lower device bounds it.
         if let Some((vxlan, was, lower)) = vxlan {
             self.begin(rtm::NEWLINK, 0);
@@ -224,6 +221,9 @@ impl Encoder<'_> {
                 w.text(ifla::INFO_KIND, "vxlan");
                 w.nest(ifla::INFO_DATA, |w| {
                     w.attr(ifla::VXLAN_LEARNING, &[u8::from(vxlan.learning)]);
+                    if vxlan.room.ageing != was.room.ageing {
+                        w.attr(ifla::VXLAN_AGEING, &vxlan.room.ageing.to_ne_bytes());
+                    }
                     if vxlan.outer != was.outer {
                         outer_attrs(w, vxlan.outer);
                     }
@@ -418,6 +418,18 @@ fn one_queue(w: &mut Writer) {
     w.attr(ifla::NUM_RX_QUEUES, &1u32.to_ne_bytes());
 }
 
+/// The flags that a device shall have; of one that is there, those that differ.
+fn flags(to: &Link, from: Option<&Link>) -> [(u32, Option<bool>); 4] {
+    let differing = |of: fn(&Link) -> Option<bool>| of(to).filter(|on| from.and_then(of) != Some(*on));
+    let promisc = |on: &bool| from.is_none_or(|was| was.promisc.unwrap_or_default() != *on);
+    [
+        (IFF_UP, differing(|link| Some(link.up))),
+        (IFF_PROMISC, to.promisc.filter(promisc)),
+        (IFF_NOARP, differing(|link| link.arp.map(|arp| !arp))),
+        (IFF_MULTICAST, differing(|link| link.multicast)),
+    ]
+}
+
 fn link_attrs(w: &mut Writer, link: &Link, master: Option<u32>) {
     if let Some(mac) = link.mac {
         w.attr(ifla::ADDRESS, &mac.0);
@@ -438,6 +450,8 @@ fn vxlan_attrs(w: &mut Writer, vxlan: &Vxlan, lower: Option<u32>) {
         w.attr(ifla::VXLAN_GBP, &[]);
     }
     outer_attrs(w, vxlan.outer);
+    w.attr(ifla::VXLAN_AGEING, &vxlan.room.ageing.to_ne_bytes());
+    w.attr(ifla::VXLAN_LIMIT, &vxlan.room.limit.to_ne_bytes());
     address_attr(w, vxlan.local, ifla::VXLAN_LOCAL, ifla::VXLAN_LOCAL6);
     if let Some(lower) = lower {
         w.attr(ifla::VXLAN_LINK, &lower.to_ne_bytes());
