@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use twill_core::attach::Attachment;
 use twill_core::net::LinkName;
 
 use crate::conf::{self, BRIDGE, NETWORKS, STATE};
@@ -74,6 +75,16 @@ impl Clear {
     /// Attachment files.
     pub fn attachments(&self) -> PathBuf {
         self.state.join("attachments")
+    }
+
+    /// True for addresses alone of this network.
+    pub(crate) fn has_alone(&self, record: &Attachment) -> bool {
+        record.alone.is_some() && self.has(record)
+    }
+
+    /// True for an attachment of this network.
+    pub(crate) fn has(&self, record: &Attachment) -> bool {
+        record.network.as_ref().is_some_and(|network| Some(&network.name) == self.name.as_ref())
     }
 
     /// True when an earlier ADD answered that it had made this device of a container.

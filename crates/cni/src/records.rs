@@ -73,13 +73,19 @@ impl Records {
 
     /// Forgets an attachment, one that was half made too; `None`: there is no such file.
     pub fn remove(&self, container_id: &str, ifname: LinkName) -> Result<Option<Unsynced>, CniError> {
+        self.sweep_half_made_of(container_id, ifname)?;
         let path = self.0.join(file_name(container_id, ifname));
-        files::sweep_half_made(&path).act(|| format!("remove what was left beside {}", path.display()))?;
         match files::remove(&path) {
             // The folder is missing as well.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             removed => removed.act(|| format!("remove {}", path.display())),
         }
+    }
+
+    /// Removes what a process has left half made of an attachment, that was killed.
+    pub(crate) fn sweep_half_made_of(&self, container_id: &str, ifname: LinkName) -> Result<(), CniError> {
+        let path = self.0.join(file_name(container_id, ifname));
+        files::sweep_half_made(&path).act(|| format!("remove what was left beside {}", path.display()))
     }
 
     /// Removes what processes have left half made that were killed.

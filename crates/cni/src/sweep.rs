@@ -1,7 +1,9 @@
 //! What containers have left that are gone: one judgement for the agent, for an ADD that finds no address, and for `twill ipam`.
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use twill_core::attach::Attachment;
 use twill_kernel::{attach as kernel, files};
@@ -34,12 +36,29 @@ pub fn leaked(records: &Records, record: &Attachment) -> Result<Option<Locked>, 
 }
 
 /// Of an earlier boot, or namespace and device are both gone. A namespace that this process cannot see (another mount namespace has its
-/// path) still has its device here.
+/// path) still has its device here; where the device is somebody else's, the path has to be missing where it was seen.
 pub(crate) fn is_gone(record: &Attachment, records: &Records) -> Result<bool, CniError> {
     let boot = files::boot_id().act(|| "read the boot's id".into())?;
-    let netns = fs::metadata(&*record.request.netns).is_ok_and(|meta| meta.ino() == record.netns_inode);
-    let device = || kernel::has_device(record.request.host_device).map_err(|failed| refused(failed, records));
-    Ok(record.boot_id != boot || (!netns && !device()?))
+    let path = Path::new(&*record.request.netns);
+    let is_away = || match &record.alone {
+        Some(alone) => Ok(alone.seen_in.is_some_and(|folder| seen_in(path) == Some(folder) && is_missing(path))),
+        None => {
+            let netns = fs::metadata(path).is_ok_and(|meta| meta.ino() == record.netns_inode);
+            let device = || kernel::has_device(record.request.host_device).map_err(|failed| refused(failed, records));
+            Ok(!netns && !device()?)
+        }
+    };
+    Ok(record.boot_id != boot || is_away()?)
+}
+
+/// The folder that a namespace's path goes on from: /proc, or the one that it lies in.
+pub(crate) fn seen_in(path: &Path) -> Option<(u64, u64)> {
+    let folder = if path.starts_with("/proc") { Path::new("/proc") } else { path.parent()? };
+    fs::metadata(folder).ok().map(|meta| (meta.dev(), meta.ino()))
+}
+
+fn is_missing(path: &Path) -> bool {
+    matches!(fs::symlink_metadata(path), Err(error) if error.kind() == io::ErrorKind::NotFound)
 }
 
 /// Frees what an attachment has but its device: host ports, addresses, file; they are on the disk then.

@@ -255,6 +255,28 @@ impl Request {
             boot_id: boot_id.to_owned(),
             netns_inode,
             network: None,
+            alone: None,
+        }
+    }
+
+    /// What asks for addresses and nothing else.
+    pub fn alone(container_id: &str, ifname: LinkName, netns: &str, addresses: Vec<Inet>) -> Self {
+        Self {
+            container_id: container_id.to_owned(),
+            ifname,
+            netns: netns.into(),
+            host_device: host_device(container_id, ifname),
+            bridge: None,
+            gateways: Vec::new(),
+            addresses,
+            routes: Vec::new(),
+            mac: None,
+            mtu: None,
+            forward: false,
+            port: PortFlags::default(),
+            promisc: false,
+            ports: Vec::new(),
+            masquerade_beyond: Vec::new(),
         }
     }
 }
@@ -328,6 +350,18 @@ pub struct Attachment {
     /// The network that it belongs to; `None`: to none, as in the lab.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<Network>,
+    /// Addresses alone: somebody else's plugin has the device, which nobody here knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alone: Option<Alone>,
+}
+
+/// Where the namespace's path was seen.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Alone {
+    /// Device and inode of the folder that its path goes on from: who sees the same folder, and the path no more, knows that the container
+    /// is gone. `None`: nobody can know.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seen_in: Option<(u64, u64)>,
 }
 
 /// A network of containers, and the folder of its address files.

@@ -280,7 +280,7 @@ fn an_add_that_cannot_be_answered_is_taken_back() {
     let Some((runtime, _dir)) = runtime() else { return };
     let a = runtime.container("a");
     let alone = json!({"cniVersion": "1.0.0", "name": "net", "type": "macvlan", "ipam": {"type": "host-local",
-        "subnet": "10.9.0.0/24", "dataDir": runtime.file("networks")}});
+        "subnet": "10.9.0.0/24", "dataDir": runtime.file("networks")}, "stateDir": runtime.file("state")});
     let ports =
         json!({"runtimeConfig": {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]}});
     let conf = runtime.conf("1.0.0", ports);

@@ -18,7 +18,7 @@ fn runtime() -> Option<(Runtime, tempfile::TempDir)> {
 /// A configuration that gives addresses alone: no device is made, as for somebody else's plugin.
 fn alone(runtime: &Runtime, subnet: &str) -> Value {
     json!({"cniVersion": "1.0.0", "name": "net", "type": "macvlan", "ipam": {"type": "host-local", "subnet": subnet,
-        "dataDir": runtime.file("networks"), "routes": [{"dst": "0.0.0.0/0"}]}})
+        "dataDir": runtime.file("networks"), "routes": [{"dst": "0.0.0.0/0"}]}, "stateDir": runtime.file("state")})
 }
 
 fn address(said: &Value) -> String {
@@ -73,7 +73,8 @@ fn an_address_asked_for_by_name_is_not_used_again_before_the_others_were() {
 fn check_of_addresses_alone_names_each_that_is_missing() {
     let Some((runtime, _dir)) = runtime() else { return };
     let mut conf = json!({"cniVersion": "1.0.0", "name": "net", "type": "macvlan", "ipam": {"type": "host-local",
-        "ranges": [[{"subnet": "10.9.0.0/24"}], [{"subnet": "fd00:9::/64"}]], "dataDir": runtime.file("networks")}});
+        "ranges": [[{"subnet": "10.9.0.0/24"}], [{"subnet": "fd00:9::/64"}]], "dataDir": runtime.file("networks")},
+        "stateDir": runtime.file("state")});
     conf["prevResult"] = runtime.try_verb("ADD", &conf, "a", None).unwrap();
     let check = |conf: &Value| runtime.try_verb("CHECK", conf, "a", None);
     assert_eq!(check(&conf), Ok(Value::Null));
@@ -306,7 +307,7 @@ fn a_reference_plugin_gets_addresses_from_ours_under_the_name_of_host_local() {
     std::fs::create_dir(&path).unwrap();
     std::fs::copy(bin("twill-cni"), path.join("host-local")).unwrap();
     let conf = json!({"cniVersion": "1.0.0", "name": "net", "type": "ptp", "ipam": {"type": "host-local",
-        "dataDir": runtime.file("networks"), "subnet": "10.7.0.0/24"}});
+        "dataDir": runtime.file("networks"), "subnet": "10.7.0.0/24"}, "stateDir": runtime.file("state")});
     let call = |verb| Call { verb, conf: &conf, id: "a", netns: Some(netns(&a)), args: "" };
     let mut command = runtime.command(&reference.join("ptp"), &call("ADD"));
     command.env("CNI_PATH", &path);
@@ -370,6 +371,71 @@ fn a_leak_is_freed_by_the_agent_and_after_a_reboot() {
         assert_eq!(added, n < 5, "{said}");
     }
     assert_eq!(held(), ["10.9.0.2", "10.9.0.3", "10.9.0.4", "10.9.0.5", "10.9.0.6"]);
+}
+
+/// Addresses alone, for somebody else's plugin: its device is unknown here, its namespace and this boot are not.
+#[test]
+fn a_leak_of_addresses_alone_is_freed_where_its_end_is_known() {
+    let Some(bed) = Bed::new() else { return };
+    if !installed("etcdctl") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::new(bed, dir.path());
+    let names = |part: &str| {
+        let names = std::fs::read_dir(node.file(part)).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<String> =
+            names.filter(|n| n.ends_with(".json") || n.parse::<std::net::IpAddr>().is_ok()).collect();
+        names.sort();
+        names
+    };
+    let held = || names("networks/net");
+    let conf = json!({"cniVersion": "1.1.0", "name": "net", "type": "macvlan", "stateDir": node.file("state"),
+        "cni.dev/valid-attachments": [], "ipam": {"type": "host-local", "dataDir": node.file("networks"), "subnet": "10.9.0.0/29"}});
+    let finish = |mut command: Command, verb: &str, id: &str| {
+        command.env("CNI_COMMAND", verb).env("CNI_CONTAINERID", id).env("CNI_IFNAME", "eth0");
+        let out = start(command, conf.to_string().as_bytes()).wait_with_output().unwrap();
+        (out.status.success(), String::from_utf8(out.stdout).unwrap())
+    };
+    let call = |verb: &str, id: &str, netns: &str| {
+        let mut command = node.host.command(bin("twill-cni"));
+        command.env("CNI_NETNS", netns);
+        finish(command, verb, id)
+    };
+    let (stays, ends) = (node.container("stays"), node.container("ends"));
+    assert!(call("ADD", "stays", &netns(&stays)).0 && call("ADD", "ends", &netns(&ends)).0);
+    // A runtime in a mount namespace of its own: nobody here sees the namespace's path, whatever becomes of it.
+    let folder = node.file("hidden");
+    std::fs::create_dir(&folder).unwrap();
+    let path = folder.join("ns");
+    let mut hidden = node.host.command("unshare");
+    let line = "mount -t tmpfs none \"$0\" && touch \"$1\" && mount --bind /proc/self/ns/net \"$1\" && exec \"$2\"";
+    hidden.args(["-m", "sh", "-c", line]).args([&folder, &path, &bin("twill-cni")]).env("CNI_NETNS", &path);
+    assert!(finish(hidden, "ADD", "hidden").0);
+    let (again, said) = call("ADD", "stays", &netns(&stays));
+    assert!(!again && said.contains("has addresses for its eth0 already"), "{said}");
+    assert_eq!(held(), ["10.9.0.2", "10.9.0.3", "10.9.0.4"]);
+    drop(ends);
+    let _agent = node.agent("");
+    eventually("the agent frees it", || if held() == ["10.9.0.2", "10.9.0.4"] { Ok(()) } else { Err(held()) });
+    assert_eq!(names("state/attachments"), ["hidden:eth0.json", "stays:eth0.json"]);
+    // The machine starts anew: both are nobody's as soon as an address is needed.
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    for id in ["hidden", "stays"] {
+        let file = node.file(&format!("state/attachments/{id}:eth0.json"));
+        let text = std::fs::read_to_string(&file).unwrap();
+        std::fs::write(&file, text.replace(boot.trim(), "another")).unwrap();
+    }
+    for n in 0..6 {
+        let (added, said) = call("ADD", &format!("c{n}"), "");
+        assert_eq!(added, n < 5, "{said}");
+    }
+    assert_eq!(held().len(), 5);
+    // DEL and GC leave no file.
+    assert!(call("DEL", "c0", "").0);
+    assert_eq!((held().len(), names("state/attachments").len()), (4, 4));
+    assert!(call("GC", "", "").0);
+    assert_eq!((held(), names("state/attachments")), (vec![], vec![]));
 }
 
 /// Runs `twill` on the runtime's host and files: exit code, stdout, stderr.

@@ -6,6 +6,7 @@
 //! | ADD, DEL | – | none | DEL, and once more GC, after each n |
 //! | ADD, DEL | – | one, and a named address that the next container asks for | DEL and GC in turn |
 //! | ADD, DEL | an ADD of another container | none, one each | DEL and GC in turn |
+//! | ADD, DEL of addresses alone | – | none | DEL and GC in turn |
 //! | ADD | – | none | the agent, once, after the containers of every n have ended |
 
 use std::collections::BTreeSet;
@@ -56,7 +57,7 @@ struct Place {
 
 impl Place {
     /// With host ports both ask for one address by its name too, where `asked` says so.
-    fn new(has_ports: bool, asked: bool) -> Option<Self> {
+    fn new(has_ports: bool, how: How) -> Option<Self> {
         let dir = tempfile::tempdir().unwrap();
         let runtime = Runtime::new(Bed::new()?, dir.path());
         if has_ports && !installed("nft") {
@@ -64,14 +65,21 @@ impl Place {
         }
         let conf = |port| {
             let mut conf = runtime.conf("1.1.0", if has_ports { published(port) } else { json!({}) });
-            cni::merge(&mut conf, if asked { json!({"runtimeConfig": {"ips": [ASKED]}}) } else { json!({}) });
+            cni::merge(
+                &mut conf,
+                if how == How::Asking { json!({"runtimeConfig": {"ips": [ASKED]}}) } else { json!({}) },
+            );
             conf
         };
         let (victim, other) = (runtime.container("victim"), runtime.container("other"));
-        let place = Self { conf: conf(8080), others: conf(8081), victim, other, has_ports, runtime, _dir: dir };
+        let mut place = Self { conf: conf(8080), others: conf(8081), victim, other, has_ports, runtime, _dir: dir };
         // The bridge is there, as on every host but for its first container.
         place.runtime.add(&place.conf, "victim", &place.victim);
         place.runtime.del(&place.conf, "victim", Some(&place.victim));
+        if how == How::Addresses {
+            let ranges = json!([[{"subnet": "10.9.0.0/24"}], [{"subnet": "fd00:9::/64"}]]);
+            cni::merge(&mut place.conf, json!({"type": "macvlan", "ipam": {"type": "host-local", "ranges": ranges}}));
+        }
         Some(place)
     }
 
@@ -169,6 +177,8 @@ enum How {
     Asking,
     /// Another container is added.
     Beside,
+    /// Nothing; addresses alone, for somebody else's plugin.
+    Addresses,
 }
 
 /// How many places work at once: a device that goes is waited for.
@@ -178,7 +188,7 @@ const PLACES: usize = 4;
 /// added meanwhile has to work.
 fn kill(verb: &'static str, has_ports: bool, how: How, after: impl Fn(&Place, usize, &str) + Sync) {
     let in_a_place = |first: usize| {
-        let Some(place) = Place::new(has_ports, how == How::Asking) else { return };
+        let Some(place) = Place::new(has_ports, how) else { return };
         let (runtime, other) = (&place.runtime, &place.other);
         for n in (first..).step_by(PLACES) {
             if verb == "DEL" {
@@ -196,7 +206,7 @@ fn kill(verb: &'static str, has_ports: bool, how: How, after: impl Fn(&Place, us
             place.held_by(other, "other");
             after(&place, n, &when);
             if ended {
-                return assert!(n > 200, "{verb} has ended after {n} calls");
+                return assert!(n > 100, "{verb} has ended after {n} calls");
             }
         }
     };
@@ -288,6 +298,23 @@ fn add_killed_at_every_system_call_beside_an_add_with_host_ports_leaves_none() {
 #[test]
 fn del_killed_at_every_system_call_beside_an_add_with_host_ports_leaves_none() {
     beside("DEL", true);
+}
+
+fn addresses_alone(verb: &'static str) {
+    kill(verb, false, How::Addresses, |place, n, when| {
+        place.clean(WAYS[n / PLACES % 2], false);
+        place.is_clean(&[], when);
+    });
+}
+
+#[test]
+fn add_of_addresses_alone_killed_at_every_system_call_leaves_nothing_behind() {
+    addresses_alone("ADD");
+}
+
+#[test]
+fn del_of_addresses_alone_killed_at_every_system_call_leaves_nothing_behind() {
+    addresses_alone("DEL");
 }
 
 /// Nobody says DEL or GC: the containers have ended.

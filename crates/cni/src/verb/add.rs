@@ -1,9 +1,12 @@
 //! ADD: a container gets its device, its addresses and its ways out; or, for somebody else's plugin, addresses alone.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::thread;
 
 use serde_json::{Map, Value};
-use twill_core::attach::{self, Attachment, Network, Request, Way};
+use twill_core::attach::{self, Alone, Attachment, Network, Request, Way};
 use twill_core::host::{Key, Object, PortFlags};
 use twill_core::ipam::{Given, Holder};
 use twill_core::net::{Inet, LinkName, Mtu, Prefix};
@@ -13,14 +16,14 @@ use twill_kernel::files::{self, Unsynced};
 use twill_kernel::{Kernel, LinuxKernel};
 
 use super::{forget, lease, netns, refused, undo};
-use crate::conf::{Conf, Device, resolv_conf};
+use crate::conf::{Conf, Device, Ipam, resolv_conf};
 use crate::env::Target;
 use crate::error::{Act, CniError, Code};
 use crate::ipam::{Choice, Folder};
 use crate::ports::Ports;
 use crate::records::Records;
 use crate::result::{Answer, Interface, Ip, RouteTo};
-use crate::sweep::sweep;
+use crate::sweep::{is_gone, seen_in, sweep};
 
 /// More bytes than resolv.conf has.
 const RESOLV_LIMIT: u64 = 1 << 16;
@@ -47,18 +50,77 @@ fn holder(target: &Target) -> Holder {
     Holder { container_id: target.container_id.clone(), ifname: Some(target.ifname.to_string()) }
 }
 
-/// What an IPAM plugin answers.
+/// What an IPAM plugin answers. It is written down as an attachment without a device.
 fn addresses_alone(conf: &Conf, target: &Target) -> Result<Answer, CniError> {
     let Some(ipam) = &conf.ipam else { return Ok(Answer::default()) };
-    let (given, taken) = {
-        let folder = Folder::open(&ipam.dir)?;
-        let choice = folder.choose(&ipam.sets, &ipam.asked)?;
-        let taken = folder.take(&choice, &holder(target))?;
-        (choice.given, taken)
+    let records = Records::new(conf.attachments());
+    let is_free = settle_earlier_alone(conf, target, &records)?;
+    let take = || take_alone(conf, ipam, target, is_free.then_some(&records));
+    let (given, changes) = match take() {
+        Err(held) if held.code == Code::Addresses => {
+            let swept = sweep(&records).err();
+            take().map_err(|error| swept.into_iter().fold(error, CniError::and))?
+        }
+        taken => taken?,
     };
-    files::sync_all(taken.as_slice()).act(|| format!("write {} to the disk", ipam.dir.display()))?;
+    files::sync_all(&changes).act(|| format!("write {} to the disk", ipam.dir.display()))?;
     let ips = given.iter().map(|given| Ip { address: given.inet, gateway: Some(given.gateway), interface: None });
     Ok(Answer { ips: ips.collect(), routes: ipam.routes.clone(), dns: dns(conf)?, interfaces: Vec::new() })
+}
+
+/// As [`settle_earlier`]; false: the file is that of another network, which had the device's name first.
+fn settle_earlier_alone(conf: &Conf, target: &Target, records: &Records) -> Result<bool, CniError> {
+    let Some(earlier) = records.lock(&target.container_id, target.ifname)? else { return Ok(true) };
+    // Killed, or freed by another plugin: nobody uses what it tells of.
+    if is_gone(&earlier.record, records)? || earlier.record.alone.is_some() && !holds(&earlier.record)? {
+        return forget(&earlier.record, records).map(|_| true);
+    }
+    if earlier.record.alone.is_none() || earlier.record.network.as_ref().is_none_or(|of| of.name != conf.name) {
+        return Ok(false);
+    }
+    let msg = format!("container {} has addresses for its {} already", target.container_id, target.ifname);
+    Err(CniError::new(Code::Attached, msg, "the runtime has to DEL it before it ADDs it again"))
+}
+
+/// Whether an attachment holds any of its addresses.
+fn holds(record: &Attachment) -> Result<bool, CniError> {
+    let Request { container_id, ifname, addresses, .. } = &record.request;
+    let folder = record.network.as_ref().map(|network| Folder::find(Path::new(&*network.dir)));
+    let Some(folder) = folder.transpose()?.flatten() else { return Ok(false) };
+    let is_own = |inet: &Inet| Ok(folder.holder(inet.addr)?.is_some_and(|of| of.is(container_id, ifname.as_str())));
+    addresses.iter().try_fold(false, |held, inet| Ok(held || is_own(inet)?))
+}
+
+/// Chooses addresses, writes them down where there is a place for it, and takes them.
+fn take_alone(
+    conf: &Conf,
+    ipam: &Ipam,
+    target: &Target,
+    records: Option<&Records>,
+) -> Result<(Vec<Given>, Vec<Unsynced>), CniError> {
+    let folder = Folder::open(&ipam.dir)?;
+    let choice = folder.choose(&ipam.sets, &ipam.asked)?;
+    let mut changes = Vec::new();
+    if let Some(records) = records {
+        let path = target.netns.as_deref().unwrap_or_default();
+        let addresses = choice.given.iter().map(|given| given.inet).collect();
+        let request = Request::alone(&target.container_id, target.ifname, path, addresses);
+        let boot = files::boot_id().act(|| "read the boot's id".into())?;
+        let inode = fs::metadata(path).map(|meta| meta.ino()).unwrap_or_default();
+        let mut record = request.record(&boot, inode);
+        record.network = Some(Network { name: conf.name.clone(), dir: ipam.dir.to_string_lossy().into() });
+        // What is not there now will not be missed later.
+        record.alone = Some(Alone { seen_in: seen_in(Path::new(path)).filter(|_| inode != 0) });
+        changes.push(records.put(&record)?);
+    }
+    match folder.take(&choice, &holder(target)) {
+        Ok(taken) => changes.extend(taken),
+        Err(error) => {
+            let forgotten = records.map(|records| records.remove(&target.container_id, target.ifname));
+            return Err(forgotten.and_then(Result::err).into_iter().fold(error, CniError::and));
+        }
+    }
+    Ok((choice.given, changes))
 }
 
 fn attach(conf: &Conf, device: &Device, target: &Target) -> Result<(Answer, Vec<Object>), CniError> {

@@ -6,7 +6,7 @@ use twill_core::attach;
 use twill_kernel::attach as kernel;
 use twill_kernel::files::{self, Unsynced};
 
-use super::{forget, netns, refused};
+use super::{forget, free, netns, refused};
 use crate::clear::Clear;
 use crate::env::Target;
 use crate::error::{Act, CniError};
@@ -17,17 +17,18 @@ use crate::records::Records;
 /// Runs DEL.
 pub fn run(conf: &Clear, target: &Target) -> Result<String, CniError> {
     let records = Records::new(conf.attachments());
-    let locked = if conf.has_device { records.lock(&target.container_id, target.ifname)? } else { None };
-    let record = locked.as_ref().map(|locked| &locked.record);
-    if conf.has_device {
-        let host_device = record.map(|record| record.request.host_device);
-        let host_device = host_device.unwrap_or_else(|| attach::host_device(&target.container_id, target.ifname));
-        let gone = kernel::detach(host_device).map_err(|failed| refused(failed, &records))?;
-        if !gone && record.is_none() && is_known(conf, target)? {
-            take_away_inside(conf, target).map_err(|failed| refused(failed, &records))?;
-        }
+    if !conf.has_device {
+        return addresses_alone(conf, target, &records);
     }
-    if conf.has_device && record.is_none() {
+    let locked = records.lock(&target.container_id, target.ifname)?;
+    let record = locked.as_ref().map(|locked| &locked.record);
+    let host_device = record.map(|record| record.request.host_device);
+    let host_device = host_device.unwrap_or_else(|| attach::host_device(&target.container_id, target.ifname));
+    let gone = kernel::detach(host_device).map_err(|failed| refused(failed, &records))?;
+    if !gone && record.is_none() && is_known(conf, target)? {
+        take_away_inside(conf, target).map_err(|failed| refused(failed, &records))?;
+    }
+    if record.is_none() {
         Ports::clear(&records)?;
     }
     // The addresses are on no device any more.
@@ -37,7 +38,7 @@ pub fn run(conf: &Clear, target: &Target) -> Result<String, CniError> {
         (None, Some(dir)) => release_by_search(dir, target)?,
         (None, None) => Vec::new(),
     };
-    if conf.has_device && record.is_none() {
+    if record.is_none() {
         changes.extend(records.remove(&target.container_id, target.ifname)?);
     }
     if let Some(dir) = &conf.flannel_dir {
@@ -46,6 +47,20 @@ pub fn run(conf: &Clear, target: &Target) -> Result<String, CniError> {
             changes.extend(files::remove(&file).act(|| format!("remove {}", file.display()))?);
         }
     }
+    files::sync_all(&changes).act(|| format!("write {} to the disk", conf.state.display()))?;
+    Ok(String::new())
+}
+
+/// For somebody else's plugin.
+fn addresses_alone(conf: &Clear, target: &Target, records: &Records) -> Result<String, CniError> {
+    let locked = records.lock(&target.container_id, target.ifname)?;
+    let changes = match (locked.filter(|locked| conf.has_alone(&locked.record)), &conf.addresses) {
+        (Some(locked), _) => free(&locked.record, records)?,
+        (None, dir) => {
+            records.sweep_half_made_of(&target.container_id, target.ifname)?;
+            dir.as_deref().map_or(Ok(Vec::new()), |dir| release_by_search(dir, target))?
+        }
+    };
     files::sync_all(&changes).act(|| format!("write {} to the disk", conf.state.display()))?;
     Ok(String::new())
 }

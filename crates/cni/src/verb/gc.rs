@@ -22,9 +22,7 @@ pub fn run(conf: &Clear) -> Result<String, CniError> {
     let holders = not_understood.iter().filter_map(|(name, _)| name.split_once(':'));
     valid.extend(holders.map(|(id, ifname)| Valid { container_id: id.to_owned(), ifname: ifname.to_owned() }));
     // Only then: a device that refuses to go, or a rule, has its addresses still.
-    if conf.has_device {
-        stale_attachments(conf, &valid, &records)?;
-    }
+    stale_attachments(conf, &valid, &records)?;
     stale_addresses(conf, &valid)?;
     // They were left alone, and so was what they hold.
     all(not_understood.into_iter().map(|(_, error)| Err(error)))?;
@@ -37,17 +35,17 @@ fn names(valid: &[Valid], container_id: &str, ifname: Option<&str>) -> bool {
 
 fn stale_attachments(conf: &Clear, valid: &[Valid], records: &Records) -> Result<(), CniError> {
     records.sweep_half_made()?;
-    let ours = records
-        .all()?
-        .into_iter()
-        .filter(|record| record.network.as_ref().is_some_and(|n| Some(&n.name) == conf.name.as_ref()));
+    let ours =
+        records.all()?.into_iter().filter(|record| conf.has_device && conf.has(record) || conf.has_alone(record));
     let stale = ours.filter(|r| !names(valid, &r.request.container_id, Some(r.request.ifname.as_str())));
     all(stale.map(|record| {
         let Some(locked) = records.lock(&record.request.container_id, record.request.ifname)? else { return Ok(()) };
-        kernel::detach(locked.record.request.host_device).map_err(|failed| refused(failed, records))?;
+        if locked.record.alone.is_none() {
+            kernel::detach(locked.record.request.host_device).map_err(|failed| refused(failed, records))?;
+        }
         sweep::free(&locked, records)
     }))?;
-    Ports::clear(records)
+    if conf.has_device { Ports::clear(records) } else { Ok(()) }
 }
 
 fn stale_addresses(conf: &Clear, valid: &[Valid]) -> Result<(), CniError> {

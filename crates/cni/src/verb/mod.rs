@@ -89,7 +89,7 @@ fn undo(record: &Attachment, records: &Records) -> Result<(), CniError> {
 }
 
 /// The addresses, then the file.
-fn free(record: &Attachment, records: &Records) -> Result<Vec<Unsynced>, CniError> {
+pub(crate) fn free(record: &Attachment, records: &Records) -> Result<Vec<Unsynced>, CniError> {
     let Request { container_id, ifname, addresses, .. } = &record.request;
     let folder = record.network.as_ref().map(|network| Folder::find(network.dir.as_ref().as_ref()));
     let folder = folder.transpose()?.flatten();

@@ -12,7 +12,7 @@ use crate::sweep::is_gone;
 pub fn run(conf: &Conf) -> Result<String, CniError> {
     lease(&mut conf.clone()).map_err(|error| {
         let records = Records::new(conf.attachments());
-        let runs = |record: &Attachment| is_gone(record, &records).is_ok_and(|gone| !gone);
+        let runs = |record: &Attachment| record.alone.is_none() && is_gone(record, &records).is_ok_and(|gone| !gone);
         let suffer = records.all().is_ok_and(|attached| attached.iter().any(runs));
         let code = if suffer { Code::Limited } else { Code::NotAvailable };
         CniError { code, ..error }

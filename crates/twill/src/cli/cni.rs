@@ -381,8 +381,11 @@ impl Uninstall {
     fn run(self) -> anyhow::Result<ExitCode> {
         let records = twill_cni::records::Records::new(self.at.state.path().join("attachments")).all();
         let records = records.map_err(|e| Failure::new("ipam-failed", e.msg).hint(e.details))?;
-        let attached: Vec<String> =
-            records.iter().filter(|r| r.network.is_some()).map(|r| r.request.container_id.clone()).collect();
+        let attached: Vec<String> = records
+            .iter()
+            .filter(|r| r.network.is_some() && r.alone.is_none())
+            .map(|r| r.request.container_id.clone())
+            .collect();
         if !attached.is_empty() && !self.force && !self.at.dry_run {
             let message =
                 format!("refuse to uninstall: {} containers are attached: {}", attached.len(), attached.join(", "));
