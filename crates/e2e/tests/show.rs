@@ -187,10 +187,13 @@ fn classic_routes_are_what_route_n_prints() {
         return;
     }
     let host = node(&bed);
+    host.ip("route add blackhole 10.1.77.0/24 metric 4294967295");
+    host.ip("route add 10.1.78.0/24 dev lo metric 3000000000");
     let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>().join(" ");
     let theirs: BTreeSet<String> = host.run("route -n").lines().skip(2).map(words).collect();
     let ours: BTreeSet<String> = show(&host, "routes --classic").lines().skip(1).map(words).collect();
     assert_eq!(ours, theirs);
+    assert!(ours.contains("10.1.77.0 0.0.0.0 255.255.255.0 U -1 0 0 *"), "{ours:#?}");
     assert!(ours.contains("10.1.16.0 10.1.16.0 255.255.255.0 UG 0 0 0 flannel.1"), "the source's own line: {ours:#?}");
 }
 

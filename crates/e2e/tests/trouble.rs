@@ -138,7 +138,46 @@ fn an_address_that_no_host_can_have_is_not_told_to_others() {
         assert_eq!(code, Some(2), "{said:?}");
         assert!(said.unwrap_err().contains(&format!("public-ip {ip} is not the address of a host")));
     }
+    // What the config and the interface tell is looked at as soon as they are known.
+    for (ip, why) in [
+        ("10.1.3.4", "lies in the container network 10.1.0.0/16"),
+        ("10.168.0.255", "is for all hosts of 10.168.0.0/24"),
+    ] {
+        let want = format!("public-ip {ip} {why}: a unicast address outside the container network is allowed");
+        let check = node.twill_json(&format!("agent --check --public-ip {ip}"));
+        let findings = check["findings"].as_array().unwrap();
+        assert!(findings.iter().any(|f| f["code"] == "bad-public-ip" && f["evidence"] == want.as_str()), "{check}");
+        let agent = node.agent_at_once(&format!("--public-ip {ip}"));
+        told(&node, "bad-public-ip", &[&want]);
+        agent.end(Signal::TERM);
+    }
     assert!(node.leases().is_empty());
+}
+
+#[test]
+fn an_address_that_no_host_can_have_is_not_programmed() {
+    let Some((node, _dir)) = node() else { return };
+    let _agent = node.agent("--subnet 10.1.15.0/24");
+    let all =
+        ["255.255.255.255", "10.168.0.255", "10.168.0.0", "224.0.0.1", "239.1.1.1", "127.0.0.1", "0.0.0.0", "10.1.9.9"];
+    for ip in all {
+        let data = r#"{"VNI":1,"VtepMAC":"02:00:00:00:00:28"}"#;
+        let lease = format!(r#"{{"PublicIP":"{ip}","BackendType":"vxlan","BackendData":{data}}}"#);
+        node.put("subnets/10.1.40.0-24", &lease);
+        eventually(&format!("{ip} is named"), || {
+            let findings = node.status()["findings"].take();
+            let named = |f: &serde_json::Value| {
+                let evidence = f["evidence"].as_str().unwrap();
+                let value =
+                    evidence.contains(&format!("PublicIP {ip} ")) || ip == "0.0.0.0" && evidence.contains("all zeros");
+                f["code"] == "bad-lease-value" && f["object"] == "lease 10.1.40.0-24" && value
+            };
+            if findings.as_array().unwrap().iter().any(named) { Ok(()) } else { Err(findings) }
+        });
+        node.await_peer(40, false);
+    }
+    node.put_peer(40);
+    node.await_peer(40, true);
 }
 
 #[test]

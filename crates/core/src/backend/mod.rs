@@ -184,9 +184,9 @@ fn forwarding(name: LinkName, v4: bool) -> Vec<Object> {
 fn told_host(networks: &[Prefix], lease: &Lease, v4: bool) -> Result<IpAddr, PeerFault> {
     let host = if v4 { lease.attrs.public_ip.map(IpAddr::V4) } else { lease.attrs.public_ipv6.map(IpAddr::V6) };
     let key = if v4 { "PublicIP" } else { "PublicIPv6" };
-    let host = host.ok_or_else(|| lease.fault("bad-lease-value", format!("{key} is missing")))?;
+    let host = host.ok_or_else(|| lease.fault("bad-lease-value", format!("{key} is missing, or all zeros")))?;
     if !is_host(host) {
-        return Err(lease.fault("bad-lease-value", format!("{key} {host} is not the address of a host")));
+        return Err(lease.fault("bad-lease-value", not_a_host(key, host)));
     }
     if let Some(network) = networks.iter().find(|network| network.contains(host)) {
         let reason =
@@ -196,12 +196,42 @@ fn told_host(networks: &[Prefix], lease: &Lease, v4: bool) -> Result<IpAddr, Pee
     Ok(host)
 }
 
+fn not_a_host(key: &str, host: IpAddr) -> String {
+    format!("{key} {host} is not the address of a host: a unicast address on the underlay is allowed")
+}
+
+/// True for the broadcast and the network address of an interface's own IPv4 network.
+fn is_for_all(own: Inet, ip: IpAddr) -> bool {
+    let network = own.network();
+    ip.is_ipv4() && own.len() < 31 && (ip == network.last() || ip == network.addr())
+}
+
+/// Why peers must not be told this `--public-ip`; `None`: it is good, or the device's own address.
+pub fn bad_public_ip(underlay: &Underlay, networks: &[Prefix]) -> Option<Refusal> {
+    let [v4, v6] = [(underlay.public_v4, underlay.v4), (underlay.public_v6, underlay.v6)];
+    let (ip, why) = [v4, v6].into_iter().find_map(|(told, own)| {
+        let ip = told?;
+        match networks.iter().find(|network| network.contains(ip)) {
+            Some(network) => Some((ip, format!("lies in the container network {network}"))),
+            None => Some((ip, format!("is for all hosts of {}", own.filter(|own| is_for_all(*own, ip))?.network()))),
+        }
+    })?;
+    Some(Refusal {
+        code: "bad-public-ip",
+        message: format!("public-ip {ip} {why}: a unicast address outside the container network is allowed"),
+        hint: "name the address at which the other nodes reach this one".into(),
+    })
+}
+
 /// The underlay address of the host that holds the lease, which is another one than this.
 fn host_of(cx: &Cx, lease: &Lease, v4: bool) -> Result<IpAddr, PeerFault> {
     let host = told_host(&cx.networks, lease, v4)?;
     let own = if v4 { cx.underlay.v4 } else { cx.underlay.v6 };
+    let key = if v4 { "PublicIP" } else { "PublicIPv6" };
+    if own.is_some_and(|inet| is_for_all(inet, host)) {
+        return Err(lease.fault("bad-lease-value", not_a_host(key, host)));
+    }
     if own.is_some_and(|inet| inet.addr == host) || cx.underlay.public(v4) == Some(host) {
-        let key = if v4 { "PublicIP" } else { "PublicIPv6" };
         return Err(lease.fault("duplicate-public-ip", format!("{key} {host} is this node's own address")));
     }
     Ok(host)

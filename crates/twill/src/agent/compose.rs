@@ -43,6 +43,9 @@ impl Network {
         way_out: WayOut,
     ) -> Result<Self, Vec<Refusal>> {
         let backend = backend::build(&config.backend).map_err(|refusal| vec![refusal])?;
+        if let Some(refusal) = backend::bad_public_ip(&underlay, &config.networks()) {
+            return Err(vec![refusal]);
+        }
         let devices = config.networks().iter().flat_map(|n| backend.devices(&[*n])).collect::<Vec<_>>();
         let (mut networks, mut lacking) = (Vec::new(), Vec::new());
         for network in config.networks() {

@@ -357,7 +357,8 @@ impl Routes {
                 gateway,
                 std::net::Ipv4Addr::from_bits(mask).to_string(),
                 flags,
-                r.metric.to_string(),
+                // net-tools keeps it in an int.
+                r.metric.cast_signed().to_string(),
                 if refused { "-" } else { "0" }.to_owned(),
                 "0".to_owned(),
                 r.link.map_or(if refused { "-" } else { "*" }.to_owned(), |l| l.to_string()),
