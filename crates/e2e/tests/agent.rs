@@ -294,8 +294,10 @@ fn a_listing_that_lacks_everybody_withdraws_nobody_until_it_is_accepted() {
     node.finding("strange-listing");
     node.await_peer(40, true);
     node.await_peer(41, true);
+    assert_eq!(node.twill_json("plan")["steps"], serde_json::json!([]), "the plan is the agent's");
     // An agent that starts meanwhile knows them from the kernel alone: they are kept, listed and repaired all the same.
     agent.end(Signal::TERM);
+    assert_eq!(node.twill_json("plan")["steps"], serde_json::json!([]), "so is it before its start");
     let _agent = node.agent_at_once("--subnet 10.1.15.0/24");
     node.finding("strange-listing");
     node.host.ip("route del 10.1.40.0/24");
@@ -471,14 +473,19 @@ fn clean_removes_everything_owned_and_leave_gives_the_subnet_back() {
         "beside a running agent: {said:?}"
     );
     agent.end(Signal::TERM);
+    // What a tunnel in user space would leave.
+    std::fs::write(node.file("state/tunnel.json"), "{}").unwrap();
     let before = everything(&node);
     let dry = node.twill_json("clean --dry-run");
     let announced = dry["steps"].to_string();
-    assert!(announced.contains("flannel.1") && announced.contains("subnet.env"), "{dry}");
+    for word in ["flannel.1", "subnet.env", "tunnel.json", "forget the devices in ", "table inet twill"] {
+        assert!(announced.contains(word), "{word}: {dry}");
+    }
     assert_eq!(everything(&node), before, "a dry run changes nothing");
     let done = node.twill_json("clean");
     assert_eq!((&done["steps"], &done["failed"]), (&dry["steps"], &serde_json::json!([])), "it does what it announced");
     assert_gone(&node);
+    assert!(!node.file("state/tunnel.json").exists());
     assert!(done["left"].to_string().contains("ip_forward"), "{done}");
     assert!(node.leases().iter().any(|(name, _)| name == "10.1.15.0-24"), "clean leaves the lease");
 
@@ -495,7 +502,19 @@ fn clean_removes_everything_owned_and_leave_gives_the_subnet_back() {
         (&false.into(), &"10.1.15.0/24".into(), &"flannel.1".into())
     );
     assert_eq!(everything(&node), before, "neither a refusal nor a dry run changes anything");
-    node.twill("leave").1.unwrap();
+    let announced = dry["steps"].to_string();
+    let words = [
+        "delete lease 10.1.15.0-24",
+        "link flannel.1",
+        "route blackhole 10.1.15.0/24",
+        "table inet twill",
+        "subnet.env",
+        "state.json",
+    ];
+    for word in words {
+        assert!(announced.contains(word), "{word}: {dry}");
+    }
+    assert_eq!(node.twill_json("leave")["steps"], dry["steps"], "it does what it announced");
     assert_gone(&node);
     assert!(!node.leases().iter().any(|(name, _)| name == "10.1.15.0-24"), "leave gives the lease back");
     eventually("the agent ends", || {

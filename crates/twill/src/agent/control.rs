@@ -59,7 +59,7 @@ pub(crate) async fn serve(control: Control, listener: UnixListener, stop: impl F
         .route("/v1/hold", post(|control| hold(control, true)))
         .route("/v1/release", post(|control| hold(control, false)))
         .route("/v1/resync", post(resync))
-        .route("/v1/leave", post(leave))
+        .route("/v1/leave", post(leave).get(leaving))
         .with_state(control);
     if let Err(error) = axum::serve(listener, router).with_graceful_shutdown(stop).await {
         tracing::error!(%error, "the control socket ended");
@@ -130,6 +130,11 @@ async fn hold(State(control): State<Control>, held: bool) -> Answer {
 
 async fn resync(State(control): State<Control>) -> Answer {
     answer(json!({"withdrawn": ask(&control, Command::Accept).await?}))
+}
+
+async fn leaving(State(control): State<Control>) -> Answer {
+    let steps = ask(&control, Command::Leaving).await?.map_err(Refused)?;
+    answer(json!({"steps": steps}))
 }
 
 async fn leave(State(control): State<Control>) -> Answer {

@@ -21,7 +21,7 @@ use twill_core::firewall::{beside, judge};
 use twill_core::host::{HostState, Key, Object, PROTO_TWILL};
 use twill_core::lease_set::LeaseName;
 use twill_core::reconcile::{
-    Claim, Finding, Healer, Journal, Plan, Scope, Wanted, plan, shadowed, taken_tables, taken_tunnels,
+    Claim, Desired, Finding, Healer, Journal, Plan, Scope, Wanted, plan, shadowed, taken_tables, taken_tunnels,
 };
 use twill_kernel::{Interest, Kernel, KernelError, LinuxKernel, Waker};
 
@@ -55,6 +55,8 @@ pub(crate) enum Order {
     Hold(bool),
     /// What would be changed now.
     Plan(oneshot::Sender<PlanView>),
+    /// What [`Order::Clear`] would do now.
+    PlanClear(oneshot::Sender<Vec<String>>),
     /// Stop the tunnel's pumps and give its descriptors away; `None`: no tunnel runs.
     HandOver(oneshot::Sender<Option<Handed>>),
     /// Whoever was to have them went away.
@@ -319,6 +321,11 @@ impl Reconciler {
                 self.findings = Some(self.now());
             }
             Order::Plan(reply) => drop(reply.send(PlanView::from(&self.plan(Scope::All)))),
+            Order::PlanClear(reply) => {
+                let nothing = Desired { host: HostState::new(), claim: self.wanted.desired().claim.clone() };
+                let plan = plan(&nothing, self.kernel.mirror(), Scope::All);
+                drop(reply.send(plan.steps.iter().map(|step| step.op.to_string()).collect()));
+            }
             Order::Clear(done) => {
                 let names: Vec<LeaseName> = self.wanted.peer_names().cloned().collect();
                 names.iter().for_each(|name| drop(self.wanted.set_peer(name, Vec::new())));

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::folder::StateDir;
@@ -248,6 +248,13 @@ struct Left {
     subnets: Vec<String>,
     removes: Vec<String>,
     attached: Vec<String>,
+    /// Each thing that is, or would be, done.
+    steps: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct Leaving {
+    steps: Vec<String>,
 }
 
 impl Leave {
@@ -261,18 +268,20 @@ impl Leave {
         }
         let runtime = crate::runtime()?;
         let view: View = runtime.block_on(self.socket.ask("GET", "/v1/status"))?;
+        let Leaving { steps } = runtime.block_on(self.socket.ask("GET", "/v1/leave"))?;
         if !self.dry_run {
             let _: Value = runtime.block_on(self.socket.ask("POST", "/v1/leave"))?;
         }
-        let left = Left { left: !self.dry_run, subnets: view.subnets, removes: view.devices, attached };
+        let left = Left { left: !self.dry_run, subnets: view.subnets, removes: view.devices, attached, steps };
         self.output.print(&left, || {
             let act = if left.left { "gave back" } else { "would give back" };
             let told = format!("{act} {}, with {}", left.subnets.join(", "), left.removes.join(", "));
-            match left.attached.as_slice() {
+            let told = match left.attached.as_slice() {
                 [] => told,
                 attached if left.left => format!("{told}; still attached: {}", attached.join(", ")),
                 attached => format!("{told}, but only with --force while attached: {}", attached.join(", ")),
-            }
+            };
+            left.steps.iter().fold(told, |told, step| format!("{told}\n  {step}"))
         })?;
         Ok(ExitCode::SUCCESS)
     }

@@ -15,16 +15,17 @@ use twill_core::host::{HostState, Key, LinkKind, Object, PROTO_TWILL};
 use twill_core::iface;
 use twill_core::lease::Lease;
 use twill_core::lease_set::{LeaseName, LeaseSet};
-use twill_core::reconcile::{Claim, Desired, Plan, Scope, Wanted, plan};
+use twill_core::reconcile::{Claim, Desired, Op, Plan, Scope, Wanted, plan};
 use twill_kernel::{Interest, Kernel, LinuxKernel};
 use twill_store::{EtcdStore, Listing, RawConfig};
 
 use super::folder::StateDir;
 use crate::agent::compose::{self, Network};
+use crate::agent::session::listing::kept_at_start;
 use crate::agent::settings::{AgentArgs, Settings};
 use crate::agent::view::PlanView;
 use crate::agent::{load_state, refuse_beside_flannel};
-use crate::output::{Failure, Output, columns};
+use crate::output::{Failure, Output, columns, progress};
 use crate::stores::StoreArgs;
 
 /// Show what the agent would change right now; touches nothing, takes no lease, needs no agent.
@@ -76,6 +77,7 @@ fn compute(settings: &Settings) -> anyhow::Result<Plan> {
         .map_err(|mut refusals| refused(refusals.swap_remove(0)))?;
     let mut leases = LeaseSet::default();
     leases.follow(Rule::new(&config).map_err(refused)?);
+    let kept = kept_at_start(&listing, &network, &state, &settings.state_dir);
     leases.reset(listing.entries);
     let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
     let env = std::fs::read_to_string(&settings.subnet_file).unwrap_or_default();
@@ -103,7 +105,19 @@ fn compute(settings: &Settings) -> anyhow::Result<Plan> {
             wanted.set_peer(name, reach.objects);
         }
     }
+    for (name, objects) in kept.iter().flatten() {
+        wanted.set_peer(name, objects.clone());
+    }
     wanted.set_members(members);
+    let mut plan = against_kernel(wanted, &network)?;
+    if kept.is_some() {
+        plan.steps.retain(|step| !matches!(step.op, Op::Delete(_)));
+        progress("the store's listing is strange: nothing is withdrawn until `twill resync --accept`");
+    }
+    Ok(plan)
+}
+
+fn against_kernel(mut wanted: Wanted, network: &Network) -> anyhow::Result<Plan> {
     let sysctls = wanted
         .desired()
         .host
@@ -257,8 +271,12 @@ impl Clean {
         let todo = plan(&desired, kernel.mirror(), Scope::All);
         let mut steps: Vec<String> = todo.steps.iter().map(|s| s.op.to_string()).collect();
         let env = self.subnet_file.clone().unwrap_or_else(|| PathBuf::from("/run/flannel/subnet.env"));
-        if env.exists() {
-            steps.push(format!("delete file {}", env.display()));
+        // The tunnel that used it is not to come back.
+        let files = [env, crate::agent::tunnel::path(&state_dir)].into_iter().filter(|file| file.exists());
+        let files: Vec<PathBuf> = files.collect();
+        steps.extend(files.iter().map(|file| format!("delete file {}", file.display())));
+        if !state.devices.is_empty() {
+            steps.push(format!("forget the devices in {}", state_dir.join("state.json").display()));
         }
         let mut failed = Vec::new();
         if !self.dry_run {
@@ -266,13 +284,11 @@ impl Clean {
             failed =
                 todo.steps.iter().zip(outcome.steps).filter_map(|(s, r)| Some(format!("{s}: {}", r.err()?))).collect();
             state.devices.clear();
-            // The tunnel that used them is not to come back.
-            let _ = std::fs::remove_file(crate::agent::tunnel::path(&state_dir));
             let bytes = state.to_json().context("write the state")?;
             twill_kernel::files::write_atomic(&state_dir.join("state.json"), &bytes, 0o600)
                 .context("write the state")?;
-            if env.exists() {
-                std::fs::remove_file(&env).with_context(|| format!("delete {}", env.display()))?;
+            for file in &files {
+                std::fs::remove_file(file).with_context(|| format!("delete {}", file.display()))?;
             }
         }
         let forwarding = twill_kernel::sysctl::read("net/ipv4/ip_forward").unwrap_or_default();

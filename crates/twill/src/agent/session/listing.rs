@@ -1,11 +1,13 @@
 //! Which listings are believed. One that is strange withdraws nothing: what an earlier run knew is kept as it stands in the kernel.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use twill_core::host::{Few, Key, Object, Route};
 use twill_core::lease::LeaseKey;
 use twill_core::lease_set::LeaseName;
 use twill_core::net::{LinkName, Prefix};
+use twill_core::state_file::State;
 use twill_kernel::{Interest, Kernel, LinuxKernel};
 use twill_store::Listing;
 
@@ -23,7 +25,7 @@ impl Session {
         let known: Vec<LeaseName> = if self.seen.is_some() {
             self.leases.names().chain(self.kept.keys()).cloned().collect()
         } else {
-            self.left_behind(network)
+            left_behind(network, &self.settings.state_dir)
         };
         let lacking: Vec<LeaseName> = known.iter().filter(|name| !listed.contains(&***name)).cloned().collect();
         let other = |cluster| cluster != listing.cluster_id;
@@ -31,13 +33,11 @@ impl Session {
             Some((cluster, revision)) => other(cluster) || revision > listing.revision,
             None => self.state.store.is_some_and(other),
         };
-        let emptied = listed.is_empty() && !known.is_empty();
-        let halved = lacking.len() >= MISSING && lacking.len() * 2 > known.len();
         // What was held back is held back until it is accepted, however often the same is listed.
         let held = lacking.iter().any(|name| self.withheld.contains(name));
         let first = self.seen.is_none();
         self.seen = Some((listing.cluster_id, listing.revision));
-        if !lacking.is_empty() && (backwards || emptied || halved || held) {
+        if is_strange(listed.len(), known.len(), lacking.len(), backwards || held) {
             let evidence = format!(
                 "the store lists {} leases and lacks {} of {} known ones",
                 listed.len(),
@@ -90,24 +90,46 @@ impl Session {
             self.save();
         }
     }
+}
 
-    /// Lease names of the peers that an earlier run left in the kernel and in its tunnel.
-    fn left_behind(&self, network: &Network) -> Vec<LeaseName> {
-        let devices = tunnels(network);
-        let Ok(kernel) = LinuxKernel::open(Interest { devices: Some(BTreeSet::new()), ..Default::default() }) else {
-            return Vec::new();
-        };
-        let on_ours = |dst: &Route| {
-            dst.entries.first().is_some_and(|e| e.via.is_some() && e.dev.is_some_and(|d| devices.contains(&d)))
-        };
-        let routes = kernel.mirror().iter().filter_map(|(_, o)| match o {
-            Object::Route(r) if on_ours(r) => Some(r.key.dst),
-            _ => None,
-        });
-        let tunnel = super::super::tunnel::remembered(&super::super::tunnel::path(&self.settings.state_dir));
-        let tunnel = tunnel.into_iter().flat_map(|memory| memory.peers).map(|peer| peer.name);
-        routes.map(|dst| format!("{}-{}", dst.addr(), dst.len())).chain(tunnel).map(LeaseName::from).collect()
-    }
+/// True for a listing that withdraws nothing until it is accepted: it lacks known peers, and is empty, or lacks most of them, or there is
+/// something else against it (docs/decisions/0004).
+fn is_strange(listed: usize, known: usize, lacking: usize, suspect: bool) -> bool {
+    let emptied = listed == 0 && known > 0;
+    let halved = lacking >= MISSING && lacking * 2 > known;
+    lacking > 0 && (suspect || emptied || halved)
+}
+
+/// For an agent that starts with this listing: what it would keep as it stands in the kernel, where the listing is strange.
+pub(crate) fn kept_at_start(
+    listing: &Listing,
+    network: &Network,
+    state: &State,
+    state_dir: &Path,
+) -> Option<BTreeMap<LeaseName, Vec<Object>>> {
+    let listed: BTreeSet<&str> = listing.entries.iter().map(|e| e.name.as_str()).collect();
+    let known = left_behind(network, state_dir);
+    let lacking: Vec<LeaseName> = known.iter().filter(|name| !listed.contains(&***name)).cloned().collect();
+    let other = state.store.is_some_and(|cluster| cluster != listing.cluster_id);
+    is_strange(listed.len(), known.len(), lacking.len(), other).then(|| in_kernel(&lacking, &tunnels(network)))
+}
+
+/// Lease names of the peers that an earlier run left in the kernel and in its tunnel.
+fn left_behind(network: &Network, state_dir: &Path) -> Vec<LeaseName> {
+    let devices = tunnels(network);
+    let Ok(kernel) = LinuxKernel::open(Interest { devices: Some(BTreeSet::new()), ..Default::default() }) else {
+        return Vec::new();
+    };
+    let on_ours = |dst: &Route| {
+        dst.entries.first().is_some_and(|e| e.via.is_some() && e.dev.is_some_and(|d| devices.contains(&d)))
+    };
+    let routes = kernel.mirror().iter().filter_map(|(_, o)| match o {
+        Object::Route(r) if on_ours(r) => Some(r.key.dst),
+        _ => None,
+    });
+    let tunnel = super::super::tunnel::remembered(&super::super::tunnel::path(state_dir));
+    let tunnel = tunnel.into_iter().flat_map(|memory| memory.peers).map(|peer| peer.name);
+    routes.map(|dst| format!("{}-{}", dst.addr(), dst.len())).chain(tunnel).map(LeaseName::from).collect()
 }
 
 /// The tunnel devices of all families in use; the own subnets need not be known yet.

@@ -8,7 +8,7 @@
 //!
 //! [`underlay`]: what the node stands on; [`listing`]: which listings are believed; [`own`]: the own lease and what stands on it; [`say`]: waiting, and what `status` shows.
 
-mod listing;
+pub(crate) mod listing;
 mod own;
 mod say;
 mod underlay;
@@ -56,6 +56,8 @@ pub(crate) enum Command {
     Peers(oneshot::Sender<Vec<PeerView>>),
     /// Accept the last listing as it is.
     Accept(oneshot::Sender<usize>),
+    /// What [`Command::Leave`] would do now.
+    Leaving(oneshot::Sender<Result<Vec<String>, Failure>>),
     /// Give the subnet back and remove everything.
     Leave(oneshot::Sender<Result<(), Failure>>),
 }
@@ -401,6 +403,18 @@ impl Session {
                 self.accepted();
                 tracing::info!(peers = gone.len(), "the listing was accepted, what it lacks is withdrawn");
                 let _ = reply.send(gone.len());
+            }
+            Command::Leaving(reply) => {
+                let (plan, steps) = oneshot::channel();
+                self.order(Order::PlanClear(plan));
+                let steps = steps.await.unwrap_or_default();
+                let tunnel = super::tunnel::path(&self.settings.state_dir);
+                let files = [&self.settings.subnet_file, &tunnel].into_iter().filter(|file| file.exists());
+                let files = files.map(|file| format!("delete file {}", file.display()));
+                let lease = format!("delete lease {} from the store", own.key);
+                let forget =
+                    format!("forget subnet and devices in {}", self.settings.state_dir.join("state.json").display());
+                drop(reply.send(Ok([lease].into_iter().chain(steps).chain(files).chain([forget]).collect())));
             }
             Command::Leave(reply) => {
                 let name = own.key.to_string();

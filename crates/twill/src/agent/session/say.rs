@@ -16,6 +16,11 @@ use crate::output::Failure;
 /// Why a family that the config names is left out: of each what holds is shown, whatever is waited for.
 pub(super) const OF_FAMILIES: [&str; 2] = ["family-missing", "mtu-too-small"];
 
+fn cannot_leave(code: &'static str, why: &str) -> Failure {
+    Failure::new(code, format!("the lease cannot be given back now: {why}"))
+        .hint("try again when this is cured, or remove everything here with: twill clean")
+}
+
 /// Waiting, and saying why.
 impl Session {
     /// Says once what is missing, and waits until the host changes, or a while has passed. It is a finding until [`Session::waits_no_more`].
@@ -55,10 +60,8 @@ impl Session {
                 Some(command) = self.commands.recv() => match command {
                     Command::Peers(reply) => drop(reply.send(Vec::new())),
                     Command::Accept(reply) => drop(reply.send(0)),
-                    Command::Leave(reply) => {
-                        let failure = Failure::new(code, format!("the lease cannot be given back now: {why}"));
-                        drop(reply.send(Err(failure.hint("try again when this is cured, or remove everything here with: twill clean"))));
-                    }
+                    Command::Leaving(reply) => drop(reply.send(Err(cannot_leave(code, why)))),
+                    Command::Leave(reply) => drop(reply.send(Err(cannot_leave(code, why)))),
                 },
             }
         }
