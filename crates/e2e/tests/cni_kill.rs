@@ -5,7 +5,7 @@
 //! |---|---|---|---|
 //! | ADD, DEL | – | none | DEL, and once more GC, after each n |
 //! | ADD, DEL | – | one, and a named address that the next container asks for | DEL and GC in turn |
-//! | ADD, DEL | an ADD of another container | none, one each | DEL and GC in turn |
+//! | ADD, DEL | an ADD or the DEL of another container, in turn | none, one each | DEL and GC in turn |
 //! | ADD, DEL of addresses alone | – | none | DEL and GC in turn |
 //! | ADD | – | none | the agent, once, after the containers of every n have ended |
 
@@ -175,7 +175,7 @@ enum How {
     Alone,
     /// Nothing; the next container asks for the same address.
     Asking,
-    /// Another container is added.
+    /// Another container is added, or taken away.
     Beside,
     /// Nothing; addresses alone, for somebody else's plugin.
     Addresses,
@@ -184,27 +184,28 @@ enum How {
 /// How many places work at once: a device that goes is waited for.
 const PLACES: usize = 4;
 
-/// Kills `verb` at every system call, each in one of several places; after each kill `after` looks and cleans up. A container that is
-/// added meanwhile has to work.
+/// Kills `verb` at every system call, each in one of several places; after each kill `after` looks and cleans up. What another
+/// process does meanwhile has to work.
 fn kill(verb: &'static str, has_ports: bool, how: How, after: impl Fn(&Place, usize, &str) + Sync) {
     let in_a_place = |first: usize| {
         let Some(place) = Place::new(has_ports, how) else { return };
         let (runtime, other) = (&place.runtime, &place.other);
-        for n in (first..).step_by(PLACES) {
+        for (turn, n) in (first..).step_by(PLACES).enumerate() {
             if verb == "DEL" {
                 runtime.add(&place.conf, "victim", &place.victim);
             }
             let when = format!("{verb} killed at call {n}");
             let victim = start_killed(runtime, &place.call(verb), n);
             if how == How::Beside {
+                let second = ["ADD", "DEL"][turn % 2];
                 let second =
-                    Call { verb: "ADD", conf: &place.others, id: "other", netns: Some(netns(other)), args: "" };
+                    Call { verb: second, conf: &place.others, id: "other", netns: Some(netns(other)), args: "" };
                 runtime.call(&second).unwrap_or_else(|e| panic!("{when}: {e:#}"));
             }
             let ended = ended(victim);
             place.held_by(&place.victim, "victim");
             place.held_by(other, "other");
-            after(&place, n, &when);
+            after(&place, turn, &when);
             if ended {
                 return assert!(n > 100, "{verb} has ended after {n} calls");
             }
@@ -248,9 +249,9 @@ fn del_killed_at_every_system_call_leaves_nothing_behind_a_gc() {
 /// The next container asks for the address and for another host port.
 fn with_ports(verb: &'static str) {
     let given = AtomicUsize::new(0);
-    kill(verb, true, How::Asking, |place, n, when| {
+    kill(verb, true, How::Asking, |place, turn, when| {
         let is_given = place.give_to_the_next(when);
-        place.clean(WAYS[n / PLACES % 2], is_given);
+        place.clean(WAYS[turn % 2], is_given);
         place.is_clean(if is_given { &["other"] } else { &[] }, when);
         if is_given {
             given.fetch_add(1, Ordering::Relaxed);
@@ -271,38 +272,38 @@ fn del_with_a_host_port_killed_at_every_system_call_leads_it_to_nobody_else() {
     with_ports("DEL");
 }
 
-/// The second process is at work while the first one is.
+/// The second process is at work while the first one is: it adds another container, and takes it away again, in turn.
 fn beside(verb: &'static str, has_ports: bool) {
-    kill(verb, has_ports, How::Beside, |place, n, when| {
-        place.clean(WAYS[n / PLACES % 2], true);
-        place.is_clean(&["other"], when);
-        place.runtime.del(&place.others, "other", Some(&place.other));
+    kill(verb, has_ports, How::Beside, |place, turn, when| {
+        let there: &[&str] = if turn % 2 == 0 { &["other"] } else { &[] };
+        place.clean(WAYS[turn / 2 % 2], !there.is_empty());
+        place.is_clean(there, when);
     });
 }
 
 #[test]
-fn add_killed_at_every_system_call_beside_an_add_doubles_no_address() {
+fn add_killed_at_every_system_call_beside_a_second_process_doubles_no_address() {
     beside("ADD", false);
 }
 
 #[test]
-fn del_killed_at_every_system_call_beside_an_add_doubles_no_address() {
+fn del_killed_at_every_system_call_beside_a_second_process_doubles_no_address() {
     beside("DEL", false);
 }
 
 #[test]
-fn add_killed_at_every_system_call_beside_an_add_with_host_ports_leaves_none() {
+fn add_killed_at_every_system_call_beside_a_second_process_with_host_ports_leaves_none() {
     beside("ADD", true);
 }
 
 #[test]
-fn del_killed_at_every_system_call_beside_an_add_with_host_ports_leaves_none() {
+fn del_killed_at_every_system_call_beside_a_second_process_with_host_ports_leaves_none() {
     beside("DEL", true);
 }
 
 fn addresses_alone(verb: &'static str) {
-    kill(verb, false, How::Addresses, |place, n, when| {
-        place.clean(WAYS[n / PLACES % 2], false);
+    kill(verb, false, How::Addresses, |place, turn, when| {
+        place.clean(WAYS[turn % 2], false);
         place.is_clean(&[], when);
     });
 }
