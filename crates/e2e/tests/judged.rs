@@ -8,7 +8,7 @@ use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 use twill_e2e::net::{Bed, Host};
 use twill_e2e::site::Site;
-use twill_e2e::{eventually, installed};
+use twill_e2e::{eventually, grants, installed};
 
 fn site(programs: &[&str]) -> Option<(Site, tempfile::TempDir)> {
     let bed = Bed::new()?;
@@ -24,6 +24,7 @@ fn reaches(site: &Site, what: &str) -> bool {
     let (other, ours) = (&site.node.other, &site.container);
     match what {
         "all" => other.try_run("ping -c 1 -W 1 -I 10.1.40.0 10.1.15.2").status.success(),
+        "all6" => other.try_run("ping -c 1 -W 1 -I fd00:1:0:28:: fd00:1:0:f::2").status.success(),
         "out" => ours.try_run("ping -c 1 -W 1 10.1.40.0").status.success(),
         port => {
             let mut listener =
@@ -71,18 +72,18 @@ fn mend(site: &Site, host: &Host) -> Vec<Value> {
 }
 
 /// A ruleset that loses what is named, the code, and words that the finding has.
-struct Case {
-    rules: &'static str,
+struct Case<'a> {
+    rules: &'a str,
     lost: &'static str,
     code: &'static str,
     words: &'static str,
 }
 
-const fn case(rules: &'static str, lost: &'static str, code: &'static str, words: &'static str) -> Case {
+const fn case(rules: &'static str, lost: &'static str, code: &'static str, words: &'static str) -> Case<'static> {
     Case { rules, lost, code, words }
 }
 
-fn all_are_told(site: &Site, load: &dyn Fn(&str), unload: &dyn Fn(), cases: &[Case]) {
+fn all_are_told(site: &Site, load: &dyn Fn(&str), unload: &dyn Fn(), cases: &[Case<'_>]) {
     let passes = |what: &'static str| {
         eventually(&format!("{what} passes"), || if reaches(site, what) { Ok(()) } else { Err(findings(site)) });
     };
@@ -96,13 +97,25 @@ fn all_are_told(site: &Site, load: &dyn Fn(&str), unload: &dyn Fn(), cases: &[Ca
         };
         assert!(told.iter().any(|finding| right(&finding)), "{rules}: {told:#?}");
         passes(lost);
+        passes("all");
         unload();
         eventually("nothing is found", || {
             let now = findings(site);
             if now.is_empty() { Ok(()) } else { Err(now) }
         });
-        passes("all");
     }
+}
+
+/// Waits until nothing but a drop that is put there for it is told: what else there is, was looked at.
+fn nothing_else_is_told(site: &Site, what: &str) {
+    let host = &site.node.host;
+    let seen = "table inet seen { chain c { type filter hook prerouting priority -400; ip daddr 10.1.15.77 drop; }\n}";
+    host.feed("nft -f -", seen);
+    eventually("the one finding is there", || {
+        let now = findings(site);
+        if now.len() == 1 && now[0]["object"] == "chain inet seen c" { Ok(()) } else { Err((what.to_owned(), now)) }
+    });
+    host.run("nft delete table inet seen");
 }
 
 #[test]
@@ -149,6 +162,18 @@ fn whatever_drops_in_nftables_is_told_and_mended() {
             early,
             "last",
         ),
+        case(
+            "prerouting filter -150 accept| ip saddr . meta l4proto @who drop| set who { type ipv4_addr . inet_proto; flags interval; elements = { 10.1.0.0/16 . 1-17 } }",
+            "all",
+            early,
+            "ip saddr . meta l4proto @who",
+        ),
+        case(
+            "prerouting filter -150 accept| ip saddr != @mine ip daddr 10.1.15.0/24 drop| set mine { type ipv4_addr; flags interval; elements = { 10.1.15.0/24, 192.0.2.0/24 } }",
+            "all",
+            early,
+            "!= @mine",
+        ),
         case("prerouting nat -100 drop| ip saddr 192.0.2.1 accept", "all", early, "policy"),
         case("postrouting filter 0 accept| oifname \"cni0\" ct state new drop", "all", late, "oifname"),
         case("postrouting filter -150 drop| oifname eth0 accept", "all", late, "policy"),
@@ -180,17 +205,8 @@ fn whatever_drops_in_nftables_is_told_and_mended() {
         "prerouting filter -150 accept| ip saddr . tcp dport vmap { 192.0.2.1 . 80 : drop }; ip saddr @bad drop| set bad { type ipv4_addr; flags interval; elements = { 198.51.100.0/24, 203.0.113.1 } }",
     ] {
         load(rules);
-        eventually("the agent has looked", || if reaches(&site, "all") { Ok(()) } else { Err(()) });
-        // A finding that is expected shows that the others were looked for.
-        host.feed(
-            "nft -f -",
-            "table inet seen { chain c { type filter hook prerouting priority -400; ip daddr 10.1.15.77 drop; }\n}",
-        );
-        eventually("the one finding is there", || {
-            let now = findings(&site);
-            if now.len() == 1 && now[0]["object"] == "chain inet seen c" { Ok(()) } else { Err((rules, now)) }
-        });
-        host.run("nft delete table inet seen");
+        eventually("it passes", || if reaches(&site, "all") { Ok(()) } else { Err(findings(&site)) });
+        nothing_else_is_told(&site, rules);
         host.run("nft delete table inet bad");
     }
 }
@@ -282,6 +298,7 @@ fn whatever_drops_in_legacy_iptables_is_told_and_mended() {
         "filter: -A FORWARD -m mark --mark 0x8000/0x8000 -j DROP; -A FORWARD -p tcp --tcp-option 5 -j DROP",
     ] {
         load(rules);
+        // Legacy iptables is read in its own time.
         load("raw: -I PREROUTING -d 10.1.15.77 -j DROP");
         eventually("the one finding is there", || {
             let now = findings(&site);
@@ -291,6 +308,203 @@ fn whatever_drops_in_legacy_iptables_is_told_and_mended() {
         assert!(reaches(&site, "all"));
         unload();
     }
+}
+
+#[test]
+fn each_family_is_judged_by_itself() {
+    let Some((site, _dir)) = site(&["ip6tables-legacy"]) else { return };
+    let host = &site.node.host;
+    for (node, ip) in [(host, "fd00:168::2"), (&site.node.other, "fd00:168::3")] {
+        node.ip(&format!("addr add {ip}/64 dev eth0 nodad"));
+    }
+    let config =
+        r#"{"Network":"10.1.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:1::/48","Backend":{"Type":"vxlan"}}"#;
+    site.node.put("config", config);
+    let _agent = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
+    site.plug();
+    site.plug6();
+    site.peer();
+    site.peer6();
+    let load = |rules: &str| host.feed("sh", rules);
+    let unload = || {
+        host.try_run("nft delete table inet bad");
+        host.try_run("nft delete table ip6 bad");
+        for table in ["raw", "mangle"] {
+            host.try_run(&format!("ip6tables-legacy -w -t {table} -F"));
+        }
+    };
+    let nft =
+        |family: &str, rules: &str| format!("nft 'table {family} bad {{ chain c {{ type filter hook {rules}; }}; }}'");
+    let early = nft("inet", "prerouting priority -300; ip6 daddr { fd00:1:0:f::/64, 2001:db8::/32 } drop");
+    let policy = nft(
+        "ip6",
+        "prerouting priority -150; policy drop; icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept",
+    );
+    let port = nft("inet", "input priority 0; meta nfproto ipv6 udp dport 8472 drop");
+    let cases = [
+        (early.as_str(), "dropped-before-forward", "ip6 daddr"),
+        (&policy, "tunnel-dropped", "policy"),
+        (&port, "tunnel-dropped", "th dport"),
+        (
+            "ip6tables-legacy -w -t raw -A PREROUTING -d fd00:1:0:f::2 -m comment --comment x -j DROP",
+            "dropped-before-forward",
+            "ip6 daddr",
+        ),
+        (
+            "ip6tables-legacy -w -t mangle -A POSTROUTING -p icmpv6 --icmpv6-type echo-request -o cni+ -j DROP",
+            "may-drop",
+            "icmp6",
+        ),
+    ];
+    let cases = cases.map(|(rules, code, words)| Case { rules, lost: "all6", code, words });
+    all_are_told(&site, &load, &unload, &cases);
+}
+
+#[test]
+fn the_udp_tunnels_own_port_is_judged() {
+    if !grants("udp") {
+        return;
+    }
+    let Some((site, _dir)) = site(&[]) else { return };
+    let host = &site.node.host;
+    site.node.put("config", r#"{"Network":"10.1.0.0/16","Backend":{"Type":"udp"}}"#);
+    let _agent = site.node.agent("--subnet 10.1.15.0/24");
+    site.node.put("subnets/10.1.40.0-24", r#"{"PublicIP":"10.168.0.3","PublicIPv6":null}"#);
+    host.feed(
+        "nft -f -",
+        "table inet bad { chain c { type filter hook input priority 0; udp dport 8000-9000 drop; }\n}",
+    );
+    let finding = site.node.finding("tunnel-dropped");
+    assert_eq!(finding["object"], "chain inet bad c", "{finding}");
+    host.feed("sh", finding["fix"].as_str().unwrap());
+    eventually("the finding goes", || if findings(&site).is_empty() { Ok(()) } else { Err(findings(&site)) });
+}
+
+/// ufw's rules, the tunnel's and the store's ports open.
+const UFW: &str = "*filter
+:INPUT DROP
+:FORWARD DROP
+:OUTPUT ACCEPT
+:ufw-before-input -
+:ufw-before-forward -
+:ufw-logging-deny -
+:ufw-not-local -
+:ufw-skip-to-policy-input -
+:ufw-user-input -
+:ufw-user-limit -
+-A INPUT -j ufw-before-input
+-A FORWARD -j ufw-before-forward
+-A ufw-before-input -i lo -j ACCEPT
+-A ufw-before-input -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A ufw-before-input -m conntrack --ctstate INVALID -j ufw-logging-deny
+-A ufw-before-input -m conntrack --ctstate INVALID -j DROP
+-A ufw-before-input -p icmp --icmp-type 3 -j ACCEPT
+-A ufw-before-input -p udp --sport 67 --dport 68 -j ACCEPT
+-A ufw-before-input -j ufw-not-local
+-A ufw-before-input -j ufw-user-input
+-A ufw-before-forward -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A ufw-before-forward -p icmp --icmp-type 8 -j ACCEPT
+-A ufw-logging-deny -m conntrack --ctstate INVALID -m limit --limit 3/min --limit-burst 10 -j RETURN
+-A ufw-logging-deny -m limit --limit 3/min --limit-burst 10 -j LOG
+-A ufw-not-local -m addrtype --dst-type LOCAL -j RETURN
+-A ufw-not-local -m addrtype --dst-type MULTICAST -j RETURN
+-A ufw-not-local -m addrtype --dst-type BROADCAST -j RETURN
+-A ufw-not-local -m limit --limit 3/min --limit-burst 10 -j ufw-logging-deny
+-A ufw-not-local -j DROP
+-A ufw-skip-to-policy-input -j DROP
+-A ufw-user-input -p tcp --dport 22 -m conntrack --ctstate NEW -m recent --set --name DEFAULT
+-A ufw-user-input -p tcp --dport 22 -m conntrack --ctstate NEW -m recent --update --seconds 30 --hitcount 6 --name DEFAULT -j ufw-user-limit
+-A ufw-user-input -p udp --dport 8472 -j ACCEPT
+-A ufw-user-input -p tcp --dport 2379 -j ACCEPT
+-A ufw-user-limit -m limit --limit 3/min -j LOG
+-A ufw-user-limit -j REJECT
+COMMIT
+";
+
+/// kube-proxy's and kubelet's rules in their mode iptables, with a service that has no endpoint.
+const KUBE: &str = "*filter
+:INPUT ACCEPT
+:FORWARD ACCEPT
+:OUTPUT ACCEPT
+:KUBE-EXTERNAL-SERVICES -
+:KUBE-FIREWALL -
+:KUBE-FORWARD -
+:KUBE-NODEPORTS -
+:KUBE-PROXY-FIREWALL -
+:KUBE-SERVICES -
+-A INPUT -m conntrack --ctstate NEW -j KUBE-PROXY-FIREWALL
+-A INPUT -j KUBE-NODEPORTS
+-A INPUT -m conntrack --ctstate NEW -j KUBE-EXTERNAL-SERVICES
+-A INPUT -j KUBE-FIREWALL
+-A FORWARD -m conntrack --ctstate NEW -j KUBE-PROXY-FIREWALL
+-A FORWARD -j KUBE-FORWARD
+-A FORWARD -m conntrack --ctstate NEW -j KUBE-SERVICES
+-A OUTPUT -m conntrack --ctstate NEW -j KUBE-SERVICES
+-A OUTPUT -j KUBE-FIREWALL
+-A KUBE-FIREWALL ! -s 127.0.0.0/8 -d 127.0.0.0/8 -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP
+-A KUBE-FIREWALL -m mark --mark 0x8000/0x8000 -j DROP
+-A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
+-A KUBE-FORWARD -m mark --mark 0x4000/0x4000 -j ACCEPT
+-A KUBE-FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A KUBE-SERVICES -d 10.96.0.10/32 -p tcp -m tcp --dport 9153 -j REJECT
+COMMIT
+*nat
+:PREROUTING ACCEPT
+:POSTROUTING ACCEPT
+:KUBE-MARK-DROP -
+:KUBE-MARK-MASQ -
+:KUBE-POSTROUTING -
+:KUBE-SERVICES -
+-A PREROUTING -j KUBE-SERVICES
+-A POSTROUTING -j KUBE-POSTROUTING
+-A KUBE-MARK-DROP -j MARK --set-xmark 0x8000/0x8000
+-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
+-A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN
+-A KUBE-POSTROUTING -j MARK --set-xmark 0x4000/0x0
+-A KUBE-POSTROUTING -j MASQUERADE --random-fully
+-A KUBE-SERVICES ! -s 10.1.0.0/16 -d 10.96.0.1/32 -p tcp -m tcp --dport 443 -j KUBE-MARK-MASQ
+-A KUBE-SERVICES -d 10.96.0.9/32 -p tcp -m tcp --dport 443 -j KUBE-MARK-DROP
+COMMIT
+*mangle
+:PREROUTING ACCEPT
+:POSTROUTING ACCEPT
+-A PREROUTING -m rpfilter --invert -j DROP
+-A POSTROUTING -p tcp -m tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu
+COMMIT
+";
+
+#[test]
+fn stock_rule_sets_are_no_alarm() {
+    let Some((site, _dir)) = site(&["iptables-nft-restore", "iptables-legacy-restore"]) else { return };
+    let host = &site.node.host;
+    let _agent = site.node.agent("--subnet 10.1.15.0/24");
+    site.plug();
+    site.peer();
+    for (name, text) in [("ufw", UFW), ("kube", KUBE)] {
+        host.feed("iptables-nft-restore", text);
+        eventually("it passes", || if reaches(&site, "all") { Ok(()) } else { Err(findings(&site)) });
+        nothing_else_is_told(&site, name);
+        host.run("nft delete table ip filter");
+    }
+    for table in ["nat", "mangle"] {
+        host.run(&format!("nft delete table ip {table}"));
+    }
+    if !host.try_run("iptables-legacy -w -S").status.success() {
+        return println!("SKIP: no legacy iptables: {:?}", host.try_run("iptables-legacy -w -S"));
+    }
+    host.feed("iptables-legacy-restore -w", KUBE);
+    host.feed("sh", "iptables-legacy -w -t raw -A PREROUTING -d 10.1.15.77 -j DROP");
+    eventually("the one finding is there", || {
+        let now = findings(&site);
+        if now.len() == 1 && now[0]["fix"] == "iptables-legacy -w -t raw -D PREROUTING 1" { Ok(()) } else { Err(now) }
+    });
+    host.feed("sh", "iptables-legacy -w -t raw -F");
+    eventually("it goes", || if findings(&site).is_empty() { Ok(()) } else { Err(findings(&site)) });
+    // ufw's policy is what drops, and nothing else is.
+    host.feed("iptables-legacy-restore -w", UFW);
+    let told = mend(&site, host);
+    assert!(told.len() == 1 && told[0]["code"] == "legacy-drops-forward", "{told:#?}");
+    assert!(reaches(&site, "all"));
 }
 
 #[test]

@@ -170,7 +170,7 @@ fn may_drop(table: &Table, rule: &Rule) -> bool {
 }
 
 /// A chain and all that it leads to.
-fn reached<'a>(table: &'a Table, from: &'a str) -> BTreeSet<&'a str> {
+pub(super) fn reached<'a>(table: &'a Table, from: &'a str) -> BTreeSet<&'a str> {
     let (mut reached, mut todo) = (BTreeSet::new(), vec![from]);
     while let Some(name) = todo.pop() {
         if reached.insert(name) {

@@ -291,6 +291,9 @@ fn comparison(load: Load, register: u32, cmp: &Raw<'_>, v4: bool) -> Option<Expr
 fn loaded<'r, 'a>(rest: &'r [Raw<'a>]) -> Option<(Load, u32, &'r [Raw<'a>])> {
     let (first, rest) = rest.split_first()?;
     let (field, register) = load(first)?;
+    // What is compared with intervals is turned into network order, which one byte has in any case.
+    let turned = |raw: &&Raw<'a>| field.kind().len() == 1 && raw.name == "byteorder";
+    let rest = if rest.first().filter(turned).is_some() { &rest[1..] } else { rest };
     let Some((found, behind)) = rest.split_first().and_then(|(raw, behind)| Some((raw.is("bitwise")?, behind))) else {
         return Some((field.into(), register, rest));
     };

@@ -37,6 +37,8 @@ const AUDIT: Duration = Duration::from_secs(60);
 const LEGACY: Duration = Duration::from_secs(2);
 /// Findings are looked for when nothing has happened for so long.
 const QUIET: Duration = Duration::from_millis(100);
+/// The firewalls of others are judged no more often.
+const JUDGE: Duration = Duration::from_secs(1);
 /// Changes that are logged one by one.
 const LOGGED: usize = 8;
 /// Repairs that `status` shows.
@@ -91,8 +93,8 @@ pub(crate) struct Reconciler {
     /// When to look at legacy iptables again.
     legacy: Duration,
     findings: Option<Duration>,
-    /// What the firewalls of others drop, and whether to judge them anew.
-    judged: Vec<Finding>,
+    /// What the firewalls of others drop, when they were judged, and whether to do it again.
+    judged: (Vec<Finding>, Duration),
     judge: bool,
     trim: bool,
     /// The tunnel's peers may have changed, or the table that names them.
@@ -130,7 +132,7 @@ impl Reconciler {
             sysctls: SYSCTLS,
             legacy: LEGACY,
             findings: None,
-            judged: Vec::new(),
+            judged: (Vec::new(), Duration::ZERO),
             judge: false,
             trim: false,
             members: false,
@@ -486,11 +488,15 @@ impl Reconciler {
         let mut findings = shadowed(self.wanted.desired(), self.kernel.mirror());
         findings.extend(taken_tunnels(&self.wanted.desired().host, self.kernel.mirror()));
         findings.extend(taken_tables(self.wanted.desired(), self.kernel.mirror()));
-        if std::mem::take(&mut self.judge) {
+        let now = self.now();
+        if self.judge && now < self.judged.1 + JUDGE {
+            self.findings = Some(self.judged.1 + JUDGE);
+        } else if std::mem::take(&mut self.judge) {
             let (want, have) = (self.wanted.desired(), self.kernel.mirror());
-            self.judged = judge::findings(want, have, self.kernel.legacy(), &twill_kernel::process::name);
+            let found = judge::findings(want, have, self.kernel.legacy(), &twill_kernel::process::name);
+            self.judged = (found, now);
         }
-        findings.extend(self.judged.iter().cloned());
+        findings.extend(self.judged.0.iter().cloned());
         let (mut refused, lacking) = (self.healer.findings(), self.kernel.without_nftables());
         if let Some(error) = lacking {
             refused.retain(|finding| finding.code != "kernel-refused" || !finding.object.starts_with("table "));

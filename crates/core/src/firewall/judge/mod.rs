@@ -18,18 +18,18 @@ mod samples;
 use std::collections::BTreeMap;
 
 use self::matching::{Truth, holds, ways};
-use self::packet::{At, Packet, Way};
+use self::packet::{At, Packet, UDP, Way};
 use self::samples::{Group, Scene};
-use super::beside::{foreign_tables, is_drop};
+use super::beside::{foreign_tables, is_drop, reached};
 use super::policy::TAG;
-use super::{Base, Expr, Table, Verdict};
+use super::{Base, Expr, Table, Verdict, build};
 use crate::host::HostState;
 use crate::reconcile::{Desired, Finding};
 
 /// Chains that lead to each other are followed so far; the kernel follows 16.
 const DEPTH: usize = 16;
-/// Rules that one packet is held against.
-const STEPS: usize = 200_000;
+/// So many rules are looked at, for all packets together: what it takes stays below a tenth of a second. What matters most comes first.
+const STEPS: usize = 300_000;
 
 /// What the tables of others drop of what has to pass, each with the command that ends it.
 /// `program`: the name of a process.
@@ -52,15 +52,16 @@ pub fn findings(
     let scene = Scene::new(want, have, &all);
     let mut bases: Vec<(&Source<'_>, &str, Base)> = Vec::new();
     for source in &all {
-        let entered = |(name, base)| (source, name, base);
-        bases.extend(source.table.chains.iter().filter_map(|(name, chain)| Some((&**name, chain.base?))).map(entered));
+        let entries = source.table.chains.iter().filter_map(|(name, chain)| Some((source, &**name, chain.base?)));
+        bases.extend(entries.filter(|(_, name, base)| base.drops || matters(source.table, name)));
     }
     bases.sort_by_key(|(.., base)| base.priority);
     let mut places: BTreeMap<Place<'_>, Hits> = BTreeMap::new();
+    let mut steps = STEPS;
     for group in scene.groups() {
         let mut hit: BTreeMap<Place<'_>, Vec<(usize, Truth)>> = BTreeMap::new();
         for (n, packet) in group.packets.iter().enumerate() {
-            for (place, truth) in dropped(packet, &bases) {
+            for (place, truth) in dropped(packet, &bases, &mut steps) {
                 hit.entry(place).or_default().push((n, truth));
             }
         }
@@ -69,6 +70,18 @@ pub fn findings(
         }
     }
     report::findings(&scene, &places, program)
+}
+
+/// True for a chain whose rules may drop, or mark for another one that does.
+fn matters(table: &Table, base: &str) -> bool {
+    let marks = |expr: &Expr| match expr {
+        Expr::SetMark => true,
+        Expr::Xt { target: true, name, .. } => matches!(&**name, "MARK" | "CONNMARK"),
+        _ => false,
+    };
+    let chains = reached(table, base).into_iter().filter_map(|name| table.chains.get(name));
+    let mut exprs = chains.flat_map(|chain| &chain.rules).flat_map(|rule| &rule.exprs);
+    exprs.any(|expr| is_drop(expr) || marks(expr))
 }
 
 /// A table, and where it is from.
@@ -128,9 +141,9 @@ struct Hits {
 impl Hits {
     fn add(&mut self, group: &Group, hit: &[(usize, Truth)]) {
         let sure = |n: usize| hit.contains(&(n, Truth::Yes));
-        // Every new connection, or all that belongs to one.
+        // Every new connection of TCP and UDP, or all that belongs to one: many a firewall lets ICMP pass and nothing else.
         let halves = [true, false].map(|new| {
-            let of_half = |packet: &Packet| packet.new == new;
+            let of_half = |packet: &Packet| packet.new == new && [build::TCP, UDP].contains(&packet.proto);
             let mut half = group.packets.iter().enumerate().filter(|(_, packet)| of_half(packet)).peekable();
             half.peek().is_some() && half.all(|(n, _)| sure(n))
         });
@@ -144,7 +157,7 @@ impl Hits {
 }
 
 /// Where a packet is dropped, for sure or perhaps.
-fn dropped<'a>(packet: &Packet, bases: &[(&Source<'a>, &'a str, Base)]) -> Vec<(Place<'a>, Truth)> {
+fn dropped<'a>(packet: &Packet, bases: &[(&Source<'a>, &'a str, Base)], steps: &mut usize) -> Vec<(Place<'a>, Truth)> {
     let (mut found, mut marked) = (Vec::new(), false);
     for hook in packet.way.hooks() {
         for (source, name, base) in bases.iter().filter(|(.., base)| base.hook == *hook) {
@@ -167,13 +180,13 @@ fn dropped<'a>(packet: &Packet, bases: &[(&Source<'a>, &'a str, Base)]) -> Vec<(
                 packet,
                 at,
                 sure: true,
-                steps: STEPS,
+                steps: *steps,
                 found: Vec::new(),
             };
-            if walk.chain(name, Truth::Yes, DEPTH) == After::Back && base.drops {
+            if walk.chain(name, Truth::Yes, DEPTH) == After::Back && base.drops && walk.steps > 0 {
                 walk.note(name, None, Truth::Yes);
             }
-            marked = walk.at.marked;
+            (marked, *steps) = (walk.at.marked, walk.steps);
             found.append(&mut walk.found);
         }
     }

@@ -12,8 +12,8 @@ use crate::net::{LinkName, Prefix, ip_to_bits};
 use crate::reconcile::Desired;
 
 /// So many addresses and ports that rules name are looked at, and so many pairs of both.
-const NAMED: usize = 64;
-const PAIRS: usize = 128;
+const NAMED: usize = 32;
+const PAIRS: usize = 64;
 /// Ports that nobody has a rule for.
 const ANY_PORTS: [u16; 2] = [52_917, 47_653];
 
@@ -86,6 +86,7 @@ impl Scene {
                 groups.extend([Way::Heard, Way::Sent].map(|way| datagram(way, *at, peer, *device)));
             }
         }
+        groups.sort_by_key(|group| !group.whole);
         groups
     }
 
