@@ -416,3 +416,24 @@ fn every_command_has_help_with_examples() {
     walk(&[], &mut seen);
     assert!(seen > 20, "{seen}");
 }
+
+#[test]
+fn a_network_that_is_asked_for_in_vain_is_named_once() {
+    let Some((mut node, _dir)) = node() else { return };
+    node.kill_store();
+    let ignored = "--network 10.9.0.0/16 is ignored: the store has a config already, with 10.1.0.0/16";
+    let agent = node.agent("--serve-store --network 10.1.0.0/16");
+    assert_eq!(node.status()["networks"][0], "10.1.0.0/16");
+    assert_eq!(node.status()["findings"], serde_json::json!([]));
+    assert_eq!(findings(&node, "--serve-store --network 10.1.0.0/16"), []);
+    assert_eq!(findings(&node, "--serve-store"), []);
+    assert_eq!(
+        findings(&node, "--serve-store --network 10.9.0.0/16"),
+        [("network-ignored".to_owned(), ignored.to_owned())]
+    );
+    agent.end(rustix::process::Signal::TERM);
+    let _agent = node.agent("--serve-store --network 10.9.0.0/16");
+    assert_eq!(node.finding("network-ignored")["evidence"], ignored);
+    assert_eq!(node.log("agent.log").matches(ignored).count(), 1, "{}", node.log("agent.log"));
+    assert_eq!(node.status()["networks"][0], "10.1.0.0/16", "the config is what it was");
+}

@@ -7,6 +7,7 @@ use clap::Args;
 use tokio::net::TcpListener;
 use twill_core::config::NetworkConfig;
 use twill_core::net::{BadValue, Prefix};
+use twill_core::reconcile::Finding;
 use twill_etcd::server::Server;
 use twill_store::{EtcdStore, StoreConfig, StoreError, pem};
 
@@ -191,6 +192,19 @@ pub(crate) fn first_config(networks: &[Prefix], backend: &str) -> Result<(String
             Err(Failure::new("bad-config", fault.to_string()).hint("name another network with --network PREFIX"))
         }
     }
+}
+
+/// What to say of a network that was asked for, where the store has a config already: nothing, when it is the config's.
+pub(crate) fn ignored_network(asked: Option<Prefix>, config: &[u8]) -> Option<Finding> {
+    let networks = NetworkConfig::parse(config).ok()?.0.networks();
+    let asked = asked.filter(|asked| !networks.contains(asked))?;
+    let has = networks.iter().map(ToString::to_string).collect::<Vec<_>>().join(" and ");
+    Some(Finding {
+        code: "network-ignored".into(),
+        object: "network config".into(),
+        evidence: format!("--network {asked} is ignored: the store has a config already, with {has}"),
+        fix: "leave --network away, or change the config in the store with etcdctl put".into(),
+    })
 }
 
 /// Opens the data and the port.

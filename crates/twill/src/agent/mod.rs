@@ -75,7 +75,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
         let listener =
             control::listen(&settings.run_dir).with_context(|| format!("listen in {}", settings.run_dir.display()))?;
         if let Some(address) = settings.serve_store {
-            serve_store(&settings, address, &host.borrow().clone(), &state).await?;
+            serve_store(&settings, address, &host.borrow().clone(), &state, &view).await?;
         } else if store.is_open()
             && !settings.store.store.iter().all(|url| url.contains("127.0.0.1") || url.contains("[::1]"))
         {
@@ -192,6 +192,7 @@ async fn serve_store(
     address: std::net::SocketAddr,
     host: &HostState,
     state: &State,
+    view: &Mutex<View>,
 ) -> anyhow::Result<()> {
     stores::check_listen(address, settings.insecure)?;
     let (text, written) = stores::first_config(&[settings.network], "vxlan")?;
@@ -202,7 +203,8 @@ async fn serve_store(
         }
     });
     let store = settings.store.connect()?;
-    if store.config().await.map_err(Failure::from)?.is_none() {
+    let found = store.config().await.map_err(Failure::from)?;
+    if found.is_none() {
         // What an earlier run left is no stranger's.
         let devices = backend::build(&written.backend)
             .map_err(|refusal| Failure::new(refusal.code, refusal.message).hint(refusal.hint))?
@@ -221,6 +223,11 @@ async fn serve_store(
         let at =
             if address.ip().is_unspecified() { format!("ADDRESS-OF-THIS-HOST:{port}") } else { address.to_string() };
         tracing::info!("on the next host type: twill agent --store http://{at}");
+    }
+    let ignored = found.and_then(|raw| stores::ignored_network(settings.asked_network, &raw.value));
+    if let (Some(finding), Ok(mut view)) = (ignored, view.lock()) {
+        tracing::warn!(code = finding.code, hint = finding.fix, "{}", finding.evidence);
+        view.findings.push(finding);
     }
     Ok(())
 }

@@ -103,6 +103,8 @@ pub(crate) struct Settings {
     pub(crate) serve_store: Option<SocketAddr>,
     pub(crate) insecure: bool,
     pub(crate) network: Prefix,
+    /// The network as somebody asked for it.
+    pub(crate) asked_network: Option<Prefix>,
     pub(crate) wishes: Wishes,
     pub(crate) subnet: Vec<Prefix>,
     pub(crate) way_out: WayOut,
@@ -164,6 +166,7 @@ impl AgentArgs {
             store,
             serve_store,
             insecure: self.insecure || file.insecure,
+            asked_network: network,
             network: match network {
                 Some(network) => network,
                 None => "10.244.0.0/16".parse().map_err(|e| Failure::new("bad-settings", format!("{e}")))?,

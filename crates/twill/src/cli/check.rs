@@ -78,6 +78,7 @@ pub(crate) fn run(settings: &Settings, output: Output) -> anyhow::Result<ExitCod
             return finish(&check, output);
         }
     };
+    check.findings.extend(text.as_ref().and_then(|raw| stores::ignored_network(settings.asked_network, &raw.value)));
     match parse_config(text) {
         Ok((config, ignored)) => {
             for key in ignored {
@@ -110,12 +111,16 @@ fn finish(check: &Check, output: Output) -> anyhow::Result<ExitCode> {
 
 /// The config of the store; of a store that we are to serve ourselves, the one that we would write.
 fn network_config(settings: &Settings) -> Result<Option<twill_store::RawConfig>, Failure> {
+    let runtime = crate::runtime().map_err(|e| Failure::new("failed", e.to_string()))?;
     if settings.serve_store.is_some() {
+        // While it is served already it answers for itself.
+        if let Ok(Some(found)) = runtime.block_on(settings.store.connect()?.config()) {
+            return Ok(Some(found));
+        }
         let value = config::NetworkConfig::default_json(&[settings.network], "vxlan").into_bytes();
         return Ok(Some(twill_store::RawConfig { value, mod_rev: 0 }));
     }
     let store = settings.store.connect()?;
-    let runtime = crate::runtime().map_err(|e| Failure::new("failed", e.to_string()))?;
     runtime.block_on(store.config()).map_err(Failure::from)
 }
 
