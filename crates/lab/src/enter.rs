@@ -71,6 +71,8 @@ fn settings(state: &LabState, dir: &LabDir, place: &str) -> Result<Vec<(&'static
         ("TWILL_STATE_DIR", agent::state_dir(&folder).into()),
         ("TWILL_RUN_DIR", agent::run_dir(&folder).into()),
         ("TWILL_SUBNET_FILE", agent::subnet_file(&folder).into()),
+        // Where the lab writes down its containers' addresses.
+        ("TWILL_IPAM_DIR", folder.join("networks").into()),
     ])
 }
 
