@@ -5,9 +5,10 @@
 //!                      /10.1.15.2            "<container>\r\n<device>"
 //!                      /last_reserved_ip.0   of range set 0: the walk goes on behind it
 //!                      /asked.0              of range set 0: given by name since the walk came by; the walk passes them by once
+//!                      /.last_reserved_ip.0  where the next one is written; the two change places
 //!                      /.new                 half made: whoever has the lock next removes it
 //! ```
-//! A file comes into being whole (written beside, then linked), so that a process that is killed holds an address or does not. Whoever
+//! A file comes into being whole (written beside, then renamed), so that a process that is killed holds an address or does not. Whoever
 //! takes an address writes the attachment down first: a leak always has a file that tells of it. What the walk remembers is written
 //! before the address is, and is on the disk as early: whatever is lost, no address comes back before the others were used.
 
@@ -175,7 +176,7 @@ impl Folder {
         let mut changes = Vec::new();
         for (name, content) in &choice.marks {
             let file = self.dir.join(name);
-            let put = files::put_over(&file, &self.half_made(), content.as_bytes());
+            let put = files::put_over(&file, &self.dir.join(format!(".{name}")), content.as_bytes());
             changes.push(put.act(|| format!("write {}", file.display()))?);
         }
         for (n, given) in choice.given.iter().enumerate() {

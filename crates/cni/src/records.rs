@@ -60,8 +60,8 @@ impl Records {
     fn locked(&self, container_id: &str, ifname: LinkName, wait: bool) -> Result<Option<Locked>, CniError> {
         let path = self.0.join(file_name(container_id, ifname));
         let lock = Lock::of(&path, wait).act(|| format!("lock {}", path.display()))?;
-        let Some((lock, record)) = lock.zip(read(&path)?) else { return Ok(None) };
-        Ok(Some(Locked { record, _lock: lock }))
+        let Some(lock) = lock else { return Ok(None) };
+        Ok(read(&path)?.map(|record| Locked { record, _lock: lock }))
     }
 
     /// Writes an attachment down, locked until the answer is dropped.

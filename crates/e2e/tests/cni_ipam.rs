@@ -135,9 +135,9 @@ fn nothing_is_answered_before_it_is_on_the_disk() {
     let lines: Vec<&str> = calls.lines().collect();
     let answered = lines.iter().position(|l| l.contains("write(1<") && l.contains("cniVersion"));
     let before = &lines[..answered.unwrap_or_else(|| panic!("{calls}"))];
-    // Address files have lost the name that they were opened by.
     let files = [
-        ("networks/net/.new", 2),
+        ("networks/net/10.1.15.2>", 1),
+        ("networks/net/fd00:0:0:15::2>", 1),
         ("networks/net/last_reserved_ip.", 2),
         ("networks/net>", 1),
         ("attachments/a:eth0.json", 1),

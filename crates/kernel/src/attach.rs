@@ -239,19 +239,20 @@ pub fn attach(container: &Netns, request: &Request, needed: Needed<'_>) -> Resul
     };
     // Of this container, and not written down: what a killed attach has left. Its other end goes with it.
     delete(&mut host, request.host_device)?;
-    let inside = container.visit(|| open_inside(&request.container_before()))??;
+    let home = Netns::current()?;
+    let inside = container.visit_from(&home, || open_inside(&request.container_before()))??;
     let mut attached =
         Attached { host, on_host: Done::default(), inside: (inside, Done::default()), switched: Vec::new() };
-    match attached.make(container, request) {
+    match attached.make(container, &home, request) {
         Ok(()) => Ok(attached),
         Err(failed) => Err(attached.take_back(container, needed).err().into_iter().fold(failed, Failed::and)),
     }
 }
 
 impl Attached {
-    fn make(&mut self, container: &Netns, request: &Request) -> Result<(), Failed> {
+    fn make(&mut self, container: &Netns, home: &Netns, request: &Request) -> Result<(), Failed> {
         let Self { host, on_host, inside: (inside, in_it), switched } = self;
-        container.visit(|| {
+        container.visit_from(home, || {
             if inside.mirror().link(request.ifname).is_some() {
                 return Err(Failed::NameTaken(request.ifname));
             }
@@ -259,12 +260,13 @@ impl Attached {
         })??;
         settle(host, on_host, |have| request.host_side(have))?;
         let side = request.container_side();
-        container.visit(|| {
+        container.visit_from(home, || {
             inside.read(Scope::Keys(&[Key::Link(request.ifname)].into()))?;
             settle(inside, in_it, |_| Ok(side.clone()))
         })??;
         // As the kernel has made them; a bridge may have its MAC from a port.
-        let made = request.bridge.into_iter().chain([request.host_device]).map(Key::Link).collect();
+        let pair = Some(request.host_device).filter(|_| request.mtu.is_none());
+        let made = request.bridge.into_iter().chain(pair).map(Key::Link).collect();
         host.read(Scope::Keys(&made))?;
         let mut on = Done::default();
         let settled = settle(host, &mut on, |_| Ok(request.forwarding()));

@@ -69,7 +69,9 @@ pub fn put_locked(path: &Path, bytes: &[u8], mode: u32) -> io::Result<Unsynced> 
             }
         };
         let mut write = || {
-            file.set_len(0)?;
+            if file.metadata()?.len() > 0 {
+                file.set_len(0)?;
+            }
             file.write_all(bytes)?;
             fs::rename(&beside, path)?;
             File::open(dir)
@@ -118,35 +120,42 @@ fn sweep(beside: &Path) -> io::Result<()> {
 }
 
 /// Puts `bytes` at `path`, refused when it is there; without waiting for the disk. Only under a lock of the folder, whose holder removes
-/// `beside` first: a process that is killed may leave it, as a second name of what it has put.
+/// `beside` first: a process that is killed may leave it, where a file system links as a second name of what it has put.
 pub fn put_new(path: &Path, beside: &Path, bytes: &[u8]) -> io::Result<Unsynced> {
-    put_by(path, beside, bytes, || {
-        fs::hard_link(beside, path)?;
-        fs::remove_file(beside)
-    })
-}
-
-/// The same, in place of what is there. The two change places: a file that takes another one's by `rename` is hurried to the disk at once
-/// (fs/ext4/namei.c `ext4_rename`).
-pub fn put_over(path: &Path, beside: &Path, bytes: &[u8]) -> io::Result<Unsynced> {
-    put_by(path, beside, bytes, || match renameat_with(CWD, beside, CWD, path, RenameFlags::EXCHANGE) {
-        Ok(()) => fs::remove_file(beside),
-        // Nothing is there, or the file system cannot.
-        Err(_) => fs::rename(beside, path),
-    })
-}
-
-fn put_by(path: &Path, beside: &Path, bytes: &[u8], place: impl Fn() -> io::Result<()>) -> io::Result<Unsynced> {
     let dir = folder(path)?;
     let write = || {
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(beside)?;
         file.write_all(bytes)?;
-        place()?;
+        match renameat_with(CWD, beside, CWD, path, RenameFlags::NOREPLACE) {
+            // The file system cannot.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
+                fs::hard_link(beside, path)?;
+                fs::remove_file(beside)?;
+            }
+            done => done?,
+        }
         Ok(Unsynced { files: vec![file], dir: File::open(dir)? })
     };
     write().inspect_err(|_| {
         let _ = fs::remove_file(beside);
     })
+}
+
+/// Puts `bytes` in place of what is at `path`; without waiting for the disk, and only under a lock of the folder. The two change places,
+/// and `spare` stays for the next time: nothing is made and nothing removed, and the disk is not hurried, as it is by a file that takes
+/// another one's place by `rename` (fs/ext4/namei.c `ext4_rename`).
+pub fn put_over(path: &Path, spare: &Path, bytes: &[u8]) -> io::Result<Unsynced> {
+    let mut file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o644).open(spare)?;
+    file.write_all(bytes)?;
+    let length = bytes.len() as u64;
+    if file.metadata()?.len() > length {
+        file.set_len(length)?;
+    }
+    // Nothing is there, or the file system cannot.
+    if renameat_with(CWD, spare, CWD, path, RenameFlags::EXCHANGE).is_err() {
+        fs::rename(spare, path)?;
+    }
+    Ok(Unsynced { files: vec![file], dir: File::open(folder(path)?)? })
 }
 
 fn folder(path: &Path) -> io::Result<&Path> {

@@ -44,7 +44,11 @@ impl Netns {
 
     /// Runs `act` in the namespace on the calling thread, and brings the thread back.
     pub fn visit<T>(&self, act: impl FnOnce() -> T) -> io::Result<T> {
-        let home = Self::current()?;
+        self.visit_from(&Self::current()?, act)
+    }
+
+    /// The same, for a thread that is in `home`.
+    pub fn visit_from<T>(&self, home: &Netns, act: impl FnOnce() -> T) -> io::Result<T> {
         self.enter()?;
         let done = act();
         home.enter()?;
