@@ -25,6 +25,7 @@ fn reaches(site: &Site, what: &str) -> bool {
     match what {
         "all" => other.try_run("ping -c 1 -W 1 -I 10.1.40.0 10.1.15.2").status.success(),
         "all6" => other.try_run("ping -c 1 -W 1 -I fd00:1:0:28:: fd00:1:0:f::2").status.success(),
+        "beyond" => ours.try_run("ping -c 1 -W 1 10.168.0.3").status.success(),
         "out" => ours.try_run("ping -c 1 -W 1 10.1.40.0").status.success(),
         port => {
             let mut listener =
@@ -267,6 +268,18 @@ fn whatever_drops_in_legacy_iptables_is_told_and_mended() {
         case("mangle: -A FORWARD ! -p tcp -j DROP", "all", part, "l4proto"),
         case("mangle: -A POSTROUTING -o cni0 -m conntrack --ctstate NEW -j DROP", "all", late, "conntrack"),
         case("mangle: -P POSTROUTING DROP", "all", shut, "policy"),
+        case(
+            "filter: -A FORWARD -s 10.1.0.0/16 -d 10.1.0.0/16 -j ACCEPT; -P FORWARD DROP",
+            "beyond",
+            forward,
+            "beyond",
+        ),
+        case(
+            "mangle: -A FORWARD -s 10.1.0.0/16 -j ACCEPT; -A FORWARD -j DROP",
+            "beyond",
+            forward,
+            "comes back",
+        ),
         case("security: -A FORWARD -d 10.1.0.0/16 -j DROP", "all", forward, "security"),
         case(
             "filter: -A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT; -A FORWARD -o cni+ -j REJECT",
@@ -295,6 +308,7 @@ fn whatever_drops_in_legacy_iptables_is_told_and_mended() {
         "filter: -A FORWARD -m conntrack --ctstate INVALID -j DROP; -A FORWARD -i docker0 -o docker1 -j DROP; -A FORWARD -s 192.0.2.0/24 -j DROP",
         "raw: -A PREROUTING -m rpfilter --invert -j DROP; -A PREROUTING -d 172.17.0.2 ! -i docker0 -j DROP; -A PREROUTING -i eth+ -s 10.1.0.0/16 -j DROP",
         "mangle: -A PREROUTING -m addrtype --dst-type BROADCAST -j DROP; -A PREROUTING -p tcp --tcp-flags FIN,SYN FIN,SYN -j DROP; -A PREROUTING -f -j DROP",
+        "filter: -A FORWARD -s 10.1.0.0/16 -o eth0 -p tcp -j DROP; -A FORWARD -s 10.1.15.0/24 ! -d 10.1.0.0/16 -j DROP",
         "filter: -A FORWARD -m mark --mark 0x8000/0x8000 -j DROP; -A FORWARD -p tcp --tcp-option 5 -j DROP",
     ] {
         load(rules);

@@ -35,6 +35,10 @@ pub(super) enum Way {
     Heard,
     /// The same, from us.
     Sent,
+    /// From a container of ours to beyond the network.
+    Leaves,
+    /// The answers.
+    Returns,
 }
 
 impl Way {
@@ -44,6 +48,8 @@ impl Way {
             Way::In | Way::Out => &[Hook::Prerouting, Hook::Forward, Hook::Postrouting],
             Way::Heard => &[Hook::Prerouting, Hook::Input],
             Way::Sent => &[Hook::Output, Hook::Postrouting],
+            // What is done to it elsewhere may well be meant.
+            Way::Leaves | Way::Returns => &[Hook::Forward],
         }
     }
 }

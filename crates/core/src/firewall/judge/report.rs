@@ -34,6 +34,11 @@ pub(super) fn findings(
         }
         let rule = place.rule.map(|n| &place.source.table.chains[place.chain].rules[n]);
         let whole = hits.whole();
+        // Who keeps containers from leaving by a rule about them, or for a part, means it.
+        let inside = hits.ways.iter().any(|((way, _), _)| !matches!(way, Way::Leaves | Way::Returns));
+        if !inside && (!whole || rule.is_some_and(|rule| scene.is_about_us(rule))) {
+            continue;
+        }
         let delete = rule.filter(|rule| place.at.hook != Hook::Forward && scene.is_about_us(rule) || !whole);
         let fix = match delete {
             Some(rule) => delete_rule(place, rule.handle),
@@ -116,6 +121,8 @@ fn dropped(scene: &Scene, hits: &Hits) -> String {
             match way {
                 Way::In => format!("what comes through {tunnel} for containers"),
                 Way::Out => format!("what containers send through {tunnel}"),
+                Way::Leaves => "what containers send beyond the network".into(),
+                Way::Returns => "what comes back to them from beyond".into(),
                 Way::Heard => "the tunnel's datagrams that come in".into(),
                 Way::Sent => "the tunnel's datagrams that go out".into(),
             }
@@ -180,12 +187,14 @@ enum Accept {
 fn way_of(way: Way, hook: Hook, ends: &Ends) -> Vec<Accept> {
     match (way, hook) {
         // Both, whichever was seen: answers go the other way.
-        (Way::In | Way::Out, Hook::Forward) => vec![Accept::From(ends.network), Accept::To(ends.network)],
+        (Way::In | Way::Out | Way::Leaves | Way::Returns, Hook::Forward) => {
+            vec![Accept::From(ends.network), Accept::To(ends.network)]
+        }
         (Way::In, Hook::Prerouting) => vec![Accept::Iif(ends.tunnel)],
         (Way::In, _) => vec![Accept::To(ends.subnet)],
         (Way::Out, Hook::Prerouting) => vec![Accept::From(ends.subnet)],
         (Way::Out, _) => vec![Accept::Oif(ends.tunnel)],
-        (Way::Heard | Way::Sent, _) => Vec::new(),
+        (Way::Heard | Way::Sent | Way::Leaves | Way::Returns, _) => Vec::new(),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Which packets are thought of: one between any two containers, and one for each address and port that a rule names.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::Source;
 use super::packet::{Packet, UDP, Way};
@@ -14,6 +14,9 @@ use crate::reconcile::Desired;
 /// So many addresses and ports that rules name are looked at, and so many pairs of both.
 const NAMED: usize = 32;
 const PAIRS: usize = 64;
+/// Somebody beyond the network.
+const BEYOND: [IpAddr; 2] =
+    [IpAddr::V4(Ipv4Addr::new(151, 217, 43, 21)), IpAddr::V6(Ipv6Addr::new(0x2a0f, 0x4ac0, 0, 0, 0, 0, 0, 0x15))];
 /// Ports that nobody has a rule for.
 const ANY_PORTS: [u16; 2] = [52_917, 47_653];
 
@@ -100,6 +103,17 @@ impl Scene {
         let mut pairs = vec![(my, their)];
         pairs.extend(mine.take(NAMED).map(|ip| (ip, their)));
         pairs.extend(theirs.into_iter().filter(|ip| *ip != ends.network.addr()).take(NAMED).map(|ip| (my, ip)));
+        let (beyond, outside) = (BEYOND[usize::from(!v4)], self.outer.iter().find_map(|(_, device)| *device));
+        for (way, src, dst) in [(Way::Leaves, my, beyond), (Way::Returns, beyond, my)] {
+            let mut group = ends.group(way, src, dst, None);
+            for packet in &mut group.packets {
+                packet.devices[usize::from(way == Way::Leaves)] = outside;
+                packet.devices[usize::from(way == Way::Returns)] = Some(ends.bridge);
+            }
+            // Nobody beyond begins a connection.
+            group.packets.retain(|packet| way == Way::Leaves || !packet.new);
+            groups.push(group);
+        }
         let ports: Vec<u16> = self.named.ports.iter().take(NAMED).copied().collect();
         let crossed = pairs.len() * ports.len() <= PAIRS;
         for (n, (my, their)) in pairs.iter().enumerate() {
