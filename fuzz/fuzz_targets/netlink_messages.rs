@@ -10,7 +10,7 @@ use twill_kernel::netlink::wire::messages;
 fn bare(object: Object) -> Object {
     match object {
         Object::Neigh(mut neigh) => {
-            neigh.state = 0;
+            (neigh.state, neigh.special) = (0, false);
             Object::Neigh(neigh)
         }
         Object::Fdb(mut fdb) => {
