@@ -274,12 +274,7 @@ fn whatever_drops_in_legacy_iptables_is_told_and_mended() {
             forward,
             "beyond",
         ),
-        case(
-            "mangle: -A FORWARD -s 10.1.0.0/16 -j ACCEPT; -A FORWARD -j DROP",
-            "beyond",
-            forward,
-            "comes back",
-        ),
+        case("mangle: -A FORWARD -s 10.1.0.0/16 -j ACCEPT; -A FORWARD -j DROP", "beyond", forward, "comes back"),
         case("security: -A FORWARD -d 10.1.0.0/16 -j DROP", "all", forward, "security"),
         case(
             "filter: -A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT; -A FORWARD -o cni+ -j REJECT",
@@ -322,6 +317,49 @@ fn whatever_drops_in_legacy_iptables_is_told_and_mended() {
         assert!(reaches(&site, "all"));
         unload();
     }
+}
+
+#[test]
+fn what_iptables_of_nftables_drops_is_told_and_mended() {
+    let Some((site, _dir)) = site(&["iptables-nft", "busybox", "ss"]) else { return };
+    let host = &site.node.host;
+    let _agent = site.node.agent("--subnet 10.1.15.0/24");
+    site.plug();
+    site.peer();
+    let load = |rules: &str| host.feed("sh", rules);
+    let unload = || {
+        for table in ["raw", "mangle"] {
+            host.try_run(&format!("nft delete table ip {table}"));
+        }
+    };
+    let cases = [
+        (
+            "iptables-nft -t raw -A PREROUTING -d 10.1.15.2 -m comment --comment \"it's\" -j DROP",
+            "all",
+            "dropped-before-forward",
+            "it's",
+        ),
+        (
+            "iptables-nft -t mangle -P PREROUTING DROP; iptables-nft -t mangle -A PREROUTING -i cni0 -j ACCEPT; iptables-nft -t mangle -A PREROUTING -i eth0 -j ACCEPT",
+            "all",
+            "dropped-before-forward",
+            "policy",
+        ),
+        (
+            "iptables-nft -t mangle -A POSTROUTING -m conntrack --ctstate NEW -o cni+ -j DROP",
+            "all",
+            "dropped-after-forward",
+            "conntrack",
+        ),
+        (
+            "iptables-nft -t mangle -A PREROUTING -p tcp -m multiport --dports 22,8000:8080 -j DROP",
+            "8080",
+            "may-drop",
+            "multiport",
+        ),
+    ];
+    let cases = cases.map(|(rules, lost, code, words)| Case { rules, lost, code, words });
+    all_are_told(&site, &load, &unload, &cases);
 }
 
 #[test]

@@ -47,8 +47,7 @@ const HOOK_CHAINS: [(&str, Hook); HOOKS] = [
     (POSTROUTING, Hook::Postrouting),
 ];
 const LEAVING: usize = 4;
-/// The tables, each with its priority among the chains of a hook (NF_IP_PRI_*); that of nat is another one on the way out, where nothing
-/// else depends on it.
+/// The tables, each with its priority among the chains of a hook (NF_IP_PRI_*).
 const TABLES: [(&str, i32); 5] = [("raw", -300), ("mangle", -150), ("nat", -100), ("filter", 0), ("security", 50)];
 /// What `iptables-legacy` holds while it changes something.
 const LOCK: &str = "/run/xtables.lock";
@@ -60,11 +59,12 @@ pub(crate) fn read() -> (Vec<firewall::Table>, Vec<Leftover>) {
     for v4 in [true, false] {
         for (name, priority) in TABLES {
             let Ok(Some(whole)) = Table::read(v4, name) else { continue };
-            let table = whole.model(name, priority);
-            if name != "filter" || !may_shut(&table, "FORWARD") {
-                left.extend(whole.left_by_flannel(&table.name));
+            // The longest of all, on a host of kube-proxy's; `iptables` lets nobody drop there.
+            let model = (name != "nat").then(|| whole.model(name, priority));
+            if name != "filter" || !model.as_ref().is_some_and(|table| may_shut(table, "FORWARD")) {
+                left.extend(whole.left_by_flannel(name));
             }
-            tables.push(table);
+            tables.extend(model);
         }
     }
     (tables, left)
@@ -103,9 +103,13 @@ struct Table {
 }
 
 impl Table {
+    fn name(&self, name: &str) -> TableName {
+        TableName::new(if self.v4 { Family::Ip } else { Family::Ip6 }, name)
+    }
+
     /// In the words of nftables.
     fn model(&self, name: &str, priority: i32) -> firewall::Table {
-        let kind = if name == "nat" { ChainKind::Nat } else { ChainKind::Filter };
+        let kind = ChainKind::Filter;
         let hooks = HOOK_CHAINS.iter().enumerate().filter(|(n, _)| self.valid & (1 << n) != 0);
         let hooks: Vec<(&str, Base, usize, usize)> = hooks
             .map(|(n, (chain, hook))| {
@@ -113,7 +117,7 @@ impl Table {
             })
             .collect();
         firewall::Table {
-            name: TableName::new(if self.v4 { Family::Ip } else { Family::Ip6 }, name),
+            name: self.name(name),
             comment: None,
             dormant: false,
             owner: None,
@@ -122,18 +126,18 @@ impl Table {
         }
     }
 
-    fn left_by_flannel(&self, name: &TableName) -> Vec<Leftover> {
+    fn left_by_flannel(&self, name: &str) -> Vec<Leftover> {
         let left = |chain: &str, bare| Leftover {
-            at: ChainName { table: name.clone(), chain: chain.into() },
+            at: ChainName { table: self.name(name), chain: chain.into() },
             legacy: true,
             bare,
         };
-        if !["nat", "filter"].contains(&&*name.name) {
+        if !["nat", "filter"].contains(&name) {
             return Vec::new();
         }
         let chains = entries::chains(self.v4, &self.entries).into_iter().filter(|chain| is_flannels_chain(chain));
         let mut found: Vec<Leftover> = chains.map(|chain| left(chain, None)).collect();
-        if &*name.name == "nat" {
+        if name == "nat" {
             let networks = bare_networks(self.v4, &self.entries, self.hooks[LEAVING], self.policies[LEAVING]);
             found.extend(networks.into_iter().map(|network| left(POSTROUTING, Some(network))));
         }
