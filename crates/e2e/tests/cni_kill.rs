@@ -261,7 +261,7 @@ fn with_ports(verb: &'static str) {
         }
     });
     let given = given.into_inner();
-    assert!(given > 50, "the next container got the address {given} times");
+    assert!(given > 10, "the next container got the address {given} times");
 }
 
 #[test]
