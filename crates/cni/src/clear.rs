@@ -1,6 +1,6 @@
 //! What DEL and GC need of the configuration. It is read leniently: whatever an ADD was refused for, its container has to go.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -62,7 +62,8 @@ impl Clear {
         let flannel_dir = || path(&raw["dataDir"]).unwrap_or_else(|| "/var/lib/cni/flannel".into());
         Ok(Self {
             state: path(&raw["stateDir"]).unwrap_or_else(|| STATE.into()),
-            has_device: ours || flannel || kind == "bridge",
+            // Without a type it is nobody else's.
+            has_device: ours || flannel || ["bridge", ""].contains(&&*kind),
             bridge: bridge.as_str().unwrap_or(BRIDGE).parse().ok(),
             addresses: name.as_deref().filter(|_| has_addresses).map(|name| folder.join(name)),
             flannel_dir: flannel.then(flannel_dir),
@@ -85,6 +86,12 @@ impl Clear {
     /// True for an attachment of this network.
     pub(crate) fn has(&self, record: &Attachment) -> bool {
         record.network.as_ref().is_some_and(|network| Some(&network.name) == self.name.as_ref())
+    }
+
+    /// True when DEL of this configuration is for the attachment: of this network, or with addresses in its folder, or no network is named.
+    pub(crate) fn is_of(&self, record: &Attachment) -> bool {
+        let dir = |dir: &PathBuf| record.network.as_ref().is_some_and(|network| Path::new(&*network.dir) == dir);
+        self.name.is_none() || self.has(record) || self.addresses.as_ref().is_some_and(dir)
     }
 
     /// True when an earlier ADD answered that it had made this device of a container.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use twill_core::attach;
+use twill_core::attach::{self, Attachment};
 use twill_kernel::attach as kernel;
 use twill_kernel::files::{self, Unsynced};
 
@@ -17,11 +17,11 @@ use crate::records::Records;
 /// Runs DEL.
 pub fn run(conf: &Clear, target: &Target) -> Result<String, CniError> {
     let records = Records::new(conf.attachments());
-    if !conf.has_device {
-        return addresses_alone(conf, target, &records);
-    }
     let locked = records.lock(&target.container_id, target.ifname)?;
     let record = locked.as_ref().map(|locked| &locked.record);
+    if !has_device(conf, target, record).map_err(|failed| refused(failed, &records))? {
+        return addresses_alone(conf, target, &records, record);
+    }
     let host_device = record.map(|record| record.request.host_device);
     let host_device = host_device.unwrap_or_else(|| attach::host_device(&target.container_id, target.ifname));
     let gone = kernel::detach(host_device).map_err(|failed| refused(failed, &records))?;
@@ -51,11 +51,24 @@ pub fn run(conf: &Clear, target: &Target) -> Result<String, CniError> {
     Ok(String::new())
 }
 
+/// Whatever type the configuration has by now: what ADD has written down goes whole, and no address while its device stands.
+fn has_device(conf: &Clear, target: &Target, record: Option<&Attachment>) -> Result<bool, kernel::Failed> {
+    match record {
+        _ if conf.has_device => Ok(true),
+        Some(record) => Ok(record.alone.is_none() && conf.is_of(record)),
+        None => kernel::has_device(attach::host_device(&target.container_id, target.ifname)),
+    }
+}
+
 /// For somebody else's plugin.
-fn addresses_alone(conf: &Clear, target: &Target, records: &Records) -> Result<String, CniError> {
-    let locked = records.lock(&target.container_id, target.ifname)?;
-    let changes = match (locked.filter(|locked| conf.has_alone(&locked.record)), &conf.addresses) {
-        (Some(locked), _) => free(&locked.record, records)?,
+fn addresses_alone(
+    conf: &Clear,
+    target: &Target,
+    records: &Records,
+    record: Option<&Attachment>,
+) -> Result<String, CniError> {
+    let changes = match (record.filter(|record| conf.has_alone(record)), &conf.addresses) {
+        (Some(record), _) => free(record, records)?,
         (None, dir) => {
             records.sweep_half_made_of(&target.container_id, target.ifname)?;
             dir.as_deref().map_or(Ok(Vec::new()), |dir| release_by_search(dir, target))?

@@ -1,5 +1,7 @@
 //! GC: what no attachment holds is freed.
 
+use twill_core::attach;
+use twill_core::ipam::Holder;
 use twill_kernel::attach as kernel;
 use twill_kernel::files;
 
@@ -23,7 +25,7 @@ pub fn run(conf: &Clear) -> Result<String, CniError> {
     valid.extend(holders.map(|(id, ifname)| Valid { container_id: id.to_owned(), ifname: ifname.to_owned() }));
     // Only then: a device that refuses to go, or a rule, has its addresses still.
     stale_attachments(conf, &valid, &records)?;
-    stale_addresses(conf, &valid)?;
+    stale_addresses(conf, &valid, &records)?;
     // They were left alone, and so was what they hold.
     all(not_understood.into_iter().map(|(_, error)| Err(error)))?;
     Ok(String::new())
@@ -35,8 +37,8 @@ fn names(valid: &[Valid], container_id: &str, ifname: Option<&str>) -> bool {
 
 fn stale_attachments(conf: &Clear, valid: &[Valid], records: &Records) -> Result<(), CniError> {
     records.sweep_half_made()?;
-    let ours =
-        records.all()?.into_iter().filter(|record| conf.has_device && conf.has(record) || conf.has_alone(record));
+    // Whatever type the configuration has by now.
+    let ours = records.all()?.into_iter().filter(|record| conf.has(record));
     let stale = ours.filter(|r| !names(valid, &r.request.container_id, Some(r.request.ifname.as_str())));
     all(stale.map(|record| {
         let Some(locked) = records.lock(&record.request.container_id, record.request.ifname)? else { return Ok(()) };
@@ -48,15 +50,28 @@ fn stale_attachments(conf: &Clear, valid: &[Valid], records: &Records) -> Result
     if conf.has_device { Ports::clear(records) } else { Ok(()) }
 }
 
-fn stale_addresses(conf: &Clear, valid: &[Valid]) -> Result<(), CniError> {
+fn stale_addresses(conf: &Clear, valid: &[Valid], records: &Records) -> Result<(), CniError> {
     let Some(folder) = conf.addresses.as_deref().map(Folder::find).transpose()?.flatten() else { return Ok(()) };
     let stale = folder.held()?.into_iter().filter(|held| {
         held.holder.as_ref().is_none_or(|holder| !names(valid, &holder.container_id, holder.ifname.as_deref()))
     });
     let mut last = None;
-    let freed = all(stale.map(|held| folder.free(held.ip).map(|change| last = change.or(last.take()))));
+    let freed = all(stale.map(|held| {
+        held.holder.iter().try_for_each(|holder| unwritten_device(holder, records))?;
+        folder.free(held.ip).map(|change| last = change.or(last.take()))
+    }));
     drop(folder);
     // They are of one folder: with the last one the disk has them all.
     let synced = files::sync_all(last.as_slice()).act(|| "write to the disk what was freed".into());
     all([freed, synced])
+}
+
+/// The device of an attachment whose file was lost: it has the address still.
+fn unwritten_device(holder: &Holder, records: &Records) -> Result<(), CniError> {
+    let Some(ifname) = holder.ifname.as_deref().and_then(|name| name.parse().ok()) else { return Ok(()) };
+    if records.get(&holder.container_id, ifname)?.is_some() {
+        return Ok(());
+    }
+    let device = attach::host_device(&holder.container_id, ifname);
+    kernel::detach(device).map(|_| ()).map_err(|failed| refused(failed, records))
 }
