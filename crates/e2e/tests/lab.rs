@@ -678,6 +678,27 @@ fn a_host_joins_and_the_others_learn_the_way() {
 }
 
 #[test]
+fn a_host_joins_without_waiting_for_one_that_has_left() {
+    let Some(lab) = Lab::new() else { return };
+    lab.run("up --nodes 3");
+    lab.run("exec node3 -- twill leave --force");
+    let state = lab.json("node add");
+    let agents: Vec<&Value> = state["nodes"].as_array().unwrap().iter().map(|node| &node["agent"]).collect();
+    assert_eq!(agents, ["running", "running", "stopped", "running"]);
+    // One that is stopped without having left still holds its lease.
+    lab.run("agent stop node2");
+    lab.run("node add");
+    let ping: Value = serde_json::from_slice(&lab.try_run("ping -o json").stdout).unwrap();
+    let failed = ping["failed"].as_array().unwrap();
+    let failed = failed.iter().map(|pair| ["from", "to"].map(|end| pair[end].as_str().unwrap()));
+    // Nobody has a way to the one that left, and the agent that rests has none to the newest.
+    let (left, rests) = ("container-3", ["container-2", "container-5"]);
+    let other: Vec<_> =
+        failed.filter(|ends| !ends.contains(&left) && !ends.iter().all(|end| rests.contains(end))).collect();
+    assert!(other.is_empty(), "{other:?}");
+}
+
+#[test]
 fn an_agent_is_stopped_killed_and_started_and_the_data_path_stays() {
     let Some(lab) = Lab::new() else { return };
     lab.run("up");
@@ -839,6 +860,101 @@ fn a_folder_of_somebody_else_or_open_to_others_is_refused() {
     lab.run("up --scenario bridge");
     let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(lab.folder()).unwrap().permissions());
     assert_eq!(mode & 0o777, 0o700);
+}
+
+#[test]
+fn two_labs_of_one_name_leave_each_other_alone() {
+    let (Some(mut lab), Some(mut other)) = (Lab::new(), Lab::new()) else { return };
+    other.name = lab.name.clone();
+    let root = rustix::process::geteuid().is_root();
+    lab.run("up --scenario bridge");
+    let names = || -> Vec<PathBuf> {
+        let (prefix, all) = (format!("twill-{}-", lab.name), std::fs::read_dir("/run/netns").into_iter().flatten());
+        let names = all.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix));
+        names.filter_map(|entry| std::fs::read_link(entry.path()).ok()).collect()
+    };
+    let before = names();
+    assert_eq!(before.is_empty(), !root);
+    if root {
+        // The names for `ip netns` are taken: said at once, and nothing of it is left.
+        let out = other.try_run("up --scenario bridge -o json");
+        let said: Value = serde_json::from_slice(&out.stdout).unwrap();
+        assert_eq!((out.status.code(), &said["error"]["code"]), (Some(1), &"lab-exists".into()), "{said}");
+        assert!(said["error"]["hint"].as_str().unwrap().contains("--name"), "{said}");
+    }
+    assert!(!other.try_run("down").status.success(), "there is none");
+    if let Some(mut user) = Lab::without_root() {
+        user.name = lab.name.clone();
+        user.run("up --scenario bridge");
+        assert_eq!(user.json("ping")["reachable"], 2);
+        user.run("down");
+        assert!(user.folder().read_dir().is_err());
+    }
+    assert_eq!(names(), before, "of the first one alone");
+    assert_eq!(lab.json("ping")["reachable"], 2);
+    lab.run("down");
+    (lab.name, other.name) = (other.name.clone(), lab.name.clone());
+    other.run("up --scenario bridge");
+    other.run("down");
+    lab.assert_gone();
+    other.assert_gone();
+}
+
+#[test]
+fn the_root_of_a_user_namespace_has_labs_as_without_root() {
+    let Some(lab) = Lab::without_root() else { return };
+    let user = lab.wrapped("id").arg("-u").output().unwrap();
+    let user = text(&user.stdout).trim().to_owned();
+    let program = lab.program.display();
+    let inside = |line: &str| {
+        let out = lab.wrapped("unshare").args(["-Urm", "sh", "-c", line]).output().unwrap();
+        assert!(out.status.success(), "{line}: {}", text(&out.stderr));
+        text(&out.stdout)
+    };
+    let shown = inside(&format!("{program} lab"));
+    assert!(shown.contains("2 of 2 pairs"), "{shown}");
+    if !lab.drop_root {
+        return println!("SKIP: a folder of somebody else needs root");
+    }
+    // Where nothing says which folder is its own, it is that of the user outside, not root's.
+    let tmp = lab.runtime.path();
+    let root = tmp.join("twill-0");
+    std::fs::create_dir(&root).unwrap();
+    std::fs::set_permissions(&root, std::fs::Permissions::from_mode(0o700)).unwrap();
+    let own = format!("mount --bind {} /tmp && unset XDG_RUNTIME_DIR && cd /", tmp.display());
+    let (name, copy) = (&lab.name, "/tmp/twill-copy");
+    inside(&format!(
+        "{own} && {copy} lab up --scenario bridge --name {name} && test -d /tmp/twill-{user}/lab-{name}; \
+                     result=$?; {copy} lab down --name {name} && exit $result"
+    ));
+    std::fs::remove_dir(root).unwrap();
+}
+
+#[test]
+fn every_hint_can_be_typed_as_it_stands() {
+    let Some(lab) = Lab::new() else { return };
+    let hint = |line: &str| {
+        let said = text(&lab.try_run(line).stderr);
+        said.lines().find_map(|line| line.strip_prefix("hint: ")).unwrap_or_default().to_owned()
+    };
+    let name = format!("--name {}", lab.name);
+    assert!(hint("status").contains(&format!("`twill lab up {name}`")), "{}", hint("status"));
+    lab.run("up --nodes 1");
+    lab.run("agent stop node1");
+    for (line, typed) in [
+        ("explain nobody node1", format!("`twill lab status {name}`")),
+        ("capture node1 nothing0", format!("`twill lab exec {name} node1 -- ip link`")),
+        ("agent hold node1", format!("`twill lab agent start node1 {name}`")),
+        ("up", format!("`twill lab down {name}`")),
+    ] {
+        let said = hint(line);
+        assert!(said.contains(&typed), "{line}: {said}");
+        let words = typed.trim_matches('`').strip_prefix("twill lab ").unwrap();
+        if !words.starts_with("down") {
+            let out = lab.wrapped(&lab.program).arg("lab").args(words.split_whitespace()).output().unwrap();
+            assert!(out.status.success(), "{typed}: {}", text(&out.stderr));
+        }
+    }
 }
 
 #[test]

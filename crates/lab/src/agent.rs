@@ -155,7 +155,7 @@ impl AgentProcess {
     /// It keeps running, and repairs nothing.
     pub(crate) fn hold(&mut self, folder: &Path, children: &Children) -> Result<(), LabError> {
         if !self.is_alive(children) {
-            return Err(LabError::new("agent-failed", "the agent is stopped").hint("start it before"));
+            return Err(LabError::new("agent-failed", "the agent is stopped"));
         }
         post(folder, "/v1/hold")?;
         self.held = true;
@@ -176,10 +176,22 @@ fn post(folder: &Path, path: &str) -> Result<(), LabError> {
     ask(folder, "POST", path).map(drop)
 }
 
+/// A look at an agent.
+fn get(folder: &Path, path: &str) -> Result<serde_json::Value, LabError> {
+    serde_json::from_str(&ask(folder, "GET", path)?).act(|| "read an agent's answer".into())
+}
+
+/// The subnets that are leased, as an agent knows: its own, and those of its peers.
+pub(crate) fn leased(folder: &Path) -> Result<Vec<String>, LabError> {
+    let (own, others) = (get(folder, "/v1/status")?, get(folder, "/v1/peers")?);
+    let peers = others["peers"].as_array().into_iter().flatten().filter(|peer| peer["fault"].is_null());
+    let subnets = [&own].into_iter().chain(peers).filter_map(|holder| holder["subnets"].as_array()).flatten();
+    Ok(subnets.filter_map(|subnet| subnet.as_str().map(str::to_owned)).collect())
+}
+
 /// The subnets whose hosts an agent's tunnel reaches, each with its host's address.
 pub(crate) fn tunnel_peers(folder: &Path) -> Result<Vec<(String, String)>, LabError> {
-    let text = ask(folder, "GET", "/v1/tunnel")?;
-    let answer: serde_json::Value = serde_json::from_str(&text).act(|| "read an agent's answer".into())?;
+    let answer = get(folder, "/v1/tunnel")?;
     let word = |peer: &serde_json::Value, key: &str| peer[key].as_str().unwrap_or_default().to_owned();
     let mut reached = Vec::new();
     for peer in answer["peers"].as_array().into_iter().flatten() {

@@ -1,17 +1,20 @@
 //! Where labs keep their state, and what they leave in the file system.
 //!
 //! ```text
-//! $XDG_RUNTIME_DIR/twill  (else /tmp/twill-<uid>; 0700, owner checked)
+//! $XDG_RUNTIME_DIR/twill  (else /tmp/twill-<uid>, the uid outside of a user namespace; 0700, owner checked)
 //!   └─ lab-<name>/  control.sock  supervisor.log  store/  node1/{agent.log, state/, run/, subnet.env} …
 //! /run/netns/twill-<name>-<where> → /proc/PID/fd/N         root only
 //! ```
 
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{Access, AtFlags, CWD, FlockOperation, accessat, flock};
+use rustix::process::geteuid;
 
 use crate::error::{Act, LabError};
 use crate::layout::{LabName, UNDERLAY};
@@ -29,10 +32,11 @@ pub struct Home(PathBuf);
 impl Home {
     /// Finds the folder, and makes it when it is missing. One that somebody else owns, or may look into, is refused.
     pub fn open() -> Result<Self, LabError> {
-        let uid = rustix::process::geteuid().as_raw();
+        let uid = geteuid().as_raw();
         let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty()).map(PathBuf::from);
         let usable = runtime.filter(|dir| fs::metadata(dir).is_ok_and(|m| m.is_dir() && m.uid() == uid));
-        let path = usable.map_or_else(|| PathBuf::from(format!("/tmp/twill-{uid}")), |dir| dir.join("twill"));
+        let path =
+            usable.map_or_else(|| PathBuf::from(format!("/tmp/twill-{}", user_outside(uid))), |dir| dir.join("twill"));
         match DirBuilder::new().mode(0o700).create(&path) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
@@ -66,6 +70,24 @@ impl Home {
         names.sort();
         Ok(names)
     }
+}
+
+/// The user as the namespace around this one numbers them: inside one, everybody may be user 0.
+fn user_outside(uid: u32) -> u32 {
+    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let outside = map.lines().find_map(|line| {
+        let mut numbers = line.split_whitespace().filter_map(|number| number.parse::<u32>().ok());
+        let (inner, outer, count) = (numbers.next()?, numbers.next()?, numbers.next()?);
+        let nth = uid.checked_sub(inner).filter(|nth| *nth < count)?;
+        outer.checked_add(nth)
+    });
+    outside.unwrap_or(uid)
+}
+
+/// True when names for `ip netns` can be made and removed: not without root, and not as the root of a user namespace alone.
+pub(crate) fn may_name() -> bool {
+    let dir = if Path::new(NETNS_DIR).exists() { NETNS_DIR } else { "/run" };
+    geteuid().is_root() && accessat(CWD, dir, Access::WRITE_OK, AtFlags::EACCESS).is_ok()
 }
 
 fn refusal(path: &Path, why: &str) -> LabError {
@@ -157,24 +179,54 @@ impl LabDir {
     }
 
     /// Gives a namespace a name for `ip netns`: a symbolic link, never a bind mount, which would keep the namespace alive.
-    pub fn link_netns(&self, place: &str, target: &str) -> io::Result<PathBuf> {
-        DirBuilder::new().mode(0o755).recursive(true).create(NETNS_DIR)?;
+    pub fn link_netns(&self, place: &str, target: &str) -> Result<(), LabError> {
+        let act = || format!("name the network namespace of {place} for `ip netns`");
+        DirBuilder::new().mode(0o755).recursive(true).create(NETNS_DIR).act(act)?;
         let link = Path::new(NETNS_DIR).join(self.name.netns_name(place));
-        gone(fs::remove_file(&link))?;
-        symlink(target, &link)?;
-        Ok(link)
+        if self.is_ours(&link) {
+            gone(fs::remove_file(&link)).act(act)?;
+        }
+        symlink(target, &link).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => {
+                LabError::new("lab-exists", format!("{} is not of this lab {}", link.display(), self.name))
+                    .hint("it is that of another lab of this name: take another --name")
+            }
+            _ => LabError::new("lab-failed", format!("{}: {error}", act())),
+        })
     }
 
+    /// The names of this lab's namespaces; none where they could not be removed.
     fn netns_links(&self) -> Vec<PathBuf> {
+        if !may_name() {
+            return Vec::new();
+        }
         let prefix = format!("twill-{}-", self.name);
         let entries = fs::read_dir(NETNS_DIR).into_iter().flatten().flatten();
         let ours = entries.filter(|entry| {
             let name = entry.file_name();
             let place = name.to_str().and_then(|name| name.strip_prefix(&prefix));
-            // Another lab's name may begin with ours: what is left must be a place, and a link into /proc.
-            place.is_some_and(is_place) && fs::read_link(entry.path()).is_ok_and(|to| to.starts_with("/proc"))
+            // Another lab's name may begin with ours: what is left must be a place.
+            place.is_some_and(is_place) && self.is_ours(&entry.path())
         });
         ours.map(|entry| entry.path()).collect()
+    }
+
+    /// True for a link into /proc that leads to this lab's supervisor, or to one that is no more. A lab of the same name in another
+    /// folder has a supervisor that says so.
+    fn is_ours(&self, link: &Path) -> bool {
+        let Ok(target) = fs::read_link(link) else { return false };
+        let Some(pid) = target.strip_prefix("/proc").ok().and_then(|rest| rest.iter().next()) else { return false };
+        let homes = |words: &[u8]| -> Vec<PathBuf> {
+            let mark = [CLIENTS_HOME.as_bytes(), b"="].concat();
+            let words = words.split(|byte| *byte == 0).filter_map(|word| word.strip_prefix(&*mark));
+            words.map(|home| PathBuf::from(OsStr::from_bytes(home))).collect()
+        };
+        match fs::metadata(&target) {
+            // The kernel gives the number of a process that has ended to any other one.
+            Ok(_) => fs::read(Path::new("/proc").join(pid).join("environ"))
+                .is_ok_and(|words| homes(&words).iter().all(|home| home == self.home())),
+            Err(error) => error.kind() != io::ErrorKind::PermissionDenied,
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! A lab in the making and as it runs: hosts, containers, agents, the store.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 
@@ -89,7 +89,8 @@ impl Lab {
         }
         let containers: usize = lab.hosts.iter().map(|h| h.containers.len()).sum();
         progress(format!("{} attached by bridge and veth pair", count(containers, "container")));
-        lab.all_know_all()?;
+        let all: Vec<&Host> = lab.hosts.iter().collect();
+        lab.all_know_all(&all)?;
         Ok(lab)
     }
 
@@ -133,13 +134,13 @@ impl Lab {
         Ok(())
     }
 
-    /// Waits until every host knows the way to every other.
-    fn all_know_all(&self) -> Result<(), LabError> {
+    /// Waits until each of `hosts` whose agent runs knows the way to every other of them.
+    fn all_know_all(&self, hosts: &[&Host]) -> Result<(), LabError> {
         if !self.spec.has_agents() {
             return Ok(());
         }
-        let waited = each(self.running(), |host| {
-            let others = self.hosts.iter().filter(|other| other.plan.name != host.plan.name);
+        let waited = each(hosts.iter().filter(|host| self.runs(host)), |host| {
+            let others = hosts.iter().filter(|other| other.plan.name != host.plan.name);
             self.knows(host, &others.map(|other| &other.plan).collect::<Vec<_>>(), &|_| ())
         });
         waited.into_iter().collect()
@@ -157,10 +158,17 @@ impl Lab {
         }
     }
 
-    /// The hosts whose agents do their work.
-    fn running(&self) -> impl Iterator<Item = &Host> {
-        let state = |host: &&Host| host.agent.as_ref().map(|agent| agent.state(&self.children));
-        self.hosts.iter().filter(move |host| state(host) == Some(AgentState::Running))
+    /// True when the host's agent does its work.
+    fn runs(&self, host: &Host) -> bool {
+        host.agent.as_ref().is_some_and(|agent| agent.state(&self.children) == AgentState::Running)
+    }
+
+    /// The hosts that hold a lease, as far as an agent knows; to one that has left nobody has a way.
+    fn holders(&self) -> impl Iterator<Item = &Host> {
+        let running = self.hosts.iter().filter(|host| self.runs(host));
+        let leased = running.filter_map(|host| agent::leased(&self.dir.node(&host.plan.name)).ok()).flatten();
+        let leased: BTreeSet<String> = leased.collect();
+        self.hosts.iter().filter(move |host| leased.contains(&host.plan.subnet.to_string()))
     }
 
     /// One more host; the others' new entries are told as they appear.
@@ -177,9 +185,12 @@ impl Lab {
         }
         let mut host = self.make_host(number)?;
         let plan = host.plan.clone();
+        let holders: BTreeSet<String> = self.holders().map(|holder| holder.plan.name.clone()).collect();
+        let held = |host: &&Host| holders.contains(&host.plan.name);
         progress(format!("{} joins the underlay as {}", plan.name, plan.address.addr));
         let (up, watched) = thread::scope(|scope| {
-            let watchers = scope.spawn(|| each(self.running(), |other| self.knows(other, &[&plan], progress)));
+            let watching: Vec<&Host> = self.hosts.iter().filter(held).filter(|host| self.runs(host)).collect();
+            let watchers = scope.spawn(|| each(watching, |other| self.knows(other, &[&plan], progress)));
             let up = self.bring_up(&mut host);
             (up, watchers.join())
         });
@@ -188,7 +199,8 @@ impl Lab {
         self.hosts.push(host);
         self.spec.nodes = number;
         watched.into_iter().collect::<Result<Vec<()>, _>>()?;
-        self.all_know_all()
+        let known: Vec<&Host> = self.hosts.iter().filter(|host| held(host) || host.plan.name == plan.name).collect();
+        self.all_know_all(&known)
     }
 
     /// Stop, start, restart, kill or hold.
@@ -209,7 +221,10 @@ impl Lab {
         };
         if let Some(agent) = host.agent.as_mut().filter(|_| stop) {
             match act {
-                AgentAct::Hold => return agent.hold(&folder, &self.children),
+                AgentAct::Hold => {
+                    let start = format!("`twill lab agent start {node} --name {}` comes before", self.spec.name);
+                    return agent.hold(&folder, &self.children).map_err(|error| error.hint(start));
+                }
                 AgentAct::Kill => agent.kill(&self.children)?,
                 AgentAct::Stop => {
                     agent.stop(&self.children)?;
@@ -238,8 +253,7 @@ impl Lab {
         if self.user_namespace {
             return Ok(());
         }
-        let linked = self.dir.link_netns(where_, &place.path(self.pid));
-        linked.map(|_: PathBuf| ()).act(|| format!("name the network namespace of {where_} for `ip netns`"))
+        self.dir.link_netns(where_, &place.path(self.pid))
     }
 
     /// The lab as it is.

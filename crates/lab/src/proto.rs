@@ -192,7 +192,7 @@ pub(crate) fn connect(dir: &LabDir) -> Result<UnixStream, LabError> {
             return LabError::new("lab-killed", message).hint(hint);
         }
         LabError::new("no-such-lab", format!("there is no lab {:?}", name.to_string()))
-            .hint("`twill lab list` shows those that are, `twill lab up` makes one")
+            .hint(format!("`twill lab list` shows those that are, `twill lab up --name {name}` makes it"))
     })
 }
 

@@ -19,7 +19,7 @@ use twill_kernel::{netns, process};
 
 use crate::children::own_program;
 use crate::error::{Act, LabError};
-use crate::home::{CLIENTS_HOME, Home, LabDir};
+use crate::home::{CLIENTS_HOME, Home, LabDir, may_name};
 use crate::layout::{LabName, Spec};
 use crate::proto::{LabState, Request, STAY, Word, connect, listen, say};
 use crate::supervisor;
@@ -67,7 +67,7 @@ pub fn up(home: &Home, spec: &Spec, heard: impl FnMut(&str)) -> Result<Started, 
     let dir = home.lab(&spec.name);
     if connect(&dir).is_ok() {
         return Err(LabError::new("lab-exists", format!("lab {} is there already", spec.name))
-            .hint(format!("`twill lab down --name {0}` ends it, `--name` makes another one", spec.name)));
+            .hint(format!("`twill lab down --name {0}` ends it, another --name makes another one", spec.name)));
     }
     dir.bury()?;
     dir.create()?;
@@ -118,7 +118,7 @@ pub fn launch(text: &str) -> Result<(), LabError> {
 fn launch_quietly(text: &str) -> Result<(), LabError> {
     let have = process::effective_capabilities();
     let needed = CAP_NET_ADMIN | CAP_SYS_ADMIN;
-    let enough = rustix::process::geteuid().is_root() && have & needed == needed;
+    let enough = may_name() && have & needed == needed;
     let me = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     netns::unshare_process((!enough).then_some(me)).map_err(|error| forbidden(&error))?;
     let mut inner = own_program()?;

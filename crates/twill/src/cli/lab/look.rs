@@ -98,7 +98,8 @@ pub(super) fn explain(state: &LabState, from: &str, to: &str) -> Result<twill_ex
     let facts = twill_lab::facts::LiveFacts::read(enter::open_all(state)?)
         .map_err(|error| Failure::new("lab-failed", format!("{error}: {}", error.source)))?;
     let (from, to) = twill_explain::ends(&facts, from, to, false).map_err(|error| {
-        Failure::new("no-such-place", error.to_string()).hint("`twill lab status` lists the places")
+        let hint = format!("`twill lab status --name {}` lists the places", state.spec.name);
+        Failure::new("no-such-place", error.to_string()).hint(hint)
     })?;
     Ok(twill_explain::explain(&facts, &from, &to))
 }
@@ -110,8 +111,9 @@ impl Capture {
         let netns = enter::open(&state, &self.place).map_err(Failure::from)?;
         let opened = netns.run(|| capture::Capture::on(self.device));
         let mut capture = opened.and_then(|opened| opened).map_err(|error| {
-            Failure::new("no-such-device", format!("capture on {} in {}: {error}", self.device, self.place))
-                .hint(format!("`twill lab exec {} -- ip link` shows its devices", self.place))
+            Failure::new("no-such-device", format!("capture on {} in {}: {error}", self.device, self.place)).hint(
+                format!("`twill lab exec --name {} {} -- ip link` shows its devices", state.spec.name, self.place),
+            )
         })?;
         crate::output::progress(format_args!("listening on {} in {}", self.device, self.place));
         let mut number = 0;
