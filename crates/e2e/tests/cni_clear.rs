@@ -1,9 +1,11 @@
 //! DEL, GC and CHECK of the CNI plugin where what they are told and what is there do not agree.
 
+use std::path::Path;
+
 use serde_json::{Value, json};
-use twill_e2e::cni::{Runtime, merge};
-use twill_e2e::installed;
-use twill_e2e::net::Bed;
+use twill_e2e::cni::{Call, Runtime, merge, netns};
+use twill_e2e::net::{Bed, Host};
+use twill_e2e::{eventually, installed};
 
 fn runtime() -> Option<(Runtime, tempfile::TempDir)> {
     let dir = tempfile::tempdir().unwrap();
@@ -57,4 +59,121 @@ fn whatever_type_a_configuration_has_no_address_is_freed_while_its_device_stands
     let before = runtime.everything();
     runtime.del(&conf(json!({"type": "macvlan", "name": "other"})), "a", Some(&a));
     assert_eq!(runtime.everything(), before);
+}
+
+fn sh(host: &Host, line: &str) {
+    let out = host.command("sh").args(["-c", line]).output().unwrap();
+    assert!(out.status.success(), "{line}: {out:?}");
+}
+
+/// Each cuts the container off, and leaves addresses, routes and states as they are.
+#[test]
+fn check_names_what_cuts_a_container_off() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let (a, b) = (runtime.container("a"), runtime.container("b"));
+    for (bridge, id, container) in [("cni0", "a", &a), ("", "b", &b)] {
+        let mut conf = runtime.conf("1.0.0", json!({"bridge": bridge}));
+        let said = runtime.add(&conf, id, container);
+        let at = usize::from(!bridge.is_empty());
+        let pair = said["interfaces"][at]["name"].as_str().unwrap().to_owned();
+        conf["prevResult"] = said;
+        let check = || runtime.try_verb("CHECK", &conf, id, Some(container));
+        assert_eq!(check(), Ok(Value::Null));
+        let host = &runtime.host;
+        let port = |words: &str| format!("bridge link set dev {pair} {words}");
+        let arp = |device: &str, word: &str| format!("ip link set {device} arp {word}");
+        let on_bridge = [
+            (host, port("locked on"), port("locked off"), format!("{pair}: its bridge port is locked")),
+            (
+                host,
+                port("learning off flood off"),
+                port("learning on flood on"),
+                format!("{pair}: its bridge port is without learning and without flooding"),
+            ),
+            (host, arp("cni0", "off"), arp("cni0", "on"), "host: cni0: ARP is off, wanted: on".to_owned()),
+        ];
+        let alone = [(host, arp(&pair, "off"), arp(&pair, "on"), format!("host: {pair}: ARP is off, wanted: on"))];
+        let inside = [(container, arp("eth0", "off"), arp("eth0", "on"), "container: eth0: ARP is off".to_owned())];
+        let cases: Vec<_> = if bridge.is_empty() { alone.into() } else { on_bridge.into() };
+        for (place, alter, restore, named) in cases.iter().chain(&inside) {
+            sh(place, alter);
+            let refused = check().expect_err(alter);
+            let msg = refused["msg"].as_str().unwrap();
+            assert!(refused["code"] == 103 && msg.contains(named), "{alter}: {refused:#}");
+            sh(place, restore);
+            eventually("it is as it was", check);
+        }
+        // Either alone cuts nobody off.
+        if !bridge.is_empty() {
+            sh(host, &port("learning off"));
+            assert_eq!(check(), Ok(Value::Null));
+            sh(host, &port("learning on flood off"));
+            assert_eq!(check(), Ok(Value::Null));
+        }
+    }
+}
+
+/// The reference plugin `tuning` changes the MTU behind ours and does not say so in its result.
+#[test]
+fn check_leaves_the_mtu_that_a_chained_plugin_has_set_to_that_plugin() {
+    let tuning = Path::new("/usr/lib/cni/tuning");
+    if !tuning.is_file() {
+        println!("SKIP: {} is missing (containernetworking-plugins)", tuning.display());
+        return;
+    }
+    let Some((runtime, _dir)) = runtime() else { return };
+    let a = runtime.container("a");
+    // tuning keeps a file for each container, in one place for the whole machine.
+    let id = &format!("tuned-{}", std::process::id());
+    let mut conf = runtime.conf("1.0.0", json!({}));
+    let said = runtime.add(&conf, id, &a);
+    let chained = json!({"cniVersion": "1.0.0", "name": "net", "type": "tuning", "mtu": 1300, "prevResult": said});
+    let tuned = |verb: &'static str| {
+        let call = Call { verb, conf: &chained, id, netns: Some(netns(&a)), args: "" };
+        runtime.finish(runtime.command(tuning, &call), &chained).unwrap()
+    };
+    conf["prevResult"] = tuned("ADD");
+    let check = || runtime.try_verb("CHECK", &conf, id, Some(&a));
+    let checked = check();
+    tuned("DEL");
+    assert_eq!(checked, Ok(Value::Null));
+    // With tuning's word that it has changed the MTU goes the reason to leave it alone.
+    assert_eq!(check(), Ok(Value::Null), "tuning has restored it");
+    sh(&a, "ip link set eth0 mtu 1300");
+    let refused = check().expect_err("by hand");
+    assert!(refused["msg"].as_str().unwrap().contains("MTU is 1300, wanted: 1450"), "{refused:#}");
+}
+
+/// What the reference bridge has written with iptables goes by the guide's command, and nothing of anybody else.
+#[test]
+fn the_guides_command_removes_the_chain_that_the_reference_bridge_has_left() {
+    let bridge = Path::new("/usr/lib/cni/bridge");
+    if !bridge.is_file() {
+        println!("SKIP: {} is missing (containernetworking-plugins)", bridge.display());
+        return;
+    }
+    let Some((runtime, _dir)) = runtime().filter(|_| installed("iptables")) else { return };
+    let conf = json!({"cniVersion": "1.0.0", "name": "net", "type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true,
+        "stateDir": runtime.file("state"),
+        "ipam": {"type": "host-local", "dataDir": runtime.file("networks"), "subnet": "10.78.0.0/24"}});
+    let (a, b) = (runtime.container("a"), runtime.container("b"));
+    for (id, container) in [("a", &a), ("ab", &b)] {
+        let call = Call { verb: "ADD", conf: &conf, id, netns: Some(netns(container)), args: "" };
+        let mut command = runtime.command(bridge, &call);
+        command.env("CNI_PATH", "/usr/lib/cni");
+        runtime.finish(command, &conf).unwrap();
+    }
+    let of = |id: &str| {
+        let rules = runtime.host.run("iptables -t nat -S");
+        rules.lines().filter(|line| line.contains(&format!(r#"id: \"{id}\""#))).count()
+    };
+    runtime.del(&conf, "a", Some(&a));
+    assert_eq!((runtime.held(), of("a"), of("ab")), (vec!["10.78.0.3".to_owned()], 3, 3));
+    let guide = include_str!("../../../docs/guide/containers.md");
+    let (_, command) = guide.split_once("    id=CONTAINER\n").unwrap();
+    let lines: Vec<&str> = command.lines().take_while(|line| line.starts_with("    ")).collect();
+    sh(&runtime.host, &format!("id=a\n{}", lines.join("\n")));
+    assert_eq!((of("a"), of("ab")), (0, 3));
+    let chains = runtime.host.run("iptables -t nat -S");
+    assert_eq!(chains.matches("-N CNI-").count(), 1, "{chains}");
 }

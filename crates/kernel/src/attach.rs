@@ -357,14 +357,17 @@ pub fn has_device(name: LinkName) -> Result<bool, Failed> {
     Ok(kernel.mirror().link(name).is_some())
 }
 
-/// How a bridge treats a port of the calling thread's namespace that lets nothing pass (include/uapi/linux/if_bridge.h). While a spanning
-/// tree listens and learns it is about to.
-pub fn hindered_port(port: LinkName) -> Result<Option<&'static str>, Failed> {
-    Ok(match Wires::open()?.port_state(port)? {
-        Some(0) => Some("disabled"),
-        Some(4) => Some("blocking"),
-        _ => None,
-    })
+/// How a bridge treats a port of the calling thread's namespace that lets nothing pass, or only what is written down
+/// (include/uapi/linux/if_bridge.h), and what it should be. While a spanning tree listens and learns it is about to let pass.
+pub fn hindered_port(port: LinkName) -> Result<Vec<(&'static str, &'static str)>, Failed> {
+    let Some(port) = Wires::open()?.port(port)? else { return Ok(Vec::new()) };
+    let hindered = [
+        (port.state == 0, ("disabled", "forwarding")),
+        (port.state == 4, ("blocking", "forwarding")),
+        (port.locked, ("locked", "not locked")),
+        (!port.learning && !port.flood, ("without learning and without flooding", "learning")),
+    ];
+    Ok(hindered.into_iter().filter_map(|(is, words)| is.then_some(words)).collect())
 }
 
 /// The devices of the calling thread's namespace.

@@ -32,6 +32,19 @@ pub struct VethEnd {
     pub peer_netns: Option<i32>,
 }
 
+/// How a bridge treats one of its ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Port {
+    /// BR_STATE_*.
+    pub state: u8,
+    /// It learns who is behind it.
+    pub learning: bool,
+    /// It gets frames for those whom nobody knows.
+    pub flood: bool,
+    /// It takes frames of those alone who were written down.
+    pub locked: bool,
+}
+
 /// Asks in the namespace of the thread that opened it.
 #[derive(Debug)]
 pub struct Wires {
@@ -61,14 +74,14 @@ impl Wires {
         dumped.map(|_| ends).map_err(|e| KernelError::new("list devices", e))
     }
 
-    /// What a bridge lets pass by a port (BR_STATE_*); `None`: the device is no port of a bridge, or there is none.
-    pub fn port_state(&mut self, port: LinkName) -> Result<Option<u8>, KernelError> {
+    /// What a bridge lets pass by a port; `None`: the device is no port of a bridge, or there is none.
+    pub fn port(&mut self, port: LinkName) -> Result<Option<Port>, KernelError> {
         let mut state = None;
         let fill = |w: &mut Writer| {
             w.put(&[0; 16]);
             w.text(ifla::IFNAME, port.as_str());
         };
-        let asked = self.socket.ask(rtm::GETLINK, fill, |m| state = m.payload.get(16..).and_then(brport_state));
+        let asked = self.socket.ask(rtm::GETLINK, fill, |m| state = m.payload.get(16..).and_then(brport));
         match asked {
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
             asked => asked.map(|()| state).map_err(|e| KernelError::new(&format!("look at {port}"), e)),
@@ -93,10 +106,18 @@ impl Wires {
     }
 }
 
-fn brport_state(rest: &[u8]) -> Option<u8> {
+fn brport(rest: &[u8]) -> Option<Port> {
     let info = attr(rest, ifla::LINKINFO)?;
     attr(info, ifla::INFO_SLAVE_KIND).and_then(text).filter(|kind| *kind == "bridge")?;
-    attr(attr(info, ifla::INFO_SLAVE_DATA)?, ifla::BRPORT_STATE)?.first().copied()
+    let data = attr(info, ifla::INFO_SLAVE_DATA)?;
+    let byte = |kind| attr(data, kind).and_then(|value| value.first().copied());
+    Some(Port {
+        state: byte(ifla::BRPORT_STATE)?,
+        // A kernel that does not know a flag does as if it were not touched.
+        learning: byte(ifla::BRPORT_LEARNING) != Some(0),
+        flood: byte(ifla::BRPORT_UNICAST_FLOOD) != Some(0),
+        locked: byte(ifla::BRPORT_LOCKED).is_some_and(|locked| locked != 0),
+    })
 }
 
 fn veth(payload: &[u8]) -> Option<VethEnd> {

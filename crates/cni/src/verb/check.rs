@@ -1,12 +1,14 @@
 //! CHECK: is the container attached as ADD left it? Every difference is named.
 
 use std::net::IpAddr;
+use std::path::Path;
 
+use serde_json::Value;
 use twill_core::attach::{Attachment, Request, Way};
 use twill_core::host::{Link, Object};
 use twill_core::net::{LinkName, Mtu};
 use twill_core::reconcile::{Desired, Op};
-use twill_kernel::attach as kernel;
+use twill_kernel::{attach as kernel, files};
 
 use super::{netns, refused};
 use crate::conf::Conf;
@@ -44,7 +46,7 @@ pub fn run(conf: Conf, target: &Target) -> Result<String, CniError> {
         return finish(vec!["its attachment file is missing".to_owned()]);
     };
     let request = Request { netns: path.into(), ..record.request.clone() };
-    let told = Told { prev, request: &request };
+    let told = Told { prev, request: &request, is_tuned: is_tuned(target) };
     let mut found = told.differences();
     found.extend(addresses(&record)?);
     if let Some(ports) = Ports::lock_for(&records, &request)? {
@@ -65,7 +67,8 @@ pub fn run(conf: Conf, target: &Target) -> Result<String, CniError> {
     }
     let port = kernel::hindered_port(request.host_device).map_err(|failed| refused(failed, &records))?;
     found.extend(
-        port.map(|state| format!("host: {}: its bridge port is {state}, wanted: forwarding", request.host_device)),
+        port.iter()
+            .map(|(is, wanted)| format!("host: {}: its bridge port is {is}, wanted: {wanted}", request.host_device)),
     );
     finish(found)
 }
@@ -81,6 +84,21 @@ fn finish(found: Vec<String>) -> Result<String, CniError> {
 struct Told<'a> {
     prev: &'a Answer,
     request: &'a Request,
+    /// The container's MTU is another plugin's.
+    is_tuned: bool,
+}
+
+/// Where the reference plugin `tuning` keeps what it has changed of a container's device, for its own DEL.
+const TUNING: &str = "/run/cni/tuning";
+/// More bytes than such a file has.
+const TUNING_LIMIT: u64 = 1 << 12;
+
+/// A chained `tuning` has set the MTU: it says so nowhere else, and its own CHECK compares it.
+fn is_tuned(target: &Target) -> bool {
+    let path = Path::new(TUNING).join(format!("{}_{}.json", target.container_id, target.ifname));
+    let kept = files::read_limited(&path, TUNING_LIMIT).ok().flatten();
+    let kept: Option<Value> = kept.and_then(|text| serde_json::from_slice(&text).ok());
+    kept.is_some_and(|kept| kept["mtu"].is_u64())
 }
 
 /// What a veth has that nobody gave an MTU (ETH_DATA_LEN).
@@ -95,7 +113,7 @@ impl Told<'_> {
 
     /// What the answer and the attachment file do not have in common.
     fn differences(&self) -> Vec<String> {
-        let Self { prev, request } = self;
+        let Self { prev, request, .. } = self;
         let mut found = Vec::new();
         let devices = request.bridge.into_iter().chain([request.host_device]).map(|name| (name, false));
         for (name, inside) in devices.chain([(request.ifname, true)]) {
@@ -142,8 +160,14 @@ impl Told<'_> {
             let told_mtu = told.and_then(|told| told.mtu).and_then(|mtu| Mtu::try_from(i64::from(mtu)).ok());
             let mut link = link.clone();
             link.mac = told.and_then(|told| told.mac).or(link.mac);
-            link.mtu = told_mtu.or(link.mtu).or(Mtu::try_from(PLAIN_MTU).ok());
+            link.mtu = told_mtu.or(link.mtu).or(Mtu::try_from(PLAIN_MTU).ok()).filter(|_| !(inside && self.is_tuned));
             side.host.insert(Object::Link(Box::new(link)));
+        }
+        // Without ARP nobody finds anybody. A bridge without an address is asked nothing.
+        let bridge = self.request.bridge.filter(|_| !inside);
+        let is_asked = bridge.is_none() || !self.request.gateways.is_empty();
+        if let Some(link) = side.host.link(bridge.unwrap_or(name)).filter(|_| is_asked) {
+            side.host.insert(Object::Link(Box::new(Link { arp: Some(true), ..link.clone() })));
         }
         if inside {
             let known = |route: &RouteTo| {
@@ -229,6 +253,7 @@ fn link(is: &Link, wanted: &Link) -> String {
     let port = is.port.unwrap_or_default();
     compare("hairpin", flag(port.hairpin), wanted.port.and_then(|port| flag(port.hairpin)));
     compare("isolation", flag(port.isolated), wanted.port.and_then(|port| flag(port.isolated)));
+    compare("ARP", flag(is.arp != Some(false)), wanted.arp.and_then(flag));
     compare("promiscuous mode", flag(is.promisc == Some(true)), wanted.promisc.and_then(flag));
     if found.is_empty() {
         format!("{is} is there, wanted: {wanted}")

@@ -36,7 +36,10 @@ pub(crate) mod ifla {
     pub(crate) const INFO_SLAVE_DATA: u16 = 5;
     pub(crate) const BRPORT_STATE: u16 = 1;
     pub(crate) const BRPORT_MODE: u16 = 4;
+    pub(crate) const BRPORT_LEARNING: u16 = 8;
+    pub(crate) const BRPORT_UNICAST_FLOOD: u16 = 9;
     pub(crate) const BRPORT_ISOLATED: u16 = 33;
+    pub(crate) const BRPORT_LOCKED: u16 = 39;
     pub(crate) const VETH_PEER: u16 = 1;
     pub(crate) const VXLAN_ID: u16 = 1;
     pub(crate) const VXLAN_GROUP: u16 = 2;
