@@ -37,13 +37,13 @@ impl Ping {
         });
     }
 
-    /// Ends it: every packet up to the last answered one was answered.
+    /// Ends it: every packet from the first answered one to the last was answered.
     pub fn end(self, what: &str) {
         self.more("at the end");
         self.daemon.end(Signal::INT);
         let answered = answered(&self.log);
-        let last = *answered.last().unwrap();
-        let lost: Vec<u64> = (1..=last).filter(|seq| !answered.contains(seq)).collect();
+        let (first, last) = (*answered.first().unwrap(), *answered.last().unwrap());
+        let lost: Vec<u64> = (first..=last).filter(|seq| !answered.contains(seq)).collect();
         assert_eq!(lost, Vec::<u64>::new(), "of {last} packets, {what}");
     }
 }

@@ -453,7 +453,7 @@ fn a_stranger_who_locks_the_namespace_keeps_no_agent_out() {
     if !installed("flock") || !installed("setpriv") {
         return;
     }
-    let lock = "setpriv --reuid 65534 --clear-groups flock -n --no-fork /proc/self/ns/net";
+    let lock = "setpriv --reuid 65534 --clear-groups flock --no-fork /proc/self/ns/net";
     let can = node.host.try_run(&format!("{lock} true"));
     if !can.status.success() {
         println!("SKIP: nobody else can be here: {}", String::from_utf8_lossy(&can.stderr));
