@@ -302,17 +302,20 @@ fn version(text: Option<&str>) -> Result<Version, CniError> {
     })
 }
 
-/// The capability `portMappings`. One that is asked for twice is one; two that lead one host port to two places are refused.
+/// The capability `portMappings`. What another one covers is not asked for anew; two that lead one host port to two places are refused.
 fn published(raw: &[RawPort]) -> Result<Vec<PortMap>, CniError> {
     let mut ports: Vec<PortMap> = Vec::new();
     for raw in raw {
         let map = raw.check()?;
-        if let Some(other) = ports.iter().find(|other| other.clashes(&map) && **other != map) {
+        if let Some(other) =
+            ports.iter().find(|other| other.clashes(&map) && other.container_port != map.container_port)
+        {
             let (first, second) = (other.container_port, map.container_port);
             let msg = format!("portMappings: host port {map} is to lead to port {first}, as {other}, and to {second}");
             return Err(config(msg, "publish each host port once"));
         }
-        if !ports.contains(&map) {
+        if !ports.iter().any(|other| other.covers(&map)) {
+            ports.retain(|other| !map.covers(other));
             ports.push(map);
         }
     }

@@ -71,6 +71,14 @@ impl PortMap {
         self.host_ip.filter(|ip| !ip.is_unspecified())
     }
 
+    /// True when each packet that is for `other` is for this one, and led to the same port.
+    pub fn covers(&self, other: &PortMap) -> bool {
+        let family = [true, false].iter().all(|v4| self.is_for(*v4) || !other.is_for(*v4));
+        let address = self.only_at().is_none_or(|ip| other.only_at() == Some(ip));
+        let ports = |map: &PortMap| (map.protocol, map.host_port, map.container_port);
+        ports(self) == ports(other) && family && address
+    }
+
     /// True when some packet is for both.
     pub fn clashes(&self, other: &PortMap) -> bool {
         let family = [true, false].iter().any(|v4| self.is_for(*v4) && other.is_for(*v4));

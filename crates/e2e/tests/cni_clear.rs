@@ -177,3 +177,32 @@ fn the_guides_command_removes_the_chain_that_the_reference_bridge_has_left() {
     let chains = runtime.host.run("iptables -t nat -S");
     assert_eq!(chains.matches("-N CNI-").count(), 1, "{chains}");
 }
+
+/// Podman and docker ask for a port at every address of each family and at every address: it leads to one place.
+#[test]
+fn a_host_port_that_is_asked_for_at_every_address_and_at_some_is_one() {
+    let Some((runtime, _dir)) = runtime().filter(|_| installed("nft")) else { return };
+    let a = runtime.container("a");
+    let at = |ip: &str| json!({"hostPort": 8080, "containerPort": 80, "protocol": "tcp", "hostIP": ip});
+    let table = |ports: Value| {
+        let conf = runtime.conf("1.0.0", json!({"runtimeConfig": {"portMappings": ports}}));
+        runtime.add(&conf, "a", &a);
+        let rules = runtime.host.run("nft list table inet twill-cni");
+        runtime.del(&conf, "a", Some(&a));
+        rules
+    };
+    let all = table(json!([at("")]));
+    // Each container gets another address.
+    let of = |rules: &str| rules.replace(|c: char| c.is_ascii_digit(), "").len();
+    for ports in [json!([at(""), at("0.0.0.0")]), json!([at("::"), at("127.0.0.1"), at("")])] {
+        let rules = table(ports);
+        assert_eq!(of(&rules), of(&all), "{rules}\n{all}");
+    }
+    let v4 = table(json!([at("0.0.0.0")]));
+    assert_eq!(of(&table(json!([at("10.0.0.9"), at("0.0.0.0")]))), of(&v4));
+    let mut other = at("0.0.0.0");
+    other["containerPort"] = json!(81);
+    let conf = runtime.conf("1.0.0", json!({"runtimeConfig": {"portMappings": [at(""), other]}}));
+    let refused = runtime.try_verb("ADD", &conf, "a", Some(&a)).unwrap_err();
+    assert!(refused["msg"].as_str().unwrap().contains("is to lead to port 80"), "{refused:#}");
+}

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use twill_e2e::cni::{netns, start};
 use twill_e2e::net::Bed;
@@ -25,9 +26,15 @@ fn install_puts_the_plugin_in_place_once_the_node_is_ready_and_uninstall_gives_t
     let (code, err) = node.twill(&format!("cni install {at}"));
     assert!(code == Some(1) && err.unwrap_err().contains("no agent"), "not before the node is ready");
     assert!(!bins.join("twill-cni").exists() && !confs.exists());
-    let _agent = node.agent("");
+    let agent = node.agent("");
     let ready = || node.twill(&format!("cni install {at} --dry-run"));
     eventually("the node is ready", || ready().1);
+    // An agent that does not answer is named, and not waited for without end.
+    agent.hold();
+    let (code, err) = node.twill(&format!("cni install {at}"));
+    agent.signal(Signal::CONT);
+    let err = err.unwrap_err();
+    assert!(code == Some(1) && err.contains("does not answer") && err.contains("systemctl restart twill"), "{err}");
     assert!(!bins.join("twill-cni").exists() && !confs.exists(), "a dry run");
     let (code, err) = node.twill(&format!("cni install {at} --take-over host-local"));
     assert!(code == Some(2) && err.unwrap_err().contains("bridge"), "host-local alone");

@@ -23,15 +23,28 @@ pub(crate) struct Socket {
     run_dir: Option<PathBuf>,
 }
 
+/// How long an agent may take to answer what it knows.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 impl Socket {
     fn dir(&self) -> PathBuf {
         self.run_dir.clone().unwrap_or_else(stores::run_dir)
     }
 
-    /// The agent's answer; without an agent the error that says how to start one.
+    /// The agent's answer; without an agent the error that says how to start one. What is only looked at is not waited for without end.
     pub(super) async fn ask<T: serde::de::DeserializeOwned>(&self, method: &str, path: &str) -> Result<T, Failure> {
         let dir = self.dir();
-        control::call(&dir, method, path).await?.ok_or_else(|| {
+        let call = control::call(&dir, method, path);
+        let answer = if method == "GET" {
+            tokio::time::timeout(PATIENCE, call).await.map_err(|_| {
+                let silent = format!("the agent in {} does not answer within {PATIENCE:?}", dir.display());
+                Failure::new("agent-silent", silent)
+                    .hint("see what it does: systemctl status twill; then: systemctl restart twill")
+            })?
+        } else {
+            call.await
+        };
+        answer?.ok_or_else(|| {
             Failure::new("no-agent", format!("no agent listens in {}", dir.display()))
                 .hint("start it: systemctl start twill, or: twill agent")
         })
