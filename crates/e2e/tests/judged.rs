@@ -188,6 +188,13 @@ fn whatever_drops_in_nftables_is_told_and_mended() {
         case("input filter 0 accept| udp dport 8000-9000 ip saddr 10.168.0.0/24 reject", "all", shut, "th dport"),
         case("output filter 0 accept| meta l4proto udp th dport { 4789, 8472 } drop", "out", shut, "th dport"),
         case("prerouting filter -150 accept| iifname eth0 udp dport 8472 drop", "all", shut, "th dport"),
+        case("output route -150 accept| udp dport 8472 drop", "out", shut, "th dport"),
+        case("output route -150 drop| udp dport != 8472 accept", "out", shut, "policy"),
+        case("postrouting nat 90 accept| oifname cni0 drop", "all", late, "oifname"),
+        case("prerouting nat -90 accept| jump inner| chain inner { ip daddr 10.1.15.2 drop; }", "all", early, "inner"),
+        case("prerouting filter -150 accept| iif flannel.1 drop", "all", early, "iif"),
+        case("postrouting filter 0 accept| oif { lo, cni0 } drop", "all", late, "oif"),
+        case("prerouting filter -150 accept| iif . ip daddr { flannel.1 . 10.1.15.2 } drop", "all", early, "iif . ip"),
         case("prerouting filter -150 accept| tcp dport 8080 drop", "8080", part, "th dport 8080"),
         case("postrouting filter 0 accept| ip daddr 10.1.15.2 tcp dport { 22, 8080 } drop", "8080", part, "th dport"),
         case("prerouting filter -150 accept| meta mark set 7; meta mark 7 drop", "all", part, "meta mark"),
@@ -201,6 +208,9 @@ fn whatever_drops_in_nftables_is_told_and_mended() {
         "prerouting filter -300 accept| iifname docker0 drop; ip daddr 172.17.0.2 iifname != docker0 drop; iifname eth0 ip saddr 10.1.0.0/16 drop",
         "prerouting filter -150 accept| ip frag-off & 0x1fff != 0 drop; tcp option maxseg size 1-500 drop; meta pkttype broadcast drop",
         "input filter 0 drop| ct state { established, related } accept; ct state invalid drop; udp dport 8472 accept; tcp dport 2379 accept; iif lo accept",
+        "input filter 0 drop| iif lo accept; iif eth0 accept",
+        "prerouting filter -200 drop| iif { lo, eth0, cni0, flannel.1 } accept",
+        "prerouting nat -90 accept| iif eth0 tcp dport 2222 drop; ip saddr 192.0.2.0/24 drop",
         "postrouting filter 0 accept| oifname eth0 ip saddr 10.1.0.0/16 drop; ip daddr 192.0.2.0/24 drop",
         "output filter 0 drop| ct state established,related accept; ct state new accept; ct state untracked accept",
         "prerouting filter -150 accept| ip saddr . tcp dport vmap { 192.0.2.1 . 80 : drop }; ip saddr @bad drop| set bad { type ipv4_addr; flags interval; elements = { 198.51.100.0/24, 203.0.113.1 } }",
@@ -351,6 +361,7 @@ fn what_iptables_of_nftables_drops_is_told_and_mended() {
             "dropped-after-forward",
             "conntrack",
         ),
+        ("iptables-nft -t mangle -A OUTPUT -p udp --dport 8472 -j DROP", "out", "tunnel-dropped", "8472"),
         (
             "iptables-nft -t mangle -A PREROUTING -p tcp -m multiport --dports 22,8000:8080 -j DROP",
             "8080",
@@ -433,97 +444,10 @@ fn the_udp_tunnels_own_port_is_judged() {
 }
 
 /// ufw's rules, the tunnel's and the store's ports open.
-const UFW: &str = "*filter
-:INPUT DROP
-:FORWARD DROP
-:OUTPUT ACCEPT
-:ufw-before-input -
-:ufw-before-forward -
-:ufw-logging-deny -
-:ufw-not-local -
-:ufw-skip-to-policy-input -
-:ufw-user-input -
-:ufw-user-limit -
--A INPUT -j ufw-before-input
--A FORWARD -j ufw-before-forward
--A ufw-before-input -i lo -j ACCEPT
--A ufw-before-input -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
--A ufw-before-input -m conntrack --ctstate INVALID -j ufw-logging-deny
--A ufw-before-input -m conntrack --ctstate INVALID -j DROP
--A ufw-before-input -p icmp --icmp-type 3 -j ACCEPT
--A ufw-before-input -p udp --sport 67 --dport 68 -j ACCEPT
--A ufw-before-input -j ufw-not-local
--A ufw-before-input -j ufw-user-input
--A ufw-before-forward -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
--A ufw-before-forward -p icmp --icmp-type 8 -j ACCEPT
--A ufw-logging-deny -m conntrack --ctstate INVALID -m limit --limit 3/min --limit-burst 10 -j RETURN
--A ufw-logging-deny -m limit --limit 3/min --limit-burst 10 -j LOG
--A ufw-not-local -m addrtype --dst-type LOCAL -j RETURN
--A ufw-not-local -m addrtype --dst-type MULTICAST -j RETURN
--A ufw-not-local -m addrtype --dst-type BROADCAST -j RETURN
--A ufw-not-local -m limit --limit 3/min --limit-burst 10 -j ufw-logging-deny
--A ufw-not-local -j DROP
--A ufw-skip-to-policy-input -j DROP
--A ufw-user-input -p tcp --dport 22 -m conntrack --ctstate NEW -m recent --set --name DEFAULT
--A ufw-user-input -p tcp --dport 22 -m conntrack --ctstate NEW -m recent --update --seconds 30 --hitcount 6 --name DEFAULT -j ufw-user-limit
--A ufw-user-input -p udp --dport 8472 -j ACCEPT
--A ufw-user-input -p tcp --dport 2379 -j ACCEPT
--A ufw-user-limit -m limit --limit 3/min -j LOG
--A ufw-user-limit -j REJECT
-COMMIT
-";
+const UFW: &str = include_str!("judged/ufw.rules");
 
 /// kube-proxy's and kubelet's rules in their mode iptables, with a service that has no endpoint.
-const KUBE: &str = "*filter
-:INPUT ACCEPT
-:FORWARD ACCEPT
-:OUTPUT ACCEPT
-:KUBE-EXTERNAL-SERVICES -
-:KUBE-FIREWALL -
-:KUBE-FORWARD -
-:KUBE-NODEPORTS -
-:KUBE-PROXY-FIREWALL -
-:KUBE-SERVICES -
--A INPUT -m conntrack --ctstate NEW -j KUBE-PROXY-FIREWALL
--A INPUT -j KUBE-NODEPORTS
--A INPUT -m conntrack --ctstate NEW -j KUBE-EXTERNAL-SERVICES
--A INPUT -j KUBE-FIREWALL
--A FORWARD -m conntrack --ctstate NEW -j KUBE-PROXY-FIREWALL
--A FORWARD -j KUBE-FORWARD
--A FORWARD -m conntrack --ctstate NEW -j KUBE-SERVICES
--A OUTPUT -m conntrack --ctstate NEW -j KUBE-SERVICES
--A OUTPUT -j KUBE-FIREWALL
--A KUBE-FIREWALL ! -s 127.0.0.0/8 -d 127.0.0.0/8 -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP
--A KUBE-FIREWALL -m mark --mark 0x8000/0x8000 -j DROP
--A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
--A KUBE-FORWARD -m mark --mark 0x4000/0x4000 -j ACCEPT
--A KUBE-FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
--A KUBE-SERVICES -d 10.96.0.10/32 -p tcp -m tcp --dport 9153 -j REJECT
-COMMIT
-*nat
-:PREROUTING ACCEPT
-:POSTROUTING ACCEPT
-:KUBE-MARK-DROP -
-:KUBE-MARK-MASQ -
-:KUBE-POSTROUTING -
-:KUBE-SERVICES -
--A PREROUTING -j KUBE-SERVICES
--A POSTROUTING -j KUBE-POSTROUTING
--A KUBE-MARK-DROP -j MARK --set-xmark 0x8000/0x8000
--A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
--A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN
--A KUBE-POSTROUTING -j MARK --set-xmark 0x4000/0x0
--A KUBE-POSTROUTING -j MASQUERADE --random-fully
--A KUBE-SERVICES ! -s 10.1.0.0/16 -d 10.96.0.1/32 -p tcp -m tcp --dport 443 -j KUBE-MARK-MASQ
--A KUBE-SERVICES -d 10.96.0.9/32 -p tcp -m tcp --dport 443 -j KUBE-MARK-DROP
-COMMIT
-*mangle
-:PREROUTING ACCEPT
-:POSTROUTING ACCEPT
--A PREROUTING -m rpfilter --invert -j DROP
--A POSTROUTING -p tcp -m tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu
-COMMIT
-";
+const KUBE: &str = include_str!("judged/kube.rules");
 
 #[test]
 fn stock_rule_sets_are_no_alarm() {

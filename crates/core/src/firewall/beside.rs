@@ -71,13 +71,20 @@ pub fn bare_rule(rule: &Rule) -> Option<Prefix> {
 pub fn roots(table: &TableName, chains: &BTreeMap<Box<str>, Option<Base>>) -> Vec<Box<str>> {
     let ours = table.is_twills();
     let routed = matches!(table.family, Family::Inet | Family::Ip | Family::Ip6);
-    // Nobody filters in a chain of the kind nat; what does it by its policy is a mistake.
-    let drops = |base: &Base| (base.kind == ChainKind::Filter || base.drops) && base.hook != Hook::Ingress;
+    let drops = |base: &Base| (base.kind != ChainKind::Nat || base.drops) && base.hook != Hook::Ingress;
     // The rooms for others, also when nothing leads there any more: rules of ours may be left in them.
     let nat = |name: &str| &*table.name == "nat" && name == POSTROUTING;
     let named = |name: &str| name == DOCKER_USER || is_flannels_chain(name) || nat(name);
     let wanted =
         chains.iter().filter(|(name, base)| ours || routed && (base.as_ref().is_some_and(drops) || named(name)));
+    wanted.map(|(name, _)| name.clone()).collect()
+}
+
+/// Chains of the kind nat, which may drop too, though hardly anybody's do: thousands of chains may lead from them to services.
+pub fn translating(table: &TableName, chains: &BTreeMap<Box<str>, Option<Base>>) -> Vec<Box<str>> {
+    let routed = matches!(table.family, Family::Inet | Family::Ip | Family::Ip6) && !table.is_twills();
+    let nat = |base: &Base| base.kind == ChainKind::Nat && [Hook::Prerouting, Hook::Postrouting].contains(&base.hook);
+    let wanted = chains.iter().filter(|(_, base)| routed && base.as_ref().is_some_and(nat));
     wanted.map(|(name, _)| name.clone()).collect()
 }
 

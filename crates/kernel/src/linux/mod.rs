@@ -208,6 +208,11 @@ impl LinuxKernel {
         dirty
     }
 
+    /// The number of a device, which the rules of others may compare.
+    pub fn index(&self, device: LinkName) -> Option<u32> {
+        self.names.index(device)
+    }
+
     /// The tables of legacy iptables, as they were last read.
     pub fn legacy(&self) -> &[Table] {
         &self.legacy

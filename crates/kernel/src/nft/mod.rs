@@ -10,7 +10,7 @@ mod decode;
 mod encode;
 mod uapi;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -28,6 +28,9 @@ use crate::netlink::wire::{Writer, flag};
 
 /// Elements in one message: the attribute that holds them has a length of 16 bits.
 const ELEMENTS: usize = 1024;
+
+/// So many chains that the kind nat leads to are read.
+const TRANSLATING: usize = 64;
 
 /// The chains of a table, and where they are entered.
 type Bases = BTreeMap<Box<str>, Option<Base>>;
@@ -96,23 +99,41 @@ impl Nft {
         let mut tables = Vec::new();
         for (mut table, bases) in found.into_values() {
             let roots = beside::roots(&table.name, &bases);
-            if roots.is_empty() && !table.name.is_twills() && !beside::is_flannels(&table.name) {
+            let translating = beside::translating(&table.name, &bases);
+            if roots.is_empty()
+                && translating.is_empty()
+                && !table.name.is_twills()
+                && !beside::is_flannels(&table.name)
+            {
                 continue;
             }
-            self.fill(&mut table, &bases, roots, &mut whole)?;
+            self.fill(&mut table, &bases, roots, usize::MAX, &mut whole)?;
+            self.fill(&mut table, &bases, translating, TRANSLATING, &mut whole)?;
+            if table.name == TableName::twill() {
+                table.sets = self.sets(&table.name, &mut whole)?;
+            }
             tables.push(table);
         }
         Ok(whole.then_some(tables))
     }
 
-    /// Reads these chains of a table, all that they lead to, and what they look up.
-    fn fill(&mut self, table: &mut Table, bases: &Bases, mut todo: Vec<Box<str>>, whole: &mut bool) -> io::Result<()> {
+    /// Reads these chains of a table, what they lead to, up to so many, and what they look up.
+    fn fill(
+        &mut self,
+        table: &mut Table,
+        bases: &Bases,
+        todo: Vec<Box<str>>,
+        mut most: usize,
+        whole: &mut bool,
+    ) -> io::Result<()> {
         let (name, foreign) = (table.name.clone(), !table.is_ours());
         let mut spans = BTreeMap::new();
-        while let Some(chain) = todo.pop() {
-            if table.chains.contains_key(&chain) {
+        let mut todo = VecDeque::from(todo);
+        while let Some(chain) = todo.pop_front() {
+            if most == 0 || table.chains.contains_key(&chain) {
                 continue;
             }
+            most -= 1;
             let rules = self.rules(&name, &chain, whole)?.into_iter();
             let mut rules: Vec<Rule> =
                 rules.map(|(handle, rule)| Rule { handle: foreign.then_some(handle), ..rule }).collect();
@@ -131,9 +152,6 @@ impl Nft {
                 todo.extend(expr.leads_to().cloned());
             }
             table.chains.insert(chain.clone(), Chain { base: bases.get(&chain).copied().flatten(), rules });
-        }
-        if name == TableName::twill() {
-            table.sets = self.sets(&name, whole)?;
         }
         Ok(())
     }

@@ -493,7 +493,13 @@ impl Reconciler {
             self.findings = Some(self.judged.1 + JUDGE);
         } else if std::mem::take(&mut self.judge) {
             let (want, have) = (self.wanted.desired(), self.kernel.mirror());
-            let found = judge::findings(want, have, self.kernel.legacy(), &twill_kernel::process::name);
+            let found = judge::findings(
+                want,
+                have,
+                self.kernel.legacy(),
+                &|name| self.kernel.index(name),
+                &twill_kernel::process::name,
+            );
             self.judged = (found, now);
         }
         findings.extend(self.judged.0.iter().cloned());

@@ -24,6 +24,7 @@ use super::beside::{foreign_tables, is_drop, reached};
 use super::policy::TAG;
 use super::{Base, Expr, Table, Verdict, build};
 use crate::host::HostState;
+use crate::net::LinkName;
 use crate::reconcile::{Desired, Finding};
 
 /// Chains that lead to each other are followed so far; the kernel follows 16.
@@ -32,11 +33,12 @@ const DEPTH: usize = 16;
 const STEPS: usize = 300_000;
 
 /// What the tables of others drop of what has to pass, each with the command that ends it.
-/// `program`: the name of a process.
+/// `index`: the number of a device; `program`: the name of a process.
 pub fn findings(
     want: &Desired,
     have: &HostState,
     legacy: &[Table],
+    index: &dyn Fn(LinkName) -> Option<u32>,
     program: &dyn Fn(u32) -> Option<String>,
 ) -> Vec<Finding> {
     let nft = foreign_tables(have).map(|table| Source { table, legacy: false });
@@ -49,7 +51,7 @@ pub fn findings(
     if !all.iter().any(drops) {
         return Vec::new();
     }
-    let scene = Scene::new(want, have, &all);
+    let scene = Scene::new(want, have, &all, index);
     let mut bases: Vec<(&Source<'_>, &str, Base)> = Vec::new();
     for source in &all {
         let entries = source.table.chains.iter().filter_map(|(name, chain)| Some((source, &**name, chain.base?)));
@@ -223,7 +225,11 @@ impl<'a> Walk<'a, '_> {
 
     /// `here`: whether the packet comes to this chain.
     fn chain(&mut self, name: &'a str, mut here: Truth, depth: usize) -> After {
-        let Some(chain) = self.source.table.chains.get(name).filter(|_| depth > 0) else { return After::Back };
+        let Some(chain) = self.source.table.chains.get(name).filter(|_| depth > 0) else {
+            // What it does is not known.
+            self.sure = false;
+            return After::Back;
+        };
         for (n, rule) in chain.rules.iter().enumerate() {
             self.steps = self.steps.saturating_sub(1);
             if self.steps == 0 {

@@ -62,6 +62,8 @@ pub(super) struct Packet {
     pub(super) dst: IpAddr,
     /// The devices that it comes by and goes by.
     pub(super) devices: [Option<LinkName>; 2],
+    /// Their numbers.
+    pub(super) indexes: [Option<u32>; 2],
     pub(super) proto: u8,
     pub(super) ports: [u16; 2],
     /// The first one of its connection.
@@ -97,12 +99,9 @@ impl Packet {
         [build::TCP, UDP, ICMP[usize::from(!v4)]]
     }
 
-    /// The devices that are known at a hook.
-    pub(super) fn device(&self, hook: Hook, out: bool) -> Option<LinkName> {
-        match (hook, out) {
-            (Hook::Prerouting | Hook::Input | Hook::Ingress, true) | (Hook::Output, false) => None,
-            _ => self.devices[usize::from(out)],
-        }
+    /// True for a device that is not yet known, or not any more.
+    const fn without(hook: Hook, out: bool) -> bool {
+        matches!((hook, out), (Hook::Prerouting | Hook::Input | Hook::Ingress, true) | (Hook::Output, false))
     }
 
     pub(super) fn state(&self, at: At) -> Option<u32> {
@@ -125,14 +124,21 @@ impl Packet {
 
     pub(super) fn value(&self, field: Field, at: At) -> Value {
         let name = |out| {
-            let mut bytes = self.device(at.hook, out).map_or_else(Vec::new, |name| name.as_str().as_bytes().to_vec());
+            let device = self.devices[usize::from(out)].filter(|_| !Self::without(at.hook, out));
+            let mut bytes = device.map_or_else(Vec::new, |name| name.as_str().as_bytes().to_vec());
             bytes.resize(16, 0);
             Value::Known(bytes)
         };
         let number = |number: u32| Value::Known(number.to_ne_bytes().to_vec());
+        let index = |out| match self.indexes[usize::from(out)] {
+            _ if Self::without(at.hook, out) => number(0),
+            index => index.map_or(Value::Unknown, number),
+        };
         match field {
             Field::Iif => name(false),
             Field::Oif => name(true),
+            Field::IifIndex => index(false),
+            Field::OifIndex => index(true),
             Field::Protocol => Value::Known(if self.v4() { vec![0x08, 0x00] } else { vec![0x86, 0xdd] }),
             Field::PacketType => Value::Known(vec![0]),
             Field::NfProto => Value::Known(vec![if self.v4() { 2 } else { 10 }]),
@@ -148,7 +154,7 @@ impl Packet {
             // There is a way to every one of them, and back.
             Field::Fib { flags, .. } if flags & 32 != 0 => Value::Known(vec![1]),
             Field::Fib { result: 3, flags } => number(self.kind(flags & 1 != 0)),
-            Field::Fib { .. } | Field::Mark | Field::IifIndex | Field::OifIndex => Value::Unknown,
+            Field::Fib { .. } | Field::Mark => Value::Unknown,
             _ => self.read(field),
         }
     }

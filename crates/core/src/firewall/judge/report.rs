@@ -32,7 +32,8 @@ pub(super) fn findings(
             }
             continue;
         }
-        let rule = place.rule.map(|n| &place.source.table.chains[place.chain].rules[n]);
+        let rule = place.rule.map(|n| scene.named(&place.source.table.chains[place.chain].rules[n]));
+        let rule = rule.as_ref();
         let whole = hits.whole();
         // Who keeps containers from leaving by a rule about them, or for a part, means it.
         let inside = hits.ways.iter().any(|((way, _), _)| !matches!(way, Way::Leaves | Way::Returns));

@@ -1,6 +1,6 @@
 //! Which packets are thought of: one between any two containers, and one for each address and port that a rule names.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::Source;
@@ -29,6 +29,8 @@ pub(super) struct Scene {
     /// Where peers are on the underlay.
     peers: BTreeSet<IpAddr>,
     named: Named,
+    /// The numbers of the devices that packets pass.
+    indexes: BTreeMap<LinkName, u32>,
 }
 
 /// What one family has.
@@ -60,20 +62,29 @@ struct Named {
 }
 
 impl Scene {
-    pub(super) fn new(want: &Desired, have: &HostState, sources: &[Source<'_>]) -> Self {
+    pub(super) fn new(
+        want: &Desired,
+        have: &HostState,
+        sources: &[Source<'_>],
+        index: &dyn Fn(LinkName) -> Option<u32>,
+    ) -> Self {
         let mut named = Named::default();
         for rule in sources.iter().flat_map(|source| source.table.chains.values()).flat_map(|chain| &chain.rules) {
             named.take(rule);
         }
         let families = want.claim.networks.iter().filter_map(|network| Ends::new(network, want, have));
+        let families: Vec<Ends> = families.collect();
         let holder = |ip: IpAddr| {
             have.iter().find_map(|(_, object)| match object {
                 Object::Addr(addr) if addr.inet.addr == ip => Some(addr.link),
                 _ => None,
             })
         };
-        let outer = outer(want).into_iter().map(|at| (at, holder(at.ip())));
-        Self { families: families.collect(), outer: outer.collect(), peers: peers(want), named }
+        let outer: Vec<_> = outer(want).into_iter().map(|at| (at, holder(at.ip()))).collect();
+        let devices = families.iter().flat_map(|ends| [ends.tunnel, ends.bridge]);
+        let devices = devices.chain(outer.iter().filter_map(|(_, device)| *device));
+        let indexes = devices.filter_map(|name| Some((name, index(name)?))).collect();
+        Self { families, outer, peers: peers(want), named, indexes }
     }
 
     /// All packets that are thought of.
@@ -88,6 +99,9 @@ impl Scene {
             for peer in some.into_iter().chain(named).filter(|peer| peer.is_ipv4() == at.is_ipv4()) {
                 groups.extend([Way::Heard, Way::Sent].map(|way| datagram(way, *at, peer, *device)));
             }
+        }
+        for packet in groups.iter_mut().flat_map(|group| &mut group.packets) {
+            packet.indexes = packet.devices.map(|device| self.indexes.get(&device?).copied());
         }
         groups.sort_by_key(|group| !group.whole);
         groups
@@ -126,6 +140,19 @@ impl Scene {
         }
     }
 
+    /// The rule with the names of devices whose numbers it has.
+    pub(super) fn named(&self, rule: &Rule) -> Rule {
+        let mut rule = rule.clone();
+        for expr in &mut rule.exprs {
+            if let Expr::Match { load: Load { field: Field::IifIndex | Field::OifIndex, .. }, value, .. } = expr
+                && let Some((name, _)) = self.indexes.iter().find(|(_, index)| Datum::Number(**index) == *value)
+            {
+                *value = Datum::Name(*name);
+            }
+        }
+        rule
+    }
+
     /// True for a rule that names something of ours: who deletes it opens nothing else.
     pub(super) fn is_about_us(&self, rule: &Rule) -> bool {
         let mut named = Named::default();
@@ -137,7 +164,7 @@ impl Scene {
         };
         let port = |port: &u16| self.outer.iter().any(|(at, _)| at.port() == *port);
         let device = |expr: &Expr| match expr {
-            Expr::Match { load, value: Datum::Name(name), .. } if matches!(load.field, Field::Iif | Field::Oif) => {
+            Expr::Match { value: Datum::Name(name), .. } => {
                 self.families.iter().any(|ends| ends.tunnel == *name || ends.bridge == *name)
             }
             _ => false,
@@ -184,7 +211,7 @@ impl Ends {
 
     fn group(&self, way: Way, src: IpAddr, dst: IpAddr, port: Option<u16>) -> Group {
         let devices = if way == Way::In { [self.tunnel, self.bridge] } else { [self.bridge, self.tunnel] }.map(Some);
-        let packet = |proto, ports, new| Packet { way, src, dst, devices, proto, ports, new };
+        let packet = |proto, ports, new| Packet { way, src, dst, devices, indexes: [None; 2], proto, ports, new };
         let v4 = src.is_ipv4();
         let mut packets = Vec::new();
         for proto in Packet::protocols(v4) {
@@ -205,7 +232,8 @@ impl Ends {
 fn datagram(way: Way, at: SocketAddr, peer: IpAddr, device: Option<LinkName>) -> Group {
     let (src, dst, devices) =
         if way == Way::Heard { (peer, at.ip(), [device, None]) } else { (at.ip(), peer, [None, device]) };
-    let packet = Packet { way, src, dst, devices, proto: UDP, ports: [ANY_PORTS[0], at.port()], new: true };
+    let ports = [ANY_PORTS[0], at.port()];
+    let packet = Packet { way, src, dst, devices, indexes: [None; 2], proto: UDP, ports, new: true };
     Group { way, v4: at.is_ipv4(), whole: true, packets: vec![packet] }
 }
 
