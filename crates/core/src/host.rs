@@ -16,6 +16,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::few::Few;
 use crate::firewall::{ChainName, Head, Leftover, Table, TableName};
 use crate::net::{Inet, LinkName, MacAddr, Mtu, Port, Prefix, Vni};
 
@@ -251,12 +252,27 @@ pub struct Addr {
     /// It has a lifetime, at whose end the kernel takes it away or out of use.
     #[serde(default)]
     pub expires: bool,
+    /// Whom it is shared with, on a link of two ends: what the kernel knows an IPv4 address by, where it is another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer: Option<IpAddr>,
+    /// Metric of its connected route; 0: the kernel's default.
+    #[serde(default)]
+    pub metric: u32,
+    /// It brings no connected route.
+    #[serde(default)]
+    pub noprefixroute: bool,
 }
 
 impl Addr {
     /// An address that is known everywhere, and stays.
     pub const fn global(link: LinkName, inet: Inet) -> Self {
-        Self { link, inet, scope: 0, expires: false }
+        Self { link, inet, scope: 0, expires: false, peer: None, metric: 0, noprefixroute: false }
+    }
+
+    /// What the kernel tells two addresses of a device apart by: IPv4 has one several times, each with another peer.
+    fn identity(&self) -> Inet {
+        let peer = self.peer.filter(IpAddr::is_ipv4);
+        peer.and_then(|peer| Inet::new(peer, self.inet.len()).ok()).unwrap_or(self.inet)
     }
 }
 
@@ -292,12 +308,28 @@ pub struct Fdb {
     pub port: Option<LinkName>,
     /// NUD_PERMANENT.
     pub permanent: bool,
-    /// It has a port, VNI or device of its own instead of the tunnel's, or flags that Twill never gives.
+    /// It has a detour, or flags that Twill never gives.
     #[serde(default)]
     pub special: bool,
+    /// What it has of its own instead of the tunnel's; boxed, since none of very many has any. Never compared: `special` is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detour: Option<Box<Detour>>,
     /// The NUD_* state bits; never compared.
     #[serde(default)]
     pub state: u16,
+}
+
+/// What a VXLAN's forwarding entry says for itself alone.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Detour {
+    /// UDP destination port.
+    pub port: Option<Port>,
+    /// VXLAN network identifier.
+    pub vni: Option<Vni>,
+    /// Device that the outer packet must leave by, whatever the tables say.
+    pub via: Option<LinkName>,
+    /// Nexthop group that holds the hosts.
+    pub group: Option<u32>,
 }
 
 /// All routes of one key, in the kernel's order. Only the first is used for a lookup.
@@ -363,61 +395,6 @@ pub struct Rule {
     pub protocol: u8,
 }
 
-/// A list that nearly always has one element and then costs no allocation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(
-    from = "Vec<T>",
-    into = "Vec<T>",
-    bound(serialize = "T: Clone + Serialize", deserialize = "T: Deserialize<'de>")
-)]
-pub enum Few<T> {
-    /// The usual case.
-    One(T),
-    /// None, or two and more.
-    Many(Vec<T>),
-}
-
-impl<T> Few<T> {
-    /// No element.
-    pub const fn none() -> Self {
-        Few::Many(Vec::new())
-    }
-
-    /// The elements.
-    pub fn as_slice(&self) -> &[T] {
-        match self {
-            Few::One(one) => std::slice::from_ref(one),
-            Few::Many(many) => many,
-        }
-    }
-
-    /// The first element.
-    pub fn first(&self) -> Option<&T> {
-        self.as_slice().first()
-    }
-}
-
-impl<T> From<Vec<T>> for Few<T> {
-    fn from(mut many: Vec<T>) -> Self {
-        if many.len() == 1
-            && let Some(one) = many.pop()
-        {
-            Few::One(one)
-        } else {
-            Few::Many(many)
-        }
-    }
-}
-
-impl<T> From<Few<T>> for Vec<T> {
-    fn from(few: Few<T>) -> Self {
-        match few {
-            Few::One(one) => vec![one],
-            Few::Many(many) => many,
-        }
-    }
-}
-
 impl Link {
     /// A routed tunnel: as somebody's port it would carry nothing.
     pub fn stands_alone(&self) -> bool {
@@ -458,7 +435,7 @@ impl Object {
         match self {
             Object::Link(l) => Key::Link(l.name),
             Object::Sysctl { path, .. } => Key::Sysctl(path.clone()),
-            Object::Addr(a) => Key::Addr(a.link, a.inet),
+            Object::Addr(a) => Key::Addr(a.link, a.identity()),
             Object::Neigh(n) => Key::Neigh(n.link, n.ip),
             Object::Fdb(f) => Key::Fdb(f.link, f.mac),
             Object::Route(r) => Key::Route(r.key),

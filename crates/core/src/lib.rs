@@ -15,6 +15,7 @@ pub mod alloc;
 pub mod attach;
 pub mod backend;
 pub mod config;
+mod few;
 pub mod firewall;
 pub mod flannel;
 pub mod host;

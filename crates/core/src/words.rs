@@ -159,9 +159,17 @@ pub fn fdb_line(fdb: &Fdb) -> String {
     match fdb.port {
         Some(port) => format!("{} dev {port} master {}{permanent}", fdb.mac, fdb.link),
         None => {
-            let lines =
-                fdb.dst.as_slice().iter().map(|dst| format!("{} dev {} dst {dst} self{permanent}", fdb.mac, fdb.link));
-            lines.collect::<Vec<_>>().join("\n")
+            let detour = fdb.detour.as_deref().copied().unwrap_or_default();
+            let words = [
+                detour.port.map(|port| format!(" port {port}")),
+                detour.vni.map(|vni| format!(" vni {vni}")),
+                detour.via.map(|via| format!(" via {via}")),
+                detour.group.map(|group| format!(" nhid {group}")),
+            ];
+            let own: String = words.into_iter().flatten().collect();
+            let line = |dst: &str| format!("{} dev {}{dst}{own} self{permanent}", fdb.mac, fdb.link);
+            let lines: Vec<String> = fdb.dst.as_slice().iter().map(|dst| line(&format!(" dst {dst}"))).collect();
+            if lines.is_empty() { line("") } else { lines.join("\n") }
         }
     }
 }
@@ -219,7 +227,7 @@ mod tests {
         );
         let dst = Few::One("10.168.0.3".parse().unwrap());
         assert_eq!(
-            fdb_line(&Fdb { link, mac, dst, port: None, permanent: true, special: false, state: 0x80 }),
+            fdb_line(&Fdb { link, mac, dst, port: None, permanent: true, special: false, detour: None, state: 0x80 }),
             "5e:f8:4f:00:e3:37 dev flannel.1 dst 10.168.0.3 self permanent"
         );
     }

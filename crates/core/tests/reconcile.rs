@@ -87,7 +87,7 @@ fn fdb(device: &str, mac: u8) -> Vec<Object> {
     let make = |host: u8, state: u16, special| {
         let (link, mac, dst) =
             (name(device), MacAddr([2, 0, 0, 0, 1, mac]), Few::One(IpAddr::from([10, 168, 0, host])));
-        Object::Fdb(Fdb { link, mac, dst, port: None, permanent: state == 0x80, special, state })
+        Object::Fdb(Fdb { link, mac, dst, port: None, permanent: state == 0x80, special, detour: None, state })
     };
     vec![make(3, 0x80, false), make(4, 0x80, false), make(3, 2, false), make(3, 0x80, true)]
 }

@@ -401,6 +401,22 @@ fn a_route_that_the_kernel_does_not_use_is_named() {
 }
 
 #[test]
+fn a_foreign_route_that_goes_with_its_nexthop_object_is_no_finding_any_more() {
+    let Some((node, _dir)) = node() else { return };
+    node.put_peer(40);
+    let _agent = node.agent("--subnet 10.1.15.0/24");
+    node.await_peer(40, true);
+    node.host.run("ip nexthop add id 9 via 10.168.0.3 dev eth0");
+    node.host.run("ip route add 10.1.40.128/25 nhid 9");
+    node.finding("route-shadowed");
+    node.host.run("ip nexthop del id 9");
+    eventually("the finding goes", || {
+        let status = node.status();
+        if status["findings"] == serde_json::json!([]) { Ok(()) } else { Err(status.to_string()) }
+    });
+}
+
+#[test]
 fn a_device_that_takes_the_vni_is_named_and_the_way_out_works() {
     let Some((node, _dir)) = node() else { return };
     node.put_peer(40);

@@ -49,6 +49,8 @@ fn picture(node: &Node, sysctls: &[String]) -> BTreeSet<String> {
                 if addr["scope"] != "global" {
                     line += &format!(" scope {}", word(&addr["scope"]));
                 }
+                let stray = ["address", "metric", "noprefixroute"].into_iter().filter(|key| addr[*key] != Value::Null);
+                stray.for_each(|key| line += &format!(" {key} {}", addr[key]));
                 lines.insert(line);
             }
         }
@@ -193,9 +195,15 @@ fn harms(line: &str) -> Vec<String> {
                 format!("ip addr del {name} dev {dev}"),
                 format!("ip addr change {name} dev {dev} valid_lft 1000 preferred_lft 1000"),
                 format!("ip addr add {} dev {dev}", if v6 { "fd00:1:0:99::1/64" } else { "10.1.99.1/24" }),
+                format!("ip addr change {name} dev {dev} metric 5"),
+                format!("ip addr del {name} dev {dev} ; ip addr add {name} dev {dev} noprefixroute metric 7"),
             ];
-            // The scope of an IPv6 address follows from the address.
-            if !v6 {
+            let local = name.split('/').next().unwrap();
+            if v6 {
+                harms.push(format!("ip addr change {local} peer fd00:1:0:98::9/128 dev {dev}"));
+            } else {
+                harms.push(format!("ip addr add {local} peer 10.1.98.9/32 dev {dev}"));
+                // The scope of an IPv6 address follows from the address.
                 harms.push(format!("ip addr del {name} dev {dev} ; ip addr add {name} dev {dev} scope link"));
             }
             harms
@@ -213,7 +221,7 @@ fn harms(line: &str) -> Vec<String> {
         "route" => {
             let (proto, via) = ("proto 116", after("via"));
             let twin = if v6 { "fd00:1:0:41::9" } else { "10.1.41.9" };
-            vec![
+            let mut harms = vec![
                 format!("{ip} route del {name}"),
                 format!("{ip} route replace {name} via {twin} dev {dev} onlink {proto}{metric}"),
                 format!("{ip} route replace {name} via {other} dev eth0 onlink {proto}{metric}"),
@@ -227,7 +235,13 @@ fn harms(line: &str) -> Vec<String> {
                 format!("{ip} route append {name} via {twin} dev {dev} onlink {proto}{metric}"),
                 format!("{ip} route prepend {name} via {twin} dev {dev} onlink {proto}{metric}"),
                 format!("{ip} route del {name} ; {ip} route add blackhole {name} {proto}{metric}"),
-            ]
+            ];
+            // IPv6 takes it into our route, as one more next hop of it.
+            if v6 {
+                harms.push(format!("{ip} route append {name} via {other} dev eth0{metric}"));
+                harms.push(format!("{ip} route append {name} via {twin} dev {dev} onlink{metric}"));
+            }
+            harms
         }
         "neigh" => vec![
             format!("ip neigh del {name} dev {dev}"),
@@ -236,6 +250,11 @@ fn harms(line: &str) -> Vec<String> {
             format!("ip neigh replace {name} lladdr {} dev {dev} nud noarp", after("lladdr")),
             format!("ip neigh replace {name} lladdr {} dev {dev} nud permanent router", after("lladdr")),
             format!("ip neigh replace {name} lladdr {} dev {dev} nud permanent extern_learn", after("lladdr")),
+            // Changed alone, it is announced by nobody.
+            format!(
+                "ip neigh del {name} dev {dev} ; ip neigh add {name} lladdr {} dev {dev} nud permanent protocol 33",
+                after("lladdr")
+            ),
         ],
         "fdb" => vec![
             format!("bridge fdb del {name} dev {dev}"),
@@ -248,6 +267,11 @@ fn harms(line: &str) -> Vec<String> {
             format!(
                 "bridge fdb del {name} dev {dev} ; bridge fdb add {name} dev {dev} dst {} extern_learn",
                 after("dst")
+            ),
+            format!(
+                "ip nexthop replace id {0} via {other} fdb ; ip nexthop replace id {0}1 group {0} fdb ; \
+                 bridge fdb del {name} dev {dev} ; bridge fdb add {name} dev {dev} nhid {0}1 self permanent",
+                if v6 { 6 } else { 4 }
             ),
         ],
         "sysctl" => vec![format!("sysctl -qw {name}={}", if line.ends_with('1') { 0 } else { 1 })],

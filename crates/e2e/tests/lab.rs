@@ -602,6 +602,8 @@ fn each_entry_altered_while_the_agent_is_held_changes_the_explanation() {
                 assert!(lab.run("explain container-1 container-2").contains("it arrives"), "{mend}");
             }
         }
+        agent_held_detours(&lab, &mac);
+        lab.run(&format!("exec node1 -- bridge fdb replace {mac} dev flannel.1 dst 10.168.0.77 self permanent"));
         let failed = lab.try_run("ping -o json");
         assert_eq!(failed.status.code(), Some(3));
         let failed: Value = serde_json::from_slice(&failed.stdout).unwrap();
@@ -613,6 +615,35 @@ fn each_entry_altered_while_the_agent_is_held_changes_the_explanation() {
         });
         assert_eq!(lab.json("ping")["reachable"], 2);
     }
+}
+
+/// What an entry says for itself alone, the tunnel's MTU, and a route with several next hops.
+fn agent_held_detours(lab: &Lab, mac: &str) {
+    let explained = || text(&lab.try_run("explain container-1 container-2").stdout);
+    for (own, code) in [("port 999", "port-mismatch"), ("vni 77", "vni-mismatch"), ("via lo", "route-refuses")] {
+        lab.run(&format!("exec node1 -- bridge fdb replace {mac} dev flannel.1 dst 10.168.0.3 {own} self permanent"));
+        let spoken = explained();
+        assert!(spoken.contains(code) && spoken.contains(&format!("dst 10.168.0.3 {own} self")), "{own}: {spoken}");
+        lab.run(&format!("exec node1 -- bridge fdb del {mac} dev flannel.1"));
+    }
+    lab.run(&format!("exec node1 -- bridge fdb append {mac} dev flannel.1 dst 10.168.0.3 self permanent"));
+    assert!(explained().contains("it arrives") && !explained().contains("MTU"));
+    for (device, mtu, usual, says) in [
+        ("flannel.1", 1300, 1450, "MTU 1300 of flannel.1: longer packets"),
+        ("eth0", 1460, 1500, "the tunnel's 1450 and 50 around it"),
+    ] {
+        lab.run(&format!("exec node1 -- ip link set {device} mtu {mtu}"));
+        assert!(explained().contains(says), "{device}: {}", explained());
+        lab.run(&format!("exec node1 -- ip link set {device} mtu {usual}"));
+    }
+    let ours = "nexthop via 10.1.16.0 dev flannel.1 onlink";
+    lab.run(&format!("exec node1 -- ip route replace 10.1.16.0/24 {ours} nexthop via 10.168.0.3 dev eth0"));
+    let spoken = explained();
+    assert!(
+        spoken.contains("or by one of 1 more next hops") && spoken.contains("or: 10.1.16.0/24 via 10.168.0.3 dev eth0"),
+        "{spoken}"
+    );
+    lab.run("exec node1 -- ip route replace 10.1.16.0/24 via 10.1.16.0 dev flannel.1 proto 116 onlink");
 }
 
 #[test]

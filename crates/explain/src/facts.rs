@@ -46,6 +46,8 @@ pub struct RouteQuery {
     pub src: Option<IpAddr>,
     /// The device that the packet came in by; `None`: it starts here.
     pub iif: Option<LinkName>,
+    /// The device that it must leave by; `None`: any.
+    pub oif: Option<LinkName>,
 }
 
 /// What RTM_GETROUTE answers.
@@ -61,6 +63,9 @@ pub struct RouteAnswer {
     pub src: Option<IpAddr>,
     /// The table that decided.
     pub table: u32,
+    /// Further next hops of the same route, among which a hash of the packet chooses.
+    #[serde(default)]
+    pub others: usize,
 }
 
 /// Why there is no answer.
@@ -203,18 +208,19 @@ impl Facts for Memory {
 pub fn lookup(facts: &PlaceFacts, query: &RouteQuery) -> Result<RouteAnswer, NoRoute> {
     if facts.owns(query.dst) {
         let dev = facts.addrs().find(|a| a.inet.addr == query.dst).map(|a| a.link);
-        return Ok(RouteAnswer { kind: 2, dev, via: None, src: Some(query.dst), table: TABLE_LOCAL });
+        return Ok(RouteAnswer { kind: 2, dev, via: None, src: Some(query.dst), table: TABLE_LOCAL, others: 0 });
     }
     let usable = |e: &&RouteEntry| e.dev.is_none_or(|d| facts.link(d).is_some_and(|l| l.up));
+    let leaves = |e: &RouteEntry| query.oif.is_none() || e.dev == query.oif;
     let best = facts
         .routes()
         .filter(|r| r.key.table == TABLE_MAIN && r.key.dst.contains(query.dst))
-        .filter_map(|r| Some((r.key, r.entries.as_slice().iter().find(usable)?)))
+        .filter_map(|r| Some((r.key, r.entries.as_slice().iter().find(|e| usable(e) && leaves(e))?)))
         .max_by_key(|(k, _)| (k.dst.len(), std::cmp::Reverse(k.metric)));
     match best {
         Some((key, e)) if e.kind == 1 => {
             let src = e.src.as_deref().copied().or_else(|| source_on(facts, e.dev?, query.dst));
-            Ok(RouteAnswer { kind: 1, dev: e.dev, via: e.via, src, table: key.table })
+            Ok(RouteAnswer { kind: 1, dev: e.dev, via: e.via, src, table: key.table, others: 0 })
         }
         Some((_, e)) => {
             let (errno, text) = match e.kind {

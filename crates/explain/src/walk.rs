@@ -2,8 +2,8 @@
 
 use std::net::IpAddr;
 
-use twill_core::host::{Link, LinkKind, Neigh, PROTO_KERNEL, RouteEntry, Vxlan};
-use twill_core::net::{LinkName, MacAddr};
+use twill_core::host::{Link, LinkKind, Neigh, PROTO_KERNEL, RouteEntry, RouteKey, Vxlan};
+use twill_core::net::{LinkName, MacAddr, Mtu};
 use twill_core::words;
 
 use crate::facts::{ENETUNREACH, Facts, Far, NoRoute, PlaceFacts, RouteAnswer, RouteQuery};
@@ -21,8 +21,8 @@ pub fn explain<F: Facts + ?Sized>(facts: &F, from: &End, to: &End) -> Explanatio
 
 /// One direction.
 fn way<F: Facts + ?Sized>(facts: &F, from: &End, to: &End) -> Way {
-    let mut walk = Walk { facts, target: to, hops: Vec::new() };
-    let packet = Packet { src: Some(from.address), dst: to.address, inner: None };
+    let mut walk = Walk { facts, target: to, hops: Vec::new(), mtu: None };
+    let packet = Packet { src: Some(from.address), dst: to.address, oif: None, inner: None };
     let mut step = Step::Send { place: from.place.clone(), packet };
     let mut steps = 0;
     let verdict = loop {
@@ -43,6 +43,8 @@ struct Packet {
     /// `None`: the kernel will choose.
     src: Option<IpAddr>,
     dst: IpAddr,
+    /// The device that it must leave by.
+    oif: Option<LinkName>,
     /// What a tunnel has put inside.
     inner: Option<Box<Wrapped>>,
 }
@@ -51,6 +53,8 @@ struct Packet {
 #[derive(Debug, Clone)]
 struct Wrapped {
     vxlan: Vxlan,
+    /// The tunnel's MTU.
+    mtu: Option<Mtu>,
     frame: Frame,
 }
 
@@ -105,6 +109,8 @@ struct Walk<'f, F: ?Sized> {
     facts: &'f F,
     target: &'f End,
     hops: Vec<Hop>,
+    /// How long a packet the sender's own device lets out.
+    mtu: Option<(LinkName, Mtu)>,
 }
 
 impl<'f, F: Facts + ?Sized> Walk<'f, F> {
@@ -147,7 +153,7 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
 
     /// Asks the kernel, and turns a refusal into the end of the way.
     fn route(&self, place: &str, packet: &Packet, iif: Option<LinkName>) -> Result<RouteAnswer, Box<Verdict>> {
-        let query = RouteQuery { dst: packet.dst, src: packet.src, iif };
+        let query = RouteQuery { dst: packet.dst, src: packet.src, iif, oif: packet.oif };
         self.facts.route(place, &query).map_err(|refusal| match refusal {
             NoRoute::Refused { errno: ENETUNREACH, .. } => {
                 stop(Code::NoRoute, place, format!("no route covers {}{}", packet.dst, self.devices_down(place)))
@@ -182,7 +188,7 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
     /// kernels answer EINVAL for every cause.
     fn comes_back_elsewhere(&self, place: &str, packet: &Packet, iif: LinkName) -> bool {
         let Some(dst) = packet.src else { return false };
-        match self.facts.route(place, &RouteQuery { dst, src: None, iif: None }) {
+        match self.facts.route(place, &RouteQuery { dst, src: None, iif: None, oif: None }) {
             Ok(answer) => answer.dev != Some(iif),
             Err(_) => true,
         }
@@ -204,11 +210,18 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
             Some(via) => format!("{verb}{} is reached through {via} on {link}", packet.dst),
             None => format!("{verb}{} is on the network of {link} itself", packet.dst),
         };
+        let way = match answer.others {
+            0 => way,
+            n => format!("{way}, or by one of {n} more next hops, as a hash of the packet chooses"),
+        };
         let line = here.line_of(packet.dst, answer);
         let shadowed = line.and_then(|(_, entry)| shadowed(here, packet.dst, entry));
         self.hop(place, What::Route, Some(link), depth, way);
         self.evidence(line.map(|(key, entry)| words::route_line(&key, entry)));
         self.evidence(shadowed.map(|other| format!("hides: {other}")));
+        if answer.others > 0 {
+            self.evidence(line.into_iter().flat_map(|(key, entry)| other_hops(here, &key, entry)));
+        }
         let device = here
             .link(link)
             .ok_or_else(|| stop(Code::LinkMissing, place, format!("the route names {link}, which does not exist")))?;
@@ -221,8 +234,32 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
             );
             return Err(stop(Code::UserSpace, place, why));
         }
+        let short = self.too_short(device, &packet);
+        self.evidence(short);
         let dst = self.neighbour(here, place, link, next, depth)?;
         Ok(Some(Step::Transmit { place: place.to_owned(), link, frame: Frame { dst, packet } }))
+    }
+
+    /// What does not fit through `device`, of what the sender's own device or the tunnel lets out.
+    fn too_short(&mut self, device: &Link, packet: &Packet) -> Option<String> {
+        let mtu = device.mtu?;
+        match &packet.inner {
+            Some(wrapped) => {
+                let (inner, outer) = (wrapped.mtu?.get(), if packet.dst.is_ipv4() { 50 } else { 70 });
+                (inner + outer > mtu.get()).then(|| {
+                    format!(
+                        "MTU {mtu} of {}: the tunnel's {inner} and {outer} around it do not fit, long packets are cut or lost",
+                        device.name
+                    )
+                })
+            }
+            None => {
+                let (first, most) = *self.mtu.get_or_insert((device.name, mtu));
+                (mtu < most).then(|| {
+                    format!("MTU {mtu} of {}: longer packets, up to the {most} of {first}, do not pass", device.name)
+                })
+            }
+        }
     }
 
     /// The MAC of the next hop: from the table, or by asking.
@@ -315,17 +352,31 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
     fn wrap(&mut self, here: &PlaceFacts, place: &str, link: LinkName, vxlan: &Vxlan, frame: Frame) -> Next {
         let found = here.fdb(link, frame.dst).or_else(|| here.fdb(link, MacAddr::ZERO));
         let Some((entry, host)) = found.and_then(|e| Some((e, *e.dst.first()?))) else {
-            let why = format!("no FDB entry for {} on {link}: the frame has nowhere to go", frame.dst);
-            return Err(stop(Code::NoFdbEntry, place, why));
+            let (why, line) = match found {
+                Some(entry) => (
+                    format!(
+                        "the FDB entry for {} on {link} names no host, and what it names is not known here",
+                        frame.dst
+                    ),
+                    Some(words::fdb_line(entry)),
+                ),
+                None => (format!("no FDB entry for {} on {link}: the frame has nowhere to go", frame.dst), None),
+            };
+            return Err(stop_with(Code::NoFdbEntry, place, why, line));
         };
+        let detour = entry.detour.as_deref().copied().unwrap_or_default();
+        let mut vxlan = vxlan.clone();
+        (vxlan.port, vxlan.vni) = (detour.port.unwrap_or(vxlan.port), detour.vni.unwrap_or(vxlan.vni));
+        let by = detour.via.map_or(String::new(), |via| format!(", and must leave by {via}"));
         let says = format!(
-            "MAC {} is behind host {host}: the frame is wrapped into UDP port {} with VNI {}",
+            "MAC {} is behind host {host}: the frame is wrapped into UDP port {} with VNI {}{by}",
             frame.dst, vxlan.port, vxlan.vni
         );
         self.hop(place, What::Fdb, Some(link), frame.packet.depth(), says);
         self.evidence(words::fdb_line(entry).lines().map(str::to_owned));
-        let inner = Some(Box::new(Wrapped { vxlan: vxlan.clone(), frame }));
-        let packet = Packet { src: vxlan.local, dst: host, inner };
+        let (src, mtu) = (vxlan.local, here.link(link).and_then(|device| device.mtu));
+        let inner = Some(Box::new(Wrapped { vxlan, mtu, frame }));
+        let packet = Packet { src, dst: host, oif: detour.via, inner };
         Ok(Some(Step::Send { place: place.to_owned(), packet }))
     }
 
@@ -437,7 +488,7 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
     /// A UDP datagram with a frame inside: some VXLAN here must have its family, its port and its VNI. The kernel has one socket for each
     /// family and port, and looks for the VNI among the devices of that socket (drivers/net/vxlan/vxlan_core.c, vxlan_find_sock).
     fn unwrap(&mut self, here: &PlaceFacts, place: &str, v4: bool, wrapped: Wrapped) -> Next {
-        let Wrapped { vxlan: sent, frame } = wrapped;
+        let Wrapped { vxlan: sent, frame, .. } = wrapped;
         let family = |v4: bool| if v4 { "IPv4" } else { "IPv6" };
         let mine = || here.links().filter_map(|l| if let LinkKind::Vxlan(v) = &l.kind { Some((l, v)) } else { None });
         let listed = || {
@@ -482,6 +533,13 @@ fn shadowed(here: &PlaceFacts, dst: IpAddr, chosen: &RouteEntry) -> Option<Strin
     let covering = here.routes().filter(|r| r.key.dst.contains(dst) && r.key.dst.len() > 0);
     let entries = covering.flat_map(|r| r.entries.as_slice().iter().map(|e| (r.key, e)));
     entries.filter(|(_, e)| tunnel(e)).max_by_key(|(k, _)| k.dst.len()).map(|(k, e)| words::route_line(&k, e))
+}
+
+/// The other next hops of a route.
+fn other_hops(here: &PlaceFacts, key: &RouteKey, chosen: &RouteEntry) -> Vec<String> {
+    let routes = here.routes().filter(|route| route.key == *key);
+    let entries = routes.flat_map(|route| route.entries.as_slice()).filter(|entry| *entry != chosen);
+    entries.map(|entry| format!("or: {}", words::route_line(key, entry))).collect()
 }
 
 /// The MAC of an entry that the kernel would use (NUD_VALID: everything but NONE, INCOMPLETE and FAILED).

@@ -124,6 +124,7 @@ impl Build for PlaceFacts {
             port: None,
             permanent: true,
             special: false,
+            detour: None,
             state: 0x80,
         }));
         self
@@ -138,6 +139,7 @@ impl Build for PlaceFacts {
             port,
             permanent: false,
             special: false,
+            detour: None,
             state: 2,
         }));
         self
@@ -531,7 +533,16 @@ fn of_two_tunnels_with_one_port_the_outer_family_chooses() {
             place.route(&format!("{vtep}/64"), Some(&vtep), "flannel-v6.1");
             place.add_neigh("flannel-v6.1", &vtep, tunnel_mac, 0x80);
             let dst = Few::One(ip(&format!("fd00:168::{}", peer + 1)));
-            let fdb = Fdb { link, mac: tunnel_mac, dst, port: None, permanent: true, special: false, state: 0x80 };
+            let fdb = Fdb {
+                link,
+                mac: tunnel_mac,
+                dst,
+                port: None,
+                permanent: true,
+                special: false,
+                detour: None,
+                state: 0x80,
+            };
             place.state.insert(Object::Fdb(fdb));
         }
     }

@@ -25,6 +25,8 @@ pub struct Question {
     pub src: Option<IpAddr>,
     /// Device that it came in by; `None`: the host sends it itself.
     pub iif: Option<LinkName>,
+    /// Device that it must leave by; `None`: any.
+    pub oif: Option<LinkName>,
 }
 
 /// Asks routing questions in the namespace of the thread that opened it.
@@ -45,6 +47,7 @@ impl Router {
     pub fn matching(&mut self, question: &Question) -> Result<Option<Route>, KernelError> {
         let names = self.names().map_err(|e| KernelError::new("list devices", e))?;
         let iif = question.iif.and_then(|name| names.index(name));
+        let oif = question.oif.and_then(|name| names.index(name));
         let bytes = octets(question.dst);
         let mut answer = None;
         let asked = self.socket.ask(
@@ -61,6 +64,9 @@ impl Router {
                 }
                 if let Some(iif) = iif {
                     w.attr(rta::IIF, &iif.to_ne_bytes());
+                }
+                if let Some(oif) = oif {
+                    w.attr(rta::OIF, &oif.to_ne_bytes());
                 }
             },
             |message| answer = decode::route(message.payload, &names),

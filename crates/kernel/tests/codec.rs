@@ -87,7 +87,8 @@ fn object() -> impl Strategy<Value = Object> {
         route(),
         link(),
         (device(), address(), 0..129u8, any::<u8>()).prop_map(|(link, ip, len, scope)| {
-            Object::Addr(Addr { link, inet: Inet::new(ip, len.min(family_bits(&ip))).unwrap(), scope, expires: false })
+            let inet = Inet::new(ip, len.min(family_bits(&ip))).unwrap();
+            Object::Addr(Addr { scope, ..Addr::global(link, inet) })
         }),
         (entry(), any::<bool>()).prop_map(|((link, mac, ip), permanent)| {
             let state = if permanent { 0x80 } else { 0x40 };
@@ -95,7 +96,16 @@ fn object() -> impl Strategy<Value = Object> {
         }),
         (entry(), any::<bool>()).prop_map(|((link, mac, ip), permanent)| {
             let state = if permanent { 0x80 } else { 0x40 };
-            Object::Fdb(Fdb { link, mac, dst: Few::One(ip), port: None, permanent, special: false, state })
+            Object::Fdb(Fdb {
+                link,
+                mac,
+                dst: Few::One(ip),
+                port: None,
+                permanent,
+                special: false,
+                detour: None,
+                state,
+            })
         }),
     ]
 }

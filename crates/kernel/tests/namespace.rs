@@ -46,6 +46,10 @@ fn underlay() {
     }
 }
 
+fn entry(link: LinkName, mac: MacAddr, dst: Few<std::net::IpAddr>) -> Fdb {
+    Fdb { link, mac, dst, port: None, permanent: true, special: false, detour: None, state: 0x80 }
+}
+
 /// flannel.1 and `peers` peers, as the vxlan backend would want them.
 fn desired(peers: u8) -> Desired {
     let link = name("flannel.1");
@@ -78,7 +82,7 @@ fn desired(peers: u8) -> Desired {
             special: false,
             state: 0x80,
         }));
-        host.insert(Object::Fdb(Fdb { link, mac, dst, port: None, permanent: true, special: false, state: 0x80 }));
+        host.insert(Object::Fdb(entry(link, mac, dst)));
         host.insert(Object::Route(Route {
             key: RouteKey { table: TABLE_MAIN, dst: Prefix::truncate(vtep, 24).unwrap(), tos: 0, metric: 0 },
             entries: Few::One(RouteEntry {
@@ -460,7 +464,7 @@ fn an_entry_with_several_hosts_has_exactly_those_wanted() {
         let flood = |hosts: &[&str]| {
             let dst: Few<std::net::IpAddr> = hosts.iter().map(|h| h.parse().unwrap()).collect::<Vec<_>>().into();
             let (link, mac) = (name("flannel.1"), MacAddr::ZERO);
-            Object::Fdb(Fdb { link, mac, dst, port: None, permanent: true, special: false, state: 0x80 })
+            Object::Fdb(entry(link, mac, dst))
         };
         let (two, other) = (flood(&["10.168.0.3", "10.168.0.4"]), flood(&["10.168.0.4", "10.168.0.5", "10.168.0.6"]));
         let steps: [(Op, &[&str]); 3] = [

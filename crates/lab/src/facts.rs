@@ -103,7 +103,7 @@ impl Facts for LiveFacts {
     fn route(&self, place: &str, query: &RouteQuery) -> Result<RouteAnswer, NoRoute> {
         let live = self.places.iter().find(|p| p.name == place);
         let live = live.ok_or_else(|| NoRoute::NotAsked(format!("nothing is known of {place}")))?;
-        let question = Question { dst: query.dst, src: query.src, iif: query.iif };
+        let question = Question { dst: query.dst, src: query.src, iif: query.iif, oif: query.oif };
         let asked = inside(place, &live.netns, || Router::open()?.matching(&question));
         match asked {
             Ok(Some(route)) => answer(&route),
@@ -116,7 +116,7 @@ impl Facts for LiveFacts {
     }
 }
 
-/// The route that matched. Of several next hops the kernel takes one by a hash of the packet: the first stands for them all.
+/// The route that matched. Of several next hops the kernel takes one by a hash of the packet: the first is followed.
 fn answer(route: &Route) -> Result<RouteAnswer, NoRoute> {
     let entry = route.entries.first().ok_or_else(|| NoRoute::NotAsked("the kernel's answer is empty".to_owned()))?;
     match entry.kind {
@@ -130,6 +130,7 @@ fn answer(route: &Route) -> Result<RouteAnswer, NoRoute> {
             via: entry.via,
             src: entry.src.as_deref().copied(),
             table: route.key.table,
+            others: route.entries.as_slice().len() - 1,
         }),
     }
 }

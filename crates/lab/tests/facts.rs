@@ -275,7 +275,7 @@ fn the_twin_looks_routes_up_as_the_kernel_does() {
             "fd00:16::3",
             "fd00:99::1",
         ] {
-            let query = RouteQuery { dst: dst.parse().unwrap(), src: None, iif: None };
+            let query = RouteQuery { dst: dst.parse().unwrap(), src: None, iif: None, oif: None };
             let (kernel, twin) = (facts.route(place, &query), lookup(facts.place(place).unwrap(), &query));
             let way = |a: &Result<twill_explain::RouteAnswer, _>| {
                 a.as_ref().ok().map(|a| (a.kind, a.via, a.dev.filter(|_| a.kind == 1)))

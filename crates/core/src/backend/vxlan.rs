@@ -155,8 +155,16 @@ impl VxlanConfig {
         }
         let vtep = subnet.addr();
         let neigh = Neigh { link, ip: vtep, mac: Some(mac), permanent: true, special: false, state: NUD_PERMANENT };
-        let fdb =
-            Fdb { link, mac, dst: Few::One(host), port: None, permanent: true, special: false, state: NUD_PERMANENT };
+        let fdb = Fdb {
+            link,
+            mac,
+            dst: Few::One(host),
+            port: None,
+            permanent: true,
+            special: false,
+            detour: None,
+            state: NUD_PERMANENT,
+        };
         let entry = RouteEntry {
             via: Some(vtep),
             dev: Some(link),

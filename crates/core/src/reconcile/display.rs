@@ -7,15 +7,25 @@ use crate::words;
 
 use super::{Op, Step, Why};
 
+fn address(addr: &Addr, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let Addr { link, inet, scope, expires, peer, metric, noprefixroute } = addr;
+    match peer {
+        Some(peer) => write!(f, "address {} peer {peer}/{} dev {link}", inet.addr, inet.len())?,
+        None => write!(f, "address {inet} dev {link}")?,
+    }
+    for (word, number) in [("scope", u32::from(*scope)), ("metric", *metric)].into_iter().filter(|(_, n)| *n != 0) {
+        write!(f, " {word} {number}")?;
+    }
+    f.write_str(if *noprefixroute { " noprefixroute" } else { "" })?;
+    f.write_str(if *expires { " expires" } else { "" })
+}
+
 impl fmt::Display for Object {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Object::Link(link) => link.fmt(f),
             Object::Sysctl { path, value } => write!(f, "sysctl {path} = {value}"),
-            Object::Addr(Addr { link, inet, scope, expires }) => {
-                let scope = if *scope == 0 { String::new() } else { format!(" scope {scope}") };
-                write!(f, "address {inet} dev {link}{scope}{}", if *expires { " expires" } else { "" })
-            }
+            Object::Addr(addr) => address(addr, f),
             Object::Neigh(neigh) => write!(f, "neigh {}{}", words::neigh_line(neigh), more(neigh.special)),
             Object::Fdb(fdb) => {
                 write!(f, "fdb {}{}", words::fdb_line(fdb).replace('\n', "; "), more(fdb.special))

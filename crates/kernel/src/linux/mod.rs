@@ -29,8 +29,8 @@ use crate::netlink::socket::Socket;
 use crate::nft::Nft;
 use crate::{Kernel, KernelError, legacy, sysctl};
 
-/// RTNLGRP_LINK 1, NEIGH 3, IPV4_IFADDR 5, IPV4_ROUTE 7, IPV4_RULE 8, IPV6_IFADDR 9, IPV6_ROUTE 11, IPV6_RULE 19.
-const GROUPS: u32 = (1 << 0) | (1 << 2) | (1 << 4) | (1 << 6) | (1 << 7) | (1 << 8) | (1 << 10) | (1 << 18);
+/// RTNLGRP_LINK 1, NEIGH 3, IPV4_IFADDR 5, IPV4_ROUTE 7, IPV4_RULE 8, IPV6_IFADDR 9, IPV6_ROUTE 11, IPV6_RULE 19, NEXTHOP 32.
+const GROUPS: u32 = (1 << 0) | (1 << 2) | (1 << 4) | (1 << 6) | (1 << 7) | (1 << 8) | (1 << 10) | (1 << 18) | (1 << 31);
 
 /// How much of a namespace is read and followed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -40,7 +40,20 @@ impl LinuxKernel {
             rtm::NEWROUTE | rtm::DELROUTE => self.on_route(message, stale),
             rtm::NEWNEIGH | rtm::DELNEIGH => self.on_neighbour(message, stale),
             rtm::NEWRULE | rtm::DELRULE => self.on_rule(message),
+            rtm::NEWNEXTHOP | rtm::DELNEXTHOP => self.on_nexthop(stale),
             _ => {}
+        }
+    }
+
+    /// Routes that lead to a nexthop object change and go with it, and IPv4's say nothing. They go after the message: a link is read
+    /// first, which waits for whoever holds the kernel's lock.
+    fn on_nexthop(&self, stale: &mut Stale) {
+        for (_, object) in self.mirror.range(Key::Route(FIRST_ROUTE)..) {
+            let Object::Route(route) = object else { continue };
+            if route.entries.as_slice().iter().any(|entry| entry.special) {
+                stale.links.extend("lo".parse::<LinkName>());
+                stale.route_family(route.key.dst.is_v4());
+            }
         }
     }
 

@@ -6,8 +6,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use twill_core::host::{
-    Addr, Fdb, FdbRoom, Few, Link, LinkKind, Neigh, OuterHeader, PortFlags, Remark, Route, RouteEntry, RouteKey, Rule,
-    RuleKey, Vxlan,
+    Addr, Detour, Fdb, FdbRoom, Few, Link, LinkKind, Neigh, OuterHeader, PortFlags, Remark, Route, RouteEntry,
+    RouteKey, Rule, RuleKey, Vxlan,
 };
 use twill_core::net::{Inet, LinkName, MacAddr, Mtu, Port, Prefix, Vni};
 
@@ -66,6 +66,8 @@ pub(crate) mod nda {
     pub(crate) const VNI: u16 = 7;
     pub(crate) const IFINDEX: u16 = 8;
     pub(crate) const MASTER: u16 = 9;
+    pub(crate) const PROTOCOL: u16 = 12;
+    pub(crate) const NH_ID: u16 = 13;
     pub(crate) const FLAGS_EXT: u16 = 15;
 }
 
@@ -99,6 +101,7 @@ const IFF_LOWER_UP: u32 = 1 << 16;
 const NTF_EXT_LEARNED: u8 = 0x10;
 const NTF_STICKY: u8 = 0x40;
 const NTF_ROUTER: u8 = 0x80;
+const IFA_F_NOPREFIXROUTE: u32 = 0x200;
 const RTM_F_CLONED: u32 = 0x200;
 
 /// Index and name of a link message: the first pass over a dump.
@@ -192,6 +195,10 @@ pub(crate) fn addr(payload: &[u8], names: &Names) -> Option<Addr> {
         inet: Inet::new(own, *payload.get(1)?).ok()?,
         scope: *payload.get(3)?,
         expires,
+        // IFA_ADDRESS, IFA_RT_PRIORITY (9), IFA_FLAGS (8).
+        peer: attr(rest, 1).and_then(ip).filter(|peer| *peer != own),
+        metric: attr(rest, 9).and_then(|v| u32_at(v, 0)).unwrap_or_default(),
+        noprefixroute: attr(rest, 8).and_then(|v| u32_at(v, 0)).is_some_and(|flags| flags & IFA_F_NOPREFIXROUTE != 0),
     })
 }
 
@@ -209,8 +216,9 @@ pub(crate) fn neigh(payload: &[u8], names: &Names) -> Option<Neigh> {
         ip: attr(rest, nda::DST).and_then(ip).filter(|ip| !ip.is_multicast())?,
         mac: attr(rest, nda::LLADDR).and_then(mac),
         permanent: state & NUD_PERMANENT != 0,
-        // Flags of the second word too: managed, locked.
-        special: is_flagged(payload) || attr(rest, nda::FLAGS_EXT).is_some(),
+        // Flags of the second word too: managed, locked. And who added it.
+        special: is_flagged(payload)
+            || [nda::FLAGS_EXT, nda::PROTOCOL].into_iter().any(|kind| attr(rest, kind).is_some()),
         state,
     })
 }
@@ -230,14 +238,23 @@ pub(crate) fn fdb(payload: &[u8], names: &Names) -> Option<Fdb> {
         return None;
     }
     let dst = attr(rest, nda::DST).and_then(ip);
+    let number = |kind| attr(rest, kind).and_then(|v| u32_at(v, 0));
+    let has_detour = [nda::PORT, nda::VNI, nda::IFINDEX, nda::NH_ID].into_iter().any(|kind| attr(rest, kind).is_some());
+    let detour = has_detour.then(|| Detour {
+        port: attr(rest, nda::PORT)
+            .and_then(|v| Port::try_from(i64::from(u16::from_be_bytes(v.try_into().ok()?))).ok()),
+        vni: number(nda::VNI).and_then(|vni| Vni::try_from(i64::from(vni)).ok()),
+        via: number(nda::IFINDEX).and_then(|index| names.name(index)),
+        group: number(nda::NH_ID),
+    });
     Some(Fdb {
         link: master.unwrap_or(device),
         mac: attr(rest, nda::LLADDR).and_then(mac)?,
         dst: dst.map_or(Few::none(), Few::One),
         port: master.map(|_| device),
         permanent: state & NUD_PERMANENT != 0,
-        special: [nda::PORT, nda::VNI, nda::IFINDEX].into_iter().any(|kind| attr(rest, kind).is_some())
-            || is_flagged(payload),
+        special: detour.is_some() || is_flagged(payload),
+        detour: detour.map(Box::new),
         state,
     })
 }

@@ -29,12 +29,16 @@ pub(crate) mod rtm {
     pub(crate) const NEWRULE: u16 = 32;
     pub(crate) const DELRULE: u16 = 33;
     pub(crate) const GETRULE: u16 = 34;
+    pub(crate) const NEWNEXTHOP: u16 = 104;
+    pub(crate) const DELNEXTHOP: u16 = 105;
 }
 
 const NTF_SELF: u8 = 2;
 const NTF_MASTER: u8 = 4;
 /// IFA_F_NODAD: the address is ours by lease, nobody needs to be asked.
 const IFA_F_NODAD: u8 = 2;
+/// In a delete: of any protocol.
+const RTPROT_UNSPEC: u8 = 0;
 const IFF_UP: u32 = 1;
 const IFF_NOARP: u32 = 0x80;
 const IFF_PROMISC: u32 = 0x100;
@@ -73,10 +77,15 @@ impl Encoder<'_> {
                 self.fdb(from, true)?;
                 self.fdb_hosts(to)
             }
-            // The kernel changes the lifetime of an address in place, and nothing else of it.
-            Op::Update { from: Object::Addr(from), to: Object::Addr(to) } if from.scope != to.scope => {
+            // The kernel changes lifetime and metric of an address in place, and nothing else of it.
+            Op::Update { from: Object::Addr(from), to: Object::Addr(to) } if !same_address(from, to) => {
                 self.addr(from, true)?;
                 self.addr(to, false)
+            }
+            // Who added a neighbour can be written over, and never taken away.
+            Op::Update { from: Object::Neigh(from), to: Object::Neigh(to) } if from.special && !to.special => {
+                self.neigh(from, true)?;
+                self.neigh(to, false)
             }
             Op::Delete(object) => self.object(object, true),
             Op::Create(object) | Op::Update { to: object, .. } | Op::Recreate { to: object, .. } => {
@@ -278,9 +287,11 @@ impl Encoder<'_> {
         let flags = if family == AF_INET6 { IFA_F_NODAD } else { 0 };
         self.writer.put(&[family, addr.inet.len(), flags, addr.scope]);
         self.writer.put(&index.to_ne_bytes());
-        let bytes = octets(addr.inet.addr);
-        self.writer.attr(2, &bytes);
-        self.writer.attr(1, &bytes);
+        self.writer.attr(2, &octets(addr.inet.addr));
+        self.writer.attr(1, &octets(addr.peer.unwrap_or(addr.inet.addr)));
+        if addr.metric != 0 {
+            self.writer.attr(9, &addr.metric.to_ne_bytes());
+        }
         self.writer.end();
         Ok(())
     }
@@ -368,17 +379,11 @@ impl Encoder<'_> {
         let oif = entry.dev.map(|dev| self.index(dev)).transpose()?;
         self.begin(kind, flags);
         let key = &route.key;
+        // IPv6 takes another's next hop into our route, and tells both as ours; a next hop it has once.
+        let joined = kind == rtm::DELROUTE && !key.dst.is_v4() && entry.via.is_some();
+        let protocol = if joined { RTPROT_UNSPEC } else { entry.protocol };
         let short = if key.table < 256 { key.table as u8 } else { 0 };
-        self.writer.put(&[
-            family(key.dst.addr()),
-            key.dst.len(),
-            0,
-            key.tos,
-            short,
-            entry.protocol,
-            entry.scope,
-            entry.kind,
-        ]);
+        self.writer.put(&[family(key.dst.addr()), key.dst.len(), 0, key.tos, short, protocol, entry.scope, entry.kind]);
         let flags = if entry.onlink { RTNH_F_ONLINK } else { 0 };
         self.writer.put(&flags.to_ne_bytes());
         let w = &mut *self.writer;
@@ -406,9 +411,16 @@ impl Encoder<'_> {
     }
 }
 
-/// The kernel replaces the host of unicast entries only (`vxlan_fdb_update_existing`); they have one.
+/// The kernel replaces the host of unicast entries only (`vxlan_fdb_update_existing`); they have one, or a nexthop group in its stead,
+/// which a replacement would leave there without a word.
 fn replaceable(fdb: &Fdb) -> bool {
-    fdb.port.is_some() || (fdb.mac.is_unicast() && fdb.dst.as_slice().len() <= 1)
+    fdb.port.is_some() || (fdb.mac.is_unicast() && fdb.dst.as_slice().len() == 1)
+}
+
+fn same_address(from: &Addr, to: &Addr) -> bool {
+    // IPv6 has no way back to no metric (net/ipv6/addrconf.c `inet6_addr_modify`).
+    (from.metric == to.metric || to.inet.addr.is_ipv4())
+        && (from.inet, from.scope, from.peer, from.noprefixroute) == (to.inet, to.scope, to.peer, to.noprefixroute)
 }
 
 /// A pair uses one queue for each direction. The kernel would make one for each CPU, and then wait for all of them while it takes the

@@ -206,7 +206,16 @@ fn objects(own: (u8, IpAddr), other: (u8, IpAddr)) -> Result<HostState, BadValue
     let device = Link { mac: Some(mac(own.0)), mtu: Some(MTU.try_into()?), ..Link::up(link, kind) };
     let (ip, there) = (inner(other.0), Few::One(other.1));
     let neigh = Neigh { link, ip, mac: Some(mac(other.0)), permanent: true, special: false, state: 0 };
-    let fdb = Fdb { link, mac: mac(other.0), dst: there, port: None, permanent: true, special: false, state: 0 };
+    let fdb = Fdb {
+        link,
+        mac: mac(other.0),
+        dst: there,
+        port: None,
+        permanent: true,
+        special: false,
+        detour: None,
+        state: 0,
+    };
     let all = [
         Object::Link(Box::new(device)),
         Object::Addr(Addr::global(link, Inet::new(inner(own.0), NETWORK)?)),
