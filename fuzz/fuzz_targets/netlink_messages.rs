@@ -9,12 +9,16 @@ use twill_kernel::netlink::wire::messages;
 /// The object without what a request does not carry: the kernel's own state, and what stands elsewhere in an answer.
 fn bare(object: Object) -> Object {
     match object {
+        Object::Addr(mut addr) => {
+            addr.noprefixroute = false;
+            Object::Addr(addr)
+        }
         Object::Neigh(mut neigh) => {
             (neigh.state, neigh.special) = (0, false);
             Object::Neigh(neigh)
         }
         Object::Fdb(mut fdb) => {
-            (fdb.state, fdb.special) = (0, false);
+            (fdb.state, fdb.special, fdb.detour) = (0, false, None);
             Object::Fdb(fdb)
         }
         Object::Route(mut route) => {
@@ -37,10 +41,10 @@ fn bare(object: Object) -> Object {
 fuzz_target!(|bytes: &[u8]| {
     let codec = Codec::new((1..=4).map(|n| (n, format!("if{n}").parse().unwrap())));
     for object in messages(bytes).filter_map(|message| codec.read(&message)) {
-        // A route with several hops becomes several requests; a bridge port's entry does not name the bridge.
+        // A route with several hops becomes several requests; a bridge port's entry does not name the bridge; one without a host is not written.
         let several = match &object {
             Object::Route(route) => route.entries.as_slice().len() != 1,
-            Object::Fdb(fdb) => fdb.port.is_some() || (!fdb.mac.is_unicast() && fdb.dst.as_slice().is_empty()),
+            Object::Fdb(fdb) => fdb.port.is_some() || fdb.dst.as_slice().is_empty(),
             _ => false,
         };
         let Ok(request) = codec.write(&object) else { continue };
