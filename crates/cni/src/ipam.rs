@@ -53,6 +53,15 @@ pub struct Held {
     pub ip: IpAddr,
     /// Its holder; `None`: the file says nothing, as a program that was killed leaves it.
     pub holder: Option<Holder>,
+    /// What is called so is no address file: a directory, say. Nobody here has made it, and nobody removes it.
+    pub is_odd: bool,
+}
+
+impl Held {
+    /// The holder for people.
+    pub fn who(&self) -> String {
+        if self.is_odd { "nobody (no address file has that name)".to_owned() } else { who(self.holder.as_ref()) }
+    }
 }
 
 impl Folder {
@@ -121,7 +130,7 @@ impl Folder {
         let last = self.last(n);
         let before = self.asked(n);
         let mut asked = before.clone();
-        let is_free = |ip: IpAddr| !self.file(ip).exists();
+        let is_free = |ip: IpAddr| !self.is_there(ip);
         let given = set.next(last, |ip| !asked.remove(&ip) && is_free(ip));
         let given = given.or_else(|| set.next(last, is_free)).ok_or_else(|| self.full(set))?;
         if asked != before {
@@ -136,10 +145,10 @@ impl Folder {
             let msg = format!("{ip} is asked for, and is the gateway of {set}");
             return Err(CniError::new(Code::Addresses, msg, "ask for another address"));
         };
-        if !self.file(ip).exists() {
+        if !self.is_there(ip) {
             return Ok(given);
         }
-        let msg = format!("{ip} is asked for, and {} holds it", who(self.holder(ip)?.as_ref()));
+        let msg = format!("{ip} is asked for, and {} holds it", self.look_at(ip)?.who());
         Err(CniError::new(
             Code::Addresses,
             msg,
@@ -150,8 +159,7 @@ impl Folder {
     fn full(&self, set: &RangeSet) -> CniError {
         let held: Vec<Held> =
             self.held().unwrap_or_default().into_iter().filter(|held| set.find(held.ip).is_some()).collect();
-        let named: Vec<String> =
-            held.iter().take(NAMED).map(|h| format!("{} by {}", h.ip, who(h.holder.as_ref()))).collect();
+        let named: Vec<String> = held.iter().take(NAMED).map(|h| format!("{} by {}", h.ip, h.who())).collect();
         let more = if held.len() > NAMED { format!(" and {} more", held.len() - NAMED) } else { String::new() };
         CniError::new(
             Code::Addresses,
@@ -195,9 +203,26 @@ impl Folder {
 
     /// Who holds an address.
     pub fn holder(&self, ip: IpAddr) -> Result<Option<Holder>, CniError> {
+        self.look_at(ip).map(|held| held.holder)
+    }
+
+    /// An address that is held: nobody looks into what is no file, or longer than one of ours.
+    pub fn look_at(&self, ip: IpAddr) -> Result<Held, CniError> {
         let file = self.file(ip);
+        let is_odd = match fs::metadata(&file) {
+            Ok(meta) => !meta.is_file() || meta.len() > LIMIT,
+            // A symbolic link to nowhere.
+            Err(_) => self.is_there(ip),
+        };
+        if is_odd {
+            return Ok(Held { ip, holder: None, is_odd });
+        }
         let text = files::read_limited(&file, LIMIT).act(|| format!("read {}", file.display()))?;
-        Ok(text.and_then(|text| Holder::parse(&String::from_utf8_lossy(&text))))
+        Ok(Held { ip, holder: text.and_then(|text| Holder::parse(&String::from_utf8_lossy(&text))), is_odd })
+    }
+
+    fn is_there(&self, ip: IpAddr) -> bool {
+        fs::symlink_metadata(self.file(ip)).is_ok()
     }
 
     /// Frees an address; `None`: nobody held it.
@@ -225,7 +250,7 @@ impl Folder {
         };
         let mut ips = read().act(|| format!("list {}", self.dir.display()))?;
         ips.sort();
-        ips.into_iter().map(|ip| Ok(Held { ip, holder: self.holder(ip)? })).collect()
+        ips.into_iter().map(|ip| self.look_at(ip)).collect()
     }
 }
 

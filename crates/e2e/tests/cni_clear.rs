@@ -206,3 +206,35 @@ fn a_host_port_that_is_asked_for_at_every_address_and_at_some_is_one() {
     let refused = runtime.try_verb("ADD", &conf, "a", Some(&a)).unwrap_err();
     assert!(refused["msg"].as_str().unwrap().contains("is to lead to port 80"), "{refused:#}");
 }
+
+/// A directory, a pipe, a link to nowhere, a file of any length: each has an address's name and is no address file.
+#[test]
+fn what_is_no_address_file_is_named_and_hinders_nobody() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let (a, b) = (runtime.container("a"), runtime.container("b"));
+    let net = runtime.file("networks/net");
+    std::fs::create_dir_all(net.join("10.9.0.2/inside")).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, net.join("10.9.0.3"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    std::os::unix::fs::symlink("/nowhere", net.join("10.9.0.4")).unwrap();
+    std::fs::write(net.join("10.9.0.5"), vec![b'x'; 5000]).unwrap();
+    let odd = ["10.9.0.2", "10.9.0.3", "10.9.0.4", "10.9.0.5"];
+    let conf = runtime.conf("1.1.0", json!({"ipam": {"type": "host-local", "ranges": [[{"subnet": "10.9.0.0/29"}]]}}));
+    let said = runtime.add(&conf, "a", &a);
+    assert_eq!(said["ips"][0]["address"], "10.9.0.6/29");
+    let refused = runtime.try_verb("ADD", &conf, "b", Some(&b)).unwrap_err();
+    let msg = refused["msg"].as_str().unwrap();
+    assert_eq!(refused["code"], 102, "{refused:#}");
+    for ip in odd {
+        assert!(msg.contains(&format!("{ip} by nobody (no address file has that name)")), "{msg}");
+    }
+    assert!(msg.contains("10.9.0.6 by a:eth0"), "{msg}");
+    // Every file is looked at where nothing is written down.
+    runtime.del(&conf, "gone", None);
+    let mut gc = conf.clone();
+    gc["cni.dev/valid-attachments"] = json!([]);
+    assert_eq!(runtime.try_verb("GC", &gc, "", None), Ok(Value::Null));
+    assert_eq!(runtime.held(), odd);
+    runtime.add(&conf, "a", &a);
+    runtime.del(&conf, "a", Some(&a));
+    assert_eq!(runtime.held(), odd);
+}

@@ -53,7 +53,8 @@ fn stale_attachments(conf: &Clear, valid: &[Valid], records: &Records) -> Result
 fn stale_addresses(conf: &Clear, valid: &[Valid], records: &Records) -> Result<(), CniError> {
     let Some(folder) = conf.addresses.as_deref().map(Folder::find).transpose()?.flatten() else { return Ok(()) };
     let stale = folder.held()?.into_iter().filter(|held| {
-        held.holder.as_ref().is_none_or(|holder| !names(valid, &holder.container_id, holder.ifname.as_deref()))
+        let is_valid = |holder: &Holder| names(valid, &holder.container_id, holder.ifname.as_deref());
+        !held.is_odd && !held.holder.as_ref().is_some_and(is_valid)
     });
     let mut last = None;
     let freed = all(stale.map(|held| {

@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use twill_cni::conf::NETWORKS;
 use twill_cni::error::CniError;
-use twill_cni::ipam::{Folder, Held, who};
+use twill_cni::ipam::{Folder, Held};
 use twill_cni::records::Records;
 use twill_cni::sweep;
 use twill_core::attach::Attachment;
@@ -160,7 +160,7 @@ impl Where {
                 Some(record) if sweep::leaked(&records, record).map_err(failed)?.is_some() => State::Leaked,
                 Some(_) => State::Attached,
             };
-            let container = who(held.holder.as_ref());
+            let container = held.who();
             Ok(Row { network, address: held.ip, container, state, record: record.cloned() })
         };
         held.into_iter().map(row).collect()
@@ -229,7 +229,7 @@ impl Free {
     fn free_alone(&self, row: &Row) -> anyhow::Result<Vec<IpAddr>> {
         let folder = Folder::find(&self.folder.data_dir.join(&row.network)).map_err(failed)?;
         let Some(folder) = folder else { return Ok(Vec::new()) };
-        if who(folder.holder(row.address).map_err(failed)?.as_ref()) != row.container {
+        if folder.look_at(row.address).map_err(failed)?.who() != row.container {
             return Ok(Vec::new());
         }
         let change = folder.free(row.address).map_err(failed)?;
