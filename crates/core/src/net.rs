@@ -63,7 +63,12 @@ pub const fn family_bits(ip: &IpAddr) -> u8 {
 
 /// True for an address that one host can have and others can send to.
 pub fn is_host(ip: IpAddr) -> bool {
-    !(ip.is_unspecified() || ip.is_multicast() || ip.is_loopback() || ip == IpAddr::from([255; 4]))
+    let nobodys = match ip {
+        IpAddr::V4(ip) => ip.is_broadcast(),
+        // IPv4 in disguise (`::a.b.c.d`, `::ffff:a.b.c.d`), which no wire carries, and the discard-only 100::/64 (RFC 6666).
+        IpAddr::V6(ip) => matches!(ip.segments(), [0, 0, 0, 0, 0, 0 | 0xffff, ..] | [0x100, 0, 0, 0, ..]),
+    };
+    !(nobodys || ip.is_unspecified() || ip.is_multicast() || ip.is_loopback())
 }
 
 /// The address as a number; IPv4 in the low 32 bits.

@@ -124,3 +124,32 @@ fn a_network_of_which_one_family_has_changed_strands_the_addresses_of_that_one()
         }
     }
 }
+
+#[test]
+fn an_ipv6_address_that_no_host_can_have_is_not_programmed() {
+    let Some((site, _dir)) = site() else { return };
+    let node = &site.node;
+    let alone =
+        json!({"EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "fd00:1::/48", "Backend": {"Type": "vxlan"}});
+    node.put("config", &alone.to_string());
+    let _agent = node.agent("--subnet fd00:1:0:f::/64");
+    let bad = ["::ffff:127.0.0.1", "::ffff:1.2.3.4", "::1.2.3.4", "100::1", "::1", "ff02::1", "fd00:1:0:9::9"];
+    let put = |ip: &str| {
+        let data = json!({"VNI": 1, "VtepMAC": "02:00:00:00:00:28"});
+        let lease = json!({"PublicIP": "0.0.0.0", "PublicIPv6": ip, "BackendType": "vxlan", "BackendV6Data": data});
+        node.put("subnets/0.0.0.0-0&fd00:1:0:28::-64", &lease.to_string());
+    };
+    let programmed = || node.host.run("ip -6 route show fd00:1:0:28::/64").contains("flannel-v6.1");
+    for ip in bad {
+        put(ip);
+        let all = eventually(&format!("{ip} is named"), || {
+            let all = node.status()["findings"].take();
+            let printed = ip.parse::<std::net::Ipv6Addr>().unwrap();
+            let named = |f: &Value| f["evidence"].as_str().unwrap().contains(&format!("PublicIPv6 {printed} "));
+            if all.as_array().unwrap().iter().any(named) { Ok(all) } else { Err(all) }
+        });
+        assert_eq!((&all[0]["code"], programmed()), (&"bad-lease-value".into(), false), "{all}");
+    }
+    put("fd00:168::3");
+    eventually("a good one is programmed", || if programmed() { Ok(()) } else { Err(node.status()) });
+}
