@@ -47,12 +47,14 @@ pub enum BackendConfig {
 
 /// A bad value: the key, the value and what is allowed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("network config: {}{bad}", if key.is_empty() { String::new() } else { format!("{key}: ") })]
+#[error("network config: {}", self.words())]
 pub struct ConfigFault {
     /// The key with its path, e.g. `Backend.VNI`; empty: the whole text.
     pub key: String,
     /// The value and what is allowed.
     pub bad: BadValue,
+    /// Where in a text that is no JSON object; else empty.
+    pub place: String,
 }
 
 /// Types of flannel's that exist elsewhere.
@@ -83,7 +85,10 @@ const VXLAN_PORT: i64 = 8472;
 impl NetworkConfig {
     /// Reads the config as Go would. Beside it: what was there and is ignored, one sentence each.
     pub fn parse(text: &[u8]) -> Result<(NetworkConfig, Vec<String>), ConfigFault> {
-        let fields = Fields::parse(text).map_err(|e| fault("", e, "a JSON object"))?;
+        let fields = Fields::parse(text).map_err(|e| ConfigFault {
+            place: format!(": {e}"),
+            ..fault("", String::from_utf8_lossy(text), "a JSON object")
+        })?;
         let mut ignored: Vec<String> =
             fields.unknown(&KEYS).iter().map(|key| format!("{key} is not a key of the network config")).collect();
         if fields.has("EnableNFTables") {
@@ -269,7 +274,7 @@ fn backend(raw: &RawValue, over_v4: bool, ignored: &mut Vec<String>) -> Result<B
 fn udp(fields: &Fields<'_>, over_v4: bool) -> Result<UdpConfig, ConfigFault> {
     let port = value::<i64>(fields, "Port", "a port from 1 to 65535").map_err(|f| f.below("Backend"))?;
     let port = Port::try_from(port.filter(|&port| port != 0).unwrap_or(UDP_PORT));
-    let port = port.map_err(|bad| ConfigFault { key: "Backend.Port".into(), bad })?;
+    let port = port.map_err(|bad| ConfigFault { key: "Backend.Port".into(), bad, place: String::new() })?;
     Ok(UdpConfig { port, over_v4 })
 }
 
@@ -280,7 +285,7 @@ fn vxlan(fields: &Fields<'_>) -> Result<VxlanConfig, ConfigFault> {
     };
     let at = |key: &str| {
         let key = format!("Backend.{key}");
-        move |bad: BadValue| ConfigFault { key: key.clone(), bad }
+        move |bad: BadValue| ConfigFault { key: key.clone(), bad, place: String::new() }
     };
     let port = number("Port", "a port from 1 to 65535")?.filter(|&port| port != 0).unwrap_or(VXLAN_PORT);
     let mtu = number("MTU", "an MTU from 68 to 65535")?.filter(|&mtu| mtu != 0);
@@ -304,10 +309,20 @@ fn value<'a, T: Deserialize<'a>>(
 }
 
 fn fault(key: &str, value: impl std::fmt::Display, allowed: &'static str) -> ConfigFault {
-    ConfigFault { key: key.to_owned(), bad: BadValue::new(value, allowed) }
+    ConfigFault { key: key.to_owned(), bad: BadValue::new(value, allowed), place: String::new() }
 }
 
 impl ConfigFault {
+    /// The fault of the config that a store has at this key.
+    pub fn at(&self, key: &str) -> String {
+        format!("network config {key}: {}", self.words())
+    }
+
+    fn words(&self) -> String {
+        let key = if self.key.is_empty() { String::new() } else { format!("{}: ", self.key) };
+        format!("{key}{}{}", self.bad, self.place)
+    }
+
     fn below(mut self, parent: &str) -> Self {
         self.key = format!("{parent}.{}", self.key);
         self

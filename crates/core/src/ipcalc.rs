@@ -239,6 +239,8 @@ pub enum PlanFault {
         containers: u64,
         /// The longest prefix that would do.
         needed: u8,
+        /// The network of that length around this one, where containers can be in it.
+        wider: Option<Prefix>,
     },
     /// No network of the family is large enough.
     #[error("{nodes} nodes with {containers} containers each fit in no network of this family")]
@@ -264,7 +266,8 @@ pub fn plan(network: Prefix, nodes: u64, containers: u64) -> Result<NetworkPlan,
     let needed = u32::from(bits).checked_sub(host_bits + node_bits);
     let needed = needed.ok_or(PlanFault::Never { nodes, containers })? as u8;
     if network.len() > needed {
-        return Err(PlanFault::TooSmall { network, nodes, containers, needed });
+        let wider = Prefix::truncate(network.addr(), needed).ok().filter(|wider| config::usable(*wider).is_ok());
+        return Err(PlanFault::TooSmall { network, nodes, containers, needed, wider });
     }
     let (longest, shortest) = (bits - host_bits as u8, network.len() + node_bits as u8);
     let usual = if network.is_v4() { 24 } else { 64 };

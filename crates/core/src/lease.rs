@@ -10,6 +10,7 @@ use std::net::IpAddr;
 use crate::flannel::attrs;
 pub use crate::flannel::attrs::LeaseAttrs;
 use crate::net::{MacAddr, Prefix};
+use crate::words::written_out;
 
 /// One key below `<prefix>/subnets/`, as it came from the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -101,7 +102,7 @@ pub struct Peer {
 
 /// Why a peer is left out; named in `status`, never disturbs another peer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("lease {name}: {reason}")]
+#[error("lease {}: {}", written_out(name, &[]), written_out(reason, &[]))]
 pub struct PeerFault {
     /// The store key's last part.
     pub name: String,

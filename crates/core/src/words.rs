@@ -7,6 +7,16 @@ use std::fmt::Write as _;
 
 use crate::host::{Fdb, Neigh, RouteEntry, RouteKey, TABLE_MAIN};
 
+/// The text with its control characters written out, but for those of `kept`: names and values that others chose do not steer a terminal,
+/// and begin no line of their own.
+pub fn written_out(text: &str, kept: &[char]) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() && !kept.contains(&c) { out.extend(c.escape_default()) } else { out.push(c) }
+    }
+    out
+}
+
 /// rtm_protocol as iproute2's `rt_protos` has it; a number without a name is printed as a number.
 pub fn protocol(number: u8) -> Cow<'static, str> {
     Cow::Borrowed(match number {
@@ -195,6 +205,11 @@ mod tests {
 
     fn key(dst: &str) -> RouteKey {
         RouteKey { table: TABLE_MAIN, dst: dst.parse().unwrap(), tos: 0, metric: 0 }
+    }
+
+    #[test]
+    fn control_characters_are_written_out() {
+        assert_eq!(written_out("a\n\u{1b}[2J\u{85}é\t", &['\t']), "a\\n\\u{1b}[2J\\u{85}é\t");
     }
 
     #[test]

@@ -477,6 +477,18 @@ fn assert_gone(node: &Node) {
 }
 
 #[test]
+fn clean_says_what_it_leaves_when_the_state_is_lost() {
+    let Some((node, _dir)) = node() else { return };
+    node.agent("").end(Signal::TERM);
+    std::fs::remove_file(node.file("state/state.json")).unwrap();
+    for words in ["clean --dry-run", "clean"] {
+        let left = node.twill_json(words)["left"].to_string();
+        assert!(left.contains("device flannel.1") && left.contains("ip link del flannel.1"), "{words}: {left}");
+        assert!(node.host.ip("link show flannel.1").contains("flannel.1"), "{words}");
+    }
+}
+
+#[test]
 fn clean_removes_everything_owned_and_leave_gives_the_subnet_back() {
     let Some((node, _dir)) = node() else { return };
     node.put_peer(40);

@@ -95,7 +95,11 @@ fn every_field_of_the_network_config_has_its_error() {
         let found = findings(&node, "");
         assert_eq!(found.len(), 1, "{config}: one error: {found:?}");
         assert_eq!(found[0].0, "bad-config", "{config}");
-        assert!(found[0].1.starts_with(&format!("network config: {want}")), "{config}: {}", found[0].1);
+        assert!(
+            found[0].1.starts_with(&format!("network config /coreos.com/network/config: {want}")),
+            "{config}: {}",
+            found[0].1
+        );
     }
 }
 
@@ -122,14 +126,14 @@ fn a_network_that_no_container_can_be_in_is_refused_wherever_it_is_named() {
     ] {
         let is_v6 = network.contains(':');
         let (key, allowed) = if is_v6 { ("IPv6Network", v6_allowed) } else { ("Network", v4_allowed) };
-        let want = format!("network config: {key}: \"{network}\" {allowed}");
+        let want = format!("{key}: \"{network}\" {allowed}");
         let config = if is_v6 {
             v6(&format!(r#""IPv6Network":"{network}","#))
         } else {
             with(&format!(r#""Network":"{network}""#))
         };
         put_config(&node, config.as_bytes());
-        let bad = [("bad-config".to_owned(), want.clone())];
+        let bad = [("bad-config".to_owned(), format!("network config /coreos.com/network/config: {want}"))];
         assert_eq!(findings(&node, ""), bad, "{network}");
         assert_eq!(findings(&node, &format!("--serve-store --network {network}")), bad, "{network}");
         let data = dir.path().join("refused");
@@ -140,7 +144,10 @@ fn a_network_that_no_container_can_be_in_is_refused_wherever_it_is_named() {
         ] {
             let (code, err) = node.twill(&words);
             let err = err.unwrap_err();
-            assert!(code == Some(1) && err.contains(&format!("error: {want}\nhint: ")), "{words}: {code:?} {err}");
+            assert!(
+                code == Some(1) && err.contains(&format!("error: network config: {want}\nhint: ")),
+                "{words}: {code:?} {err}"
+            );
         }
         assert!(!data.exists() && !node.file("state/store").exists(), "{network}: nothing is written");
     }
@@ -170,7 +177,65 @@ fn what_is_no_json_at_all_is_said_in_one_line_and_crashes_nothing() {
         assert!(found[0].0 == "bad-config" && found[0].1.len() < 500, "{found:?}");
         let (code, error) = node.twill("plan");
         assert_eq!(code, Some(1));
-        assert!(error.unwrap_err().starts_with("error: network config: "));
+        assert!(error.unwrap_err().starts_with("error: network config /coreos.com/network/config: "));
+    }
+}
+
+#[test]
+fn what_is_no_json_is_named_with_its_key_its_value_and_what_is_allowed() {
+    let Some((node, _dir)) = node() else { return };
+    let whole = r#"{"Network":"10.1.0.0/16","Backend":{"Type":"vxlan"}}"#;
+    let said = |bytes: &str, value: &str| {
+        put_config(&node, bytes.as_bytes());
+        let found = findings(&node, "").remove(0).1;
+        let want = format!("network config /coreos.com/network/config: {value} is not a JSON object: ");
+        assert!(found.starts_with(&want), "{found}");
+    };
+    said("garbage", r#""garbage""#);
+    said("", r#""""#);
+    said(&format!("{whole} x"), &format!("{:?}", format!("{whole} x")));
+    // A running agent says the same, of its leases as well.
+    put_config(&node, whole.as_bytes());
+    let _agent = node.agent("");
+    put_config(&node, b"garbage");
+    node.put("subnets/10.1.40.0-24", "garbage");
+    for (code, object, want) in [
+        (
+            "bad-config",
+            "network config",
+            r#"network config /coreos.com/network/config: "garbage" is not a JSON object: "#,
+        ),
+        ("bad-lease-value", "lease 10.1.40.0-24", r#"its value: "garbage" is not a JSON object: "#),
+    ] {
+        eventually(&format!("{code} is named"), || {
+            let found = node.status()["findings"].take();
+            let named = |f: &Value| f["code"] == code && f["object"] == object;
+            let named = found.as_array().unwrap().iter().find(|f| named(f)).ok_or(found.clone())?;
+            if named["evidence"].as_str().unwrap().starts_with(want) { Ok(()) } else { Err(found.clone()) }
+        });
+    }
+}
+
+#[test]
+fn control_characters_of_keys_and_values_are_written_out() {
+    let Some((node, _dir)) = node() else { return };
+    put_config(&node, with("\"a\\nforged \\u001b[2J\":1").as_bytes());
+    node.put("subnets/10.1.40.0-24\nforged \u{1b}[2J", "{}");
+    node.put("subnets/10.1.41.0-24", "gar\nforged \u{1b}[2J");
+    let kind = r#"{"PublicIP":"10.168.0.42","BackendType":"v\nforged \u001b[2J"}"#;
+    node.put("subnets/10.1.42.0-24", kind);
+    let _agent = node.agent("");
+    node.finding("foreign-backend");
+    node.finding("config-key-ignored");
+    let mut said: Vec<(String, String)> = ["status", "leases", "peers", "store ls", "agent --check"]
+        .iter()
+        .map(|words| (words.to_string(), node.twill(words).1.unwrap()))
+        .collect();
+    said.push(("the log".into(), node.log("agent.log")));
+    for (words, text) in said {
+        let raw = |c: char| c.is_control() && c != '\n';
+        assert!(text.contains("forged") && !text.contains(raw), "{words}: {text:?}");
+        assert!(!text.lines().any(|line| line.trim_start().starts_with("forged")), "{words}: {text}");
     }
 }
 

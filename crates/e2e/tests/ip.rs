@@ -55,4 +55,9 @@ fn plan_prints_a_config_or_the_network_that_would_do() {
     let (code, _, err) = twill("ip plan --network 10.244.0.0/20 --nodes 100 --containers 200");
     assert_eq!(code, 1);
     assert!(err.contains("hint: take a /17, such as --network 10.244.0.0/17"), "{err}");
+    let (code, ..) = twill("ip plan --network 10.244.0.0/17 --nodes 100 --containers 200");
+    assert_eq!(code, 0, "the hint holds");
+    // Around it there is none that containers can be in.
+    let (code, _, err) = twill("ip plan --network 10.0.0.0/8 --nodes 99999999 --containers 5");
+    assert!(code == 1 && err.contains("/2 or larger") && err.contains("hint: take fewer nodes or containers"), "{err}");
 }

@@ -133,7 +133,8 @@ fn a_good_lease_is_not_given_away_for_a_subnet_that_cannot_be_had() {
 #[test]
 fn an_address_that_no_host_can_have_is_not_told_to_others() {
     let Some((node, _dir)) = node() else { return };
-    for ip in ["127.0.0.1", "0.0.0.0", "224.1.1.1", "255.255.255.255", "::1"] {
+    let disguised = ["::ffff:127.0.0.1", "::ffff:1.2.3.4", "::102:304", "100::1"];
+    for ip in ["127.0.0.1", "0.0.0.0", "224.1.1.1", "255.255.255.255", "::1"].into_iter().chain(disguised) {
         let (code, said) = node.twill(&format!("agent --iface eth0 --public-ip {ip}"));
         assert_eq!(code, Some(2), "{said:?}");
         assert!(said.unwrap_err().contains(&format!("public-ip {ip} is not the address of a host")));
@@ -178,6 +179,38 @@ fn an_address_that_no_host_can_have_is_not_programmed() {
     }
     node.put_peer(40);
     node.await_peer(40, true);
+}
+
+#[test]
+fn check_names_collisions_and_broken_leases_as_status_does() {
+    let Some((node, _dir)) = node() else { return };
+    let lease = |ip: &str, kind: &str| {
+        format!(
+            r#"{{"PublicIP":"{ip}","BackendType":"{kind}","BackendData":{{"VNI":1,"VtepMAC":"02:00:00:00:00:28"}}}}"#
+        )
+    };
+    node.put_peer(40);
+    node.put("subnets/10.1.41.0-24", &lease("10.168.0.41", "vxlan"));
+    node.put("subnets/10.1.42.0-24", "garbage");
+    node.put("subnets/10.1.43.0-24", &lease("127.0.0.1", "vxlan"));
+    node.put("subnets/10.1.44.0-24", &lease("10.168.0.44", "host-gw"));
+    node.put("subnets/nonsense", &lease("10.168.0.45", "vxlan"));
+    let of_leases = |shown: serde_json::Value| -> Vec<serde_json::Value> {
+        let all = shown["findings"].as_array().unwrap().iter();
+        all.filter(|finding| finding["object"].as_str().unwrap().starts_with("lease ")).cloned().collect()
+    };
+    let before = of_leases(node.twill_json("agent --check"));
+    let codes: Vec<_> = before.iter().map(|finding| finding["code"].as_str().unwrap()).collect();
+    let want = ["lease-collision", "bad-lease-value", "bad-lease-value", "foreign-backend", "bad-lease-key"];
+    assert_eq!(codes, want, "{before:?}");
+    assert_eq!(node.twill("agent --check").0, Some(3));
+    // With a lease of its own it is not among them.
+    let _agent = node.agent("--subnet 10.1.15.0/24");
+    eventually("status says the same", || {
+        let shown = of_leases(node.status());
+        if shown == before { Ok(()) } else { Err(shown) }
+    });
+    assert_eq!(of_leases(node.twill_json("agent --check")), before);
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use serde_json::json;
+use twill_core::words::written_out;
 
 /// `-o`, on every command that prints state.
 #[derive(Debug, Clone, Copy, Args)]
@@ -76,7 +77,7 @@ impl Output {
     /// Prints `value` (an object; `"schema": 1` is put first), or what `table` draws of it.
     pub(crate) fn print<T: Serialize>(&self, value: &T, table: impl FnOnce() -> String) -> anyhow::Result<()> {
         match self.format {
-            Format::Table => print_text(&visible(&table())),
+            Format::Table => print_text(&written_out(&table(), &['\n', '\t'])),
             Format::Json => print_text(&serde_json::to_string_pretty(&with_schema(value)?)?),
             Format::Yaml => print_text(&serde_saphyr::to_string(&with_schema(value)?)?),
         }
@@ -97,8 +98,9 @@ fn with_schema<T: Serialize>(value: &T) -> serde_json::Result<serde_json::Value>
 /// Columns without borders, as wide as their content; a header, then a line for each row.
 pub(crate) fn columns<R: IntoIterator<Item = String>>(header: &[&str], rows: impl IntoIterator<Item = R>) -> String {
     let head = header.iter().map(|&h| h.to_owned()).collect::<Vec<_>>();
-    let lines: Vec<Vec<String>> =
-        std::iter::once(head).chain(rows.into_iter().map(|r| r.into_iter().collect())).collect();
+    let lines: Vec<Vec<String>> = std::iter::once(head)
+        .chain(rows.into_iter().map(|r| r.into_iter().map(|cell| on_a_line(&cell)).collect()))
+        .collect();
     let widths: Vec<usize> = (0..header.len())
         .map(|column| {
             lines.iter().filter_map(|line| line.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
@@ -111,17 +113,9 @@ pub(crate) fn columns<R: IntoIterator<Item = String>>(header: &[&str], rows: imp
     text.collect::<Vec<_>>().join("\n")
 }
 
-/// The text with control characters written out: names and values that others chose do not steer a terminal.
-fn visible(text: &str) -> String {
-    let unseen = |c: char| c.is_control() && c != '\n' && c != '\t';
-    text.chars().fold(String::with_capacity(text.len()), |mut out, c| {
-        if unseen(c) {
-            out.extend(c.escape_default())
-        } else {
-            out.push(c)
-        }
-        out
-    })
+/// What others chose, on one line.
+pub(crate) fn on_a_line(text: &str) -> String {
+    written_out(text, &[])
 }
 
 /// True when a person looks at stdout.

@@ -58,6 +58,11 @@ impl StoreArgs {
         }
     }
 
+    /// The key of the network config.
+    pub(crate) fn config_key(&self) -> String {
+        format!("{}/config", self.prefix.as_deref().unwrap_or(PREFIX))
+    }
+
     /// A client; it connects when it is first asked.
     pub(crate) fn connect(&self) -> Result<EtcdStore, Failure> {
         let read = |path: &PathBuf, flag: &str| {

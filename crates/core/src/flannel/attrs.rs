@@ -38,8 +38,8 @@ pub enum BadAttrs {
     #[error("its value has {0} bytes, and 65536 are allowed")]
     TooLong(usize),
     /// Not JSON, or not an object.
-    #[error("its value is not a JSON object: {0}")]
-    Json(String),
+    #[error("its value: {0}: {1}")]
+    Json(BadValue, String),
     /// One field is wrong.
     #[error("{0}: {1}")]
     Field(&'static str, BadValue),
@@ -50,7 +50,8 @@ pub fn parse(value: &[u8]) -> Result<LeaseAttrs, BadAttrs> {
     if value.len() > LARGEST {
         return Err(BadAttrs::TooLong(value.len()));
     }
-    let fields = Fields::parse(value).map_err(|e| BadAttrs::Json(e.to_string()))?;
+    let fields = Fields::parse(value)
+        .map_err(|e| BadAttrs::Json(BadValue::new(String::from_utf8_lossy(value), "a JSON object"), e.to_string()))?;
     let twill = fields.get("Twill").map(|raw| json::<Map<String, Value>>("Twill", raw, "an object")).transpose()?;
     let mut twill_extra = twill.unwrap_or_default();
     let node = match twill_extra.remove("node") {
@@ -140,6 +141,8 @@ mod tests {
     fn a_bad_field_is_named_with_its_value() {
         let error = parse(br#"{"PublicIP":"1.1.1"}"#).unwrap_err();
         assert_eq!(error.to_string(), r#"PublicIP: "1.1.1" is not an IPv4 address"#);
+        let error = parse(b"garbage").unwrap_err().to_string();
+        assert_eq!(error, r#"its value: "garbage" is not a JSON object: expected value at line 1 column 1"#);
         assert!(parse(b"[]").is_err() && parse(b"").is_err() && parse(b"{\"PublicIP\":1}").is_err());
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::net::cut;
+use crate::words::written_out;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
@@ -31,7 +32,7 @@ impl<'a> Fields<'a> {
                 found.push(key);
             }
         }
-        found.into_iter().map(cut).collect()
+        found.into_iter().map(|key| written_out(&cut(key), &[])).collect()
     }
 
     /// True when a key is `name` in any case, even with the value `null`.

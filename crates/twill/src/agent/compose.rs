@@ -13,7 +13,7 @@ use twill_core::host::{
 use twill_core::lease::{Lease, LeaseKey, Peer, PeerFault};
 use twill_core::lease_set::LeaseSet;
 use twill_core::net::{LinkName, MacAddr, Prefix};
-use twill_core::reconcile::Claim;
+use twill_core::reconcile::{Claim, Finding};
 use twill_core::state_file::State;
 
 use super::settings::WayOut;
@@ -181,9 +181,25 @@ impl Network {
         }
     }
 
+    /// What reaches the holder of one lease, or the fault that nothing does; `None`: there is no such lease.
+    pub(crate) fn reach(&self, leases: &LeaseSet, name: &str) -> Option<Reach> {
+        let reach = self.peer(leases, name)?;
+        Some(reach.unwrap_or_else(|fault| Reach { fault: Some(fault), ..Reach::default() }))
+    }
+
     /// What reaches the holder of one lease, which is not our own.
     pub(crate) fn peer(&self, leases: &LeaseSet, name: &str) -> Option<Result<Reach, PeerFault>> {
         Some(leases.verdict(name)?.and_then(|lease| self.backend.peer(&self.cx, &Peer { lease })))
+    }
+}
+
+/// What a person should know of a lease that is left out, in whole or for one family.
+pub(crate) fn of_lease(fault: &PeerFault) -> Finding {
+    Finding {
+        code: fault.code.into(),
+        object: format!("lease {}", fault.name),
+        evidence: fault.reason.clone(),
+        fix: "correct or delete this key in the store; other peers are not disturbed".into(),
     }
 }
 

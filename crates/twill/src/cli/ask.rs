@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::folder::StateDir;
 use crate::agent::control;
 use crate::agent::view::{FamilyProbe, PeerView, Peers, Probe, TunnelView, View, WayView};
-use crate::output::{FINDINGS, Failure, Output, columns};
+use crate::output::{FINDINGS, Failure, Output, columns, on_a_line};
 use crate::{probe, stores};
 
 /// Where the agent listens, on every command that asks it.
@@ -103,8 +103,8 @@ fn describe(view: &View) -> String {
         lines.push("findings  none".into());
     }
     for finding in &view.findings {
-        lines.push(format!("finding   {}: {}", finding.code, finding.object));
-        lines.push(format!("          {}", finding.evidence));
+        lines.push(format!("finding   {}: {}", finding.code, on_a_line(&finding.object)));
+        lines.push(format!("          {}", on_a_line(&finding.evidence)));
         lines.push(format!("          fix: {}", finding.fix));
     }
     lines.join("\n")

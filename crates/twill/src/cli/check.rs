@@ -4,17 +4,23 @@ use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use serde::Serialize;
-use twill_core::backend::Cx;
+use twill_core::alloc::Choice;
+use twill_core::backend::{Cx, Rule};
 use twill_core::config;
+use twill_core::host::HostState;
 use twill_core::iface;
+use twill_core::lease::RawLease;
+use twill_core::lease_set::LeaseSet;
 use twill_core::reconcile::{Finding, taken_tunnels};
+use twill_core::state_file::State;
 use twill_kernel::{Interest, Kernel, LinuxKernel};
+use twill_store::{RawConfig, StoreError};
 
-use super::offline::parse_config;
-use crate::agent::compose::Network;
+use super::offline::{choose, parse_config};
+use crate::agent::compose::{self, Network};
 use crate::agent::settings::Settings;
 use crate::agent::{load_state, missing_capabilities, refuse_beside_flannel};
-use crate::output::{FINDINGS, Failure, Output};
+use crate::output::{FINDINGS, Failure, Output, on_a_line};
 use crate::stores;
 
 #[derive(Debug, Default, Serialize)]
@@ -49,13 +55,7 @@ pub(crate) fn run(settings: &Settings, output: Output) -> anyhow::Result<ExitCod
     if let Err(failure) = refuse_beside_flannel() {
         check.failure("host", &failure);
     }
-    if let Some(listen) = settings.serve_store {
-        let verdicts = [stores::check_listen(listen, settings.insecure), stores::check_is_ours(listen)];
-        verdicts
-            .iter()
-            .filter_map(|verdict| verdict.as_ref().err())
-            .for_each(|failure| check.failure("store", failure));
-    }
+    own_store(&mut check, settings);
     let kernel = LinuxKernel::open(Interest::default())?;
     let host = kernel.mirror();
     let chosen = match iface::choose(host, &settings.wishes) {
@@ -71,15 +71,15 @@ pub(crate) fn run(settings: &Settings, output: Output) -> anyhow::Result<ExitCod
         check.addresses =
             [true, false].into_iter().filter_map(|v4| chosen.underlay.public(v4)).map(|ip| ip.to_string()).collect();
     }
-    let text = match network_config(settings) {
-        Ok(text) => text,
+    let (text, entries) = match of_store(settings) {
+        Ok(found) => found,
         Err(failure) => {
             check.failure("store", &failure);
             return finish(&check, output);
         }
     };
     check.findings.extend(text.as_ref().and_then(|raw| stores::ignored_network(settings.asked_network, &raw.value)));
-    match parse_config(text) {
+    match parse_config(text, &settings.store) {
         Ok((config, ignored)) => {
             for key in ignored {
                 check.find("config-key-ignored", "network config", &key, "remove it, or correct its spelling");
@@ -88,7 +88,10 @@ pub(crate) fn run(settings: &Settings, output: Output) -> anyhow::Result<ExitCod
             let state = load_state(&settings.state_dir)?;
             let network = chosen.map(|chosen| Network::new(&config, chosen.underlay, host, &state, settings.way_out));
             match network {
-                Some(Ok(network)) => on_network(&mut check, &network, &config, host, &state, settings.serve_store),
+                Some(Ok(network)) => {
+                    on_network(&mut check, &network, &config, host, &state, settings.serve_store);
+                    check.findings.extend(of_leases(network, settings, &config, entries, host, &state));
+                }
                 Some(Err(refusals)) => refusals.iter().for_each(|refusal| {
                     check.find(refusal.code, "backend", &refusal.message, &refusal.hint);
                 }),
@@ -104,32 +107,47 @@ pub(crate) fn run(settings: &Settings, output: Output) -> anyhow::Result<ExitCod
     finish(&check, output)
 }
 
+/// Whether the store that we are to serve may listen where it is told to.
+fn own_store(check: &mut Check, settings: &Settings) {
+    if let Some(listen) = settings.serve_store {
+        let verdicts = [stores::check_listen(listen, settings.insecure), stores::check_is_ours(listen)];
+        verdicts
+            .iter()
+            .filter_map(|verdict| verdict.as_ref().err())
+            .for_each(|failure| check.failure("store", failure));
+    }
+}
+
 fn finish(check: &Check, output: Output) -> anyhow::Result<ExitCode> {
     output.print(check, || describe(check))?;
     Ok(if check.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(FINDINGS) })
 }
 
-/// The config of the store; of a store that we are to serve ourselves, the one that we would write.
-fn network_config(settings: &Settings) -> Result<Option<twill_store::RawConfig>, Failure> {
+/// The config and the leases of the store; of a store that we are to serve ourselves, what we would write.
+fn of_store(settings: &Settings) -> Result<(Option<RawConfig>, Vec<RawLease>), Failure> {
     let runtime = crate::runtime().map_err(|e| Failure::new("failed", e.to_string()))?;
+    let store = settings.store.connect()?;
+    let found = runtime.block_on(async {
+        let config = store.config().await?;
+        Ok((config, store.list().await?.entries))
+    });
     if settings.serve_store.is_some() {
         // While it is served already it answers for itself.
-        if let Ok(Some(found)) = runtime.block_on(settings.store.connect()?.config()) {
-            return Ok(Some(found));
+        if let Ok((Some(_), _)) = &found {
+            return found.map_err(|error: StoreError| error.into());
         }
         let value = config::NetworkConfig::default_json(&[settings.network], "vxlan").into_bytes();
-        return Ok(Some(twill_store::RawConfig { value, mod_rev: 0 }));
+        return Ok((Some(RawConfig { value, mod_rev: 0 }), Vec::new()));
     }
-    let store = settings.store.connect()?;
-    runtime.block_on(store.config()).map_err(Failure::from)
+    found.map_err(Failure::from)
 }
 
 fn on_network(
     check: &mut Check,
     network: &Network,
     config: &config::NetworkConfig,
-    host: &twill_core::host::HostState,
-    state: &twill_core::state_file::State,
+    host: &HostState,
+    state: &State,
     serves: Option<SocketAddr>,
 ) {
     check.backend = Some(network.backend.lease_type().unwrap_or("udp").to_owned());
@@ -161,6 +179,34 @@ fn on_network(
     }
 }
 
+/// The leases of others that would be left out, as `status` shows them.
+fn of_leases(
+    mut network: Network,
+    settings: &Settings,
+    config: &config::NetworkConfig,
+    entries: Vec<RawLease>,
+    host: &HostState,
+    state: &State,
+) -> Vec<Finding> {
+    let mut leases = LeaseSet::default();
+    if let Ok(rule) = Rule::new(config) {
+        leases.follow(rule);
+    }
+    leases.reset(entries);
+    let mut own = None;
+    match choose(settings, config, &network, &leases, host, state) {
+        Choice::Keep(lease) | Choice::GiveBack(lease) => {
+            network.take(&lease.key, Some(&lease));
+            own = Some(lease.key.to_string());
+        }
+        Choice::Create(key) => network.take(&key, None),
+        Choice::Refuse(_) => network.cx.subnets.clone_from(&network.cx.networks),
+    }
+    let others = leases.names().filter(|name| own.as_deref() != Some(&***name));
+    let faults = others.filter_map(|name| network.reach(&leases, name)?.fault);
+    faults.map(|fault| compose::of_lease(&fault)).collect()
+}
+
 fn describe(check: &Check) -> String {
     let mut lines = Vec::new();
     if let (Some(interface), Some(why)) = (&check.interface, &check.why) {
@@ -183,7 +229,7 @@ fn describe(check: &Check) -> String {
         lines.push("findings   none".into());
     }
     for finding in &check.findings {
-        lines.push(format!("finding    {}: {}", finding.code, finding.evidence));
+        lines.push(format!("finding    {}: {}", finding.code, on_a_line(&finding.evidence)));
         lines.push(format!("           fix: {}", finding.fix));
     }
     lines.join("\n")

@@ -77,17 +77,14 @@ fn refusal(fault: PlanFault) -> Failure {
         PlanFault::Unusable(_) => {
             ("bad-config", "take one for private use, such as --network 10.244.0.0/16".to_owned())
         }
-        PlanFault::TooSmall { network, needed, .. } => {
-            ("network-too-small", format!("take a /{needed}, such as --network {}", wider(network, *needed)))
+        PlanFault::TooSmall { needed, wider: Some(wider), .. } => {
+            ("network-too-small", format!("take a /{needed}, such as --network {wider}"))
         }
-        PlanFault::Never { .. } => ("network-too-small", "take fewer nodes or containers".to_owned()),
+        PlanFault::TooSmall { .. } | PlanFault::Never { .. } => {
+            ("network-too-small", "take fewer nodes or containers".to_owned())
+        }
     };
     Failure::new(code, fault.to_string()).hint(hint)
-}
-
-/// The network of length `len` around `network`.
-fn wider(network: &Prefix, len: u8) -> String {
-    Prefix::truncate(network.addr(), len).map_or_else(|e| e.to_string(), |p| p.to_string())
 }
 
 fn calc_text(calc: &Calc) -> String {

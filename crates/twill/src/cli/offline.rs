@@ -15,7 +15,9 @@ use twill_core::host::{HostState, Key, LinkKind, Object, PROTO_TWILL};
 use twill_core::iface;
 use twill_core::lease::Lease;
 use twill_core::lease_set::{LeaseName, LeaseSet};
+use twill_core::net::LinkName;
 use twill_core::reconcile::{Claim, Desired, Op, Plan, Scope, Wanted, plan};
+use twill_core::state_file::State;
 use twill_kernel::{Interest, Kernel, LinuxKernel};
 use twill_store::{EtcdStore, Listing, RawConfig};
 
@@ -69,7 +71,7 @@ fn compute(settings: &Settings) -> anyhow::Result<Plan> {
     let state = load_state(&settings.state_dir)?;
     let store = settings.store.connect()?;
     let (raw, listing) = read(&store)?;
-    let config = parse_config(raw)?.0;
+    let config = parse_config(raw, &settings.store)?.0;
     let everything = LinuxKernel::open(Interest::default()).context("look at this host's network")?;
     let host = everything.mirror().clone();
     let chosen = iface::choose(&host, &settings.wishes).map_err(refused)?;
@@ -79,10 +81,7 @@ fn compute(settings: &Settings) -> anyhow::Result<Plan> {
     leases.follow(Rule::new(&config).map_err(refused)?);
     let kept = kept_at_start(&listing, &network, &state, &settings.state_dir);
     leases.reset(listing.entries);
-    let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
-    let env = std::fs::read_to_string(&settings.subnet_file).unwrap_or_default();
-    let me = compose::me(&state, &network.cx.underlay, &host, &env, &devices, &settings.subnet);
-    let own = match alloc::choose(&config, &leases, &me, 0) {
+    let own = match choose(settings, &config, &network, &leases, &host, &state) {
         Choice::Keep(lease) => {
             network.take(&lease.key, Some(&lease));
             Some(lease.key.to_string())
@@ -117,6 +116,21 @@ fn compute(settings: &Settings) -> anyhow::Result<Plan> {
     Ok(plan)
 }
 
+/// The subnet that an agent with these settings would have.
+pub(super) fn choose(
+    settings: &Settings,
+    config: &NetworkConfig,
+    network: &Network,
+    leases: &LeaseSet,
+    host: &HostState,
+    state: &State,
+) -> Choice {
+    let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
+    let env = std::fs::read_to_string(&settings.subnet_file).unwrap_or_default();
+    let me = compose::me(state, &network.cx.underlay, host, &env, &devices, &settings.subnet);
+    alloc::choose(config, leases, &me, 0)
+}
+
 fn against_kernel(mut wanted: Wanted, network: &Network) -> anyhow::Result<Plan> {
     let sysctls = wanted
         .desired()
@@ -142,14 +156,14 @@ fn read(store: &EtcdStore) -> anyhow::Result<(Option<RawConfig>, Listing)> {
 }
 
 /// The network config, or the error that a user can act on.
-pub(crate) fn parse_config(raw: Option<RawConfig>) -> anyhow::Result<(NetworkConfig, Vec<String>)> {
+pub(crate) fn parse_config(raw: Option<RawConfig>, store: &StoreArgs) -> anyhow::Result<(NetworkConfig, Vec<String>)> {
     let Some(raw) = raw else {
         return Err(Failure::new("config-missing", "the store has no network config")
             .hint("the first agent writes one: twill agent --serve-store")
             .into());
     };
     NetworkConfig::parse(&raw.value)
-        .map_err(|e| Failure::new("bad-config", e.to_string()).hint("correct it in the store").into())
+        .map_err(|e| Failure::new("bad-config", e.at(&store.config_key())).hint("correct it in the store").into())
 }
 
 /// A refusal of core as the user meets it.
@@ -193,7 +207,7 @@ impl Leases {
             listing.entries.iter().filter(|e| e.etcd_lease == 0).map(|e| e.name.clone()).collect();
         let mut set = LeaseSet::default();
         // Without a config that can be read they are judged by themselves.
-        if let Some(rule) = parse_config(raw).ok().and_then(|(config, _)| Rule::new(&config).ok()) {
+        if let Some(rule) = parse_config(raw, &self.store).ok().and_then(|(config, _)| Rule::new(&config).ok()) {
             set.follow(rule);
         }
         set.reset(listing.entries);
@@ -292,7 +306,14 @@ impl Clean {
             }
         }
         let forwarding = twill_kernel::sysctl::read("net/ipv4/ip_forward").unwrap_or_default();
-        let left = vec![format!("sysctl net/ipv4/ip_forward = {forwarding}")];
+        let mut left = vec![format!("sysctl net/ipv4/ip_forward = {forwarding}")];
+        left.extend(strangers(kernel.mirror(), &desired.claim).map(|device| {
+            let lost = state_dir.join("state.json");
+            format!(
+                "device {device}: {} does not say whose it is; if nobody else uses it: ip link del {device}",
+                lost.display()
+            )
+        }));
         let cleaned = Cleaned { removed: !self.dry_run, steps, failed, left };
         self.output.print(&cleaned, || describe(&cleaned))?;
         Ok(if cleaned.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -300,7 +321,7 @@ impl Clean {
 }
 
 /// Devices that the state file remembers, and VXLANs that carry routes of ours.
-fn claim(state: &twill_core::state_file::State, have: &HostState) -> Claim {
+fn claim(state: &State, have: &HostState) -> Claim {
     let mut devices: BTreeSet<_> = state.devices.keys().copied().collect();
     for (_, object) in have.iter() {
         let Object::Route(route) = object else { continue };
@@ -317,6 +338,13 @@ fn claim(state: &twill_core::state_file::State, have: &HostState) -> Claim {
         firewall: true,
         flannels_firewall: false,
     }
+}
+
+/// Devices with the name of a tunnel, of which nothing says that they are ours: state that was lost, or flannel.
+fn strangers<'a>(have: &'a HostState, claim: &'a Claim) -> impl Iterator<Item = LinkName> + 'a {
+    let links =
+        have.iter().filter_map(|(_, object)| if let Object::Link(link) = object { Some(link.name) } else { None });
+    links.filter(|name| name.as_str().starts_with("flannel") && !claim.devices.contains(name))
 }
 
 fn describe(cleaned: &Cleaned) -> String {

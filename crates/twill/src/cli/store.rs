@@ -113,7 +113,8 @@ impl Ls {
         let store = self.store.connect()?;
         let keys = crate::runtime()?.block_on(store.keys(&self.below)).map_err(Failure::from)?;
         let keys = Keys { keys };
-        self.output.print(&keys, || keys.keys.join("\n"))?;
+        self.output
+            .print(&keys, || keys.keys.iter().map(|key| output::on_a_line(key)).collect::<Vec<_>>().join("\n"))?;
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -32,7 +32,7 @@ use twill_core::state_file::State;
 use twill_kernel::Waker;
 use twill_store::{EtcdStore, RawConfig, StoreError, Swap, WatchEvent};
 
-use super::compose::Network;
+use super::compose::{self, Network};
 use super::reconciler::Order;
 use super::settings::Settings;
 use super::view::{PeerView, View, WayView};
@@ -191,19 +191,13 @@ impl Session {
             if *name == *own_name {
                 continue;
             }
-            let mut reach = match network.peer(&self.leases, &name) {
-                None => Reach { objects: self.kept.get(&name).cloned().unwrap_or_default(), ..Reach::default() },
-                Some(Ok(reach)) => reach,
-                Some(Err(fault)) => Reach { fault: Some(fault), ..Reach::default() },
-            };
+            let mut reach = network.reach(&self.leases, &name).unwrap_or_else(|| Reach {
+                objects: self.kept.get(&name).cloned().unwrap_or_default(),
+                ..Reach::default()
+            });
             match reach.fault.take() {
                 Some(fault) => {
-                    let finding = Finding {
-                        code: fault.code.into(),
-                        object: format!("lease {name}"),
-                        evidence: fault.reason.clone(),
-                        fix: "correct or delete this key in the store; other peers are not disturbed".into(),
-                    };
+                    let finding = compose::of_lease(&fault);
                     if self.faults.insert(name.clone(), finding.clone()) != Some(finding) {
                         tracing::warn!(code = fault.code, "{fault}");
                     }
@@ -371,11 +365,12 @@ impl Session {
                 Some(End::Again)
             }
             Err(fault) => {
-                tracing::error!(code = "bad-config", "{fault}: the last good config stays in force");
+                let message = fault.at(&self.settings.store.config_key());
+                tracing::error!(code = "bad-config", "{message}: the last good config stays in force");
                 self.find(
                     "bad-config",
                     "network config",
-                    &fault.to_string(),
+                    &message,
                     "correct it in the store; the last good one stays in force",
                 );
                 None

@@ -12,7 +12,6 @@ use twill_store::StoreError;
 use super::super::compose::Network;
 use super::say::OF_FAMILIES;
 use super::{End, Session};
-use crate::stores::PREFIX;
 
 const CLASH_FIX: &str = "choose another Network, or remove what clashes";
 
@@ -34,15 +33,15 @@ impl Session {
             self.say_reached();
             let Some(raw) = raw else {
                 let value = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
-                let prefix = self.settings.store.prefix.as_deref().unwrap_or(PREFIX);
-                let hint = format!("write one: etcdctl put {prefix}/config '{value}'");
+                let hint = format!("write one: etcdctl put {} '{value}'", self.settings.store.config_key());
                 self.wait_for("config-missing", "the store has no network config", &hint).await;
                 continue;
             };
             let (config, ignored) = match NetworkConfig::parse(&raw.value) {
                 Ok(parsed) => parsed,
                 Err(fault) => {
-                    self.wait_for("bad-config", &fault.to_string(), "correct it in the store; it is read again").await;
+                    let message = fault.at(&self.settings.store.config_key());
+                    self.wait_for("bad-config", &message, "correct it in the store; it is read again").await;
                     continue;
                 }
             };
