@@ -85,6 +85,9 @@ pub struct Way {
     /// Routing table; `None`: main.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub table: Option<u32>,
+    /// rtm_scope of an IPv4 route; `None`: that of the link without a next hop, else global.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scope: Option<u8>,
     /// The next hop is on the link, whatever addresses say: point to point.
     #[serde(default)]
     pub onlink: bool,
@@ -93,7 +96,7 @@ pub struct Way {
 impl Way {
     /// To `dst` by `via`.
     pub const fn new(dst: Prefix, via: Option<IpAddr>) -> Self {
-        Self { dst, via, metric: None, table: None, onlink: false }
+        Self { dst, via, metric: None, table: None, scope: None, onlink: false }
     }
 
     /// The way out by `gateway`.
@@ -112,7 +115,11 @@ impl Way {
             protocol: PROTO_BOOT,
             kind: UNICAST,
             // IPv6 has no scopes of routes.
-            scope: if v4 && self.via.is_none() { SCOPE_LINK } else { 0 },
+            scope: match self.scope.filter(|_| v4) {
+                Some(scope) => scope,
+                None if v4 && self.via.is_none() => SCOPE_LINK,
+                None => 0,
+            },
             src: None,
             special: false,
             usurper: Remark::default(),
@@ -327,8 +334,8 @@ pub fn loopback() -> Option<Object> {
 
 /// RTN_UNICAST.
 const UNICAST: u8 = 1;
-/// RT_SCOPE_LINK.
-const SCOPE_LINK: u8 = 253;
+/// RT_SCOPE_LINK: what is no farther away has no next hop.
+pub const SCOPE_LINK: u8 = 253;
 /// IP6_RT_PRIO_USER: the metric that IPv6 gives a route without one.
 const IPV6_METRIC: u32 = 1024;
 

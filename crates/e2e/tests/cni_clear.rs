@@ -238,3 +238,31 @@ fn what_is_no_address_file_is_named_and_hinders_nobody() {
     runtime.del(&conf, "a", Some(&a));
     assert_eq!(runtime.held(), odd);
 }
+
+#[test]
+fn a_route_has_the_scope_that_is_asked_for_and_check_names_another() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let a = runtime.container("a");
+    let routes = json!([{"dst": "192.0.2.0/24", "scope": 253}, {"dst": "198.51.100.0/24", "scope": 200, "gw": "10.1.15.77"},
+        {"dst": "203.0.113.0/24", "scope": 0}, {"dst": "2001:db8::/64", "scope": 253}]);
+    let mut conf = runtime.conf("1.1.0", json!({"ipam": {"routes": routes}}));
+    let said = runtime.add(&conf, "a", &a);
+    assert!(said["routes"].as_array().unwrap().contains(&routes[0]), "{said:#}");
+    let route = |dst: &str| a.run(&format!("ip route show {dst}")).trim().to_owned();
+    assert_eq!(route("192.0.2.0/24"), "192.0.2.0/24 dev eth0 scope link");
+    assert_eq!(route("198.51.100.0/24"), "198.51.100.0/24 via 10.1.15.77 dev eth0 scope site");
+    assert_eq!(route("203.0.113.0/24"), "203.0.113.0/24 via 10.1.15.1 dev eth0");
+    assert!(!a.run("ip -6 route show 2001:db8::/64").contains("via"));
+    conf["prevResult"] = said;
+    let check = || runtime.try_verb("CHECK", &conf, "a", Some(&a));
+    assert_eq!(check(), Ok(Value::Null));
+    sh(&a, "ip route replace 198.51.100.0/24 via 10.1.15.77 dev eth0 scope global");
+    let refused = check().expect_err("another scope");
+    assert!(refused["msg"].as_str().unwrap().contains("scope site"), "{refused:#}");
+    let before = runtime.everything();
+    let b = runtime.container("b");
+    let wrong = runtime.conf("1.1.0", json!({"ipam": {"routes": [{"dst": "192.0.2.0/24", "scope": 256}]}}));
+    let refused = runtime.try_verb("ADD", &wrong, "b", Some(&b)).unwrap_err();
+    assert!(refused["code"] == 7 && refused["msg"].as_str().unwrap().contains("scope 256"), "{refused:#}");
+    assert_eq!(runtime.everything(), before);
+}

@@ -335,13 +335,25 @@ fn way(route: &RouteTo, given: &[Given]) -> Result<Way, CniError> {
         match key.as_str() {
             "priority" => way.metric = Some(number()?),
             "table" => way.table = Some(number()?),
+            "scope" => way.scope = Some(scope(number()?, route)?),
             _ => {
                 let msg = format!("the route to {} has {key}, which is not built in", route.dst);
                 return Err(CniError::new(Code::Unsupported, msg, format!("take {key} out of the configuration")));
             }
         }
     }
+    if way.scope.is_some_and(|scope| scope >= attach::SCOPE_LINK) {
+        way.via = route.gw;
+    }
     Ok(way)
+}
+
+/// rtm_scope; what it means the kernel says.
+fn scope(number: u32, route: &RouteTo) -> Result<u8, CniError> {
+    u8::try_from(number).map_err(|_| {
+        let msg = format!("the route to {} has the scope {number}", route.dst);
+        CniError::new(Code::Config, msg, "write 0 (global), 200 (site), 253 (link) or 254 (host)")
+    })
 }
 
 /// The resolvers that are told on.
