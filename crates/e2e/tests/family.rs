@@ -128,6 +128,22 @@ fn a_family_that_the_host_lacks_is_named_and_the_other_goes_on() {
         if !missing && env(&site).contains("FLANNEL_IPV6_SUBNET=fd00:1:0:f::1/64") { Ok(()) } else { Err(status) }
     });
     assert_eq!(mtu(&site, "flannel-v6.1"), 1430);
+    // Where a sysctl keeps the family away, no address can be given before it is set back.
+    let host = &site.node.host;
+    for of in ["eth0", "all"] {
+        host.run(&format!("sysctl -qw net/ipv6/conf/{of}/disable_ipv6=1"));
+        let finding = site.node.finding("family-missing");
+        let says = |key: &str| finding[key].as_str().unwrap().to_owned();
+        assert!(says("evidence").contains(&format!("net/ipv6/conf/{of}/disable_ipv6")), "{finding}");
+        let fix = says("fix");
+        let (line, _) = fix.split_once(", or ").unwrap();
+        host.feed("sh -e", &format!("{} nodad", line.replace("ADDRESS/LEN", "fd00:168::2/64")));
+        eventually("the family is back", || {
+            let status = site.node.status();
+            let v6 = env(&site).contains("FLANNEL_IPV6_SUBNET=fd00:1:0:f::1/64");
+            if v6 && status["findings"] == json!([]) { Ok(()) } else { Err((status, site.node.log("agent.log"))) }
+        });
+    }
 }
 
 #[test]

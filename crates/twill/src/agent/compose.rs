@@ -15,6 +15,7 @@ use twill_core::lease_set::LeaseSet;
 use twill_core::net::{LinkName, MacAddr, Prefix};
 use twill_core::reconcile::{Claim, Finding};
 use twill_core::state_file::State;
+use twill_kernel::sysctl;
 
 use super::settings::WayOut;
 
@@ -209,19 +210,31 @@ fn fault(backend: &dyn Backend, underlay: &Underlay, v4: bool) -> Option<Refusal
     if underlay.public(over).is_none() {
         let (name, option) = if v4 { ("IPv4", "EnableIPv4") } else { ("IPv6", "EnableIPv6") };
         let (needed, other) = if over { ("IPv4", "") } else { ("IPv6", "-6 ") };
+        let (told, enable) = if over { (String::new(), String::new()) } else { v6_disabled(underlay.link) };
         return Some(Refusal {
             code: "family-missing",
             message: format!(
-                "the network config asks for {name}, and {} has no global {needed} address",
+                "the network config asks for {name}, and {} has no global {needed} address{told}",
                 underlay.link
             ),
             hint: format!(
-                "ip {other}addr add ADDRESS/LEN dev {}, or set {option} to false in the network config",
+                "{enable}ip {other}addr add ADDRESS/LEN dev {}, or set {option} to false in the network config",
                 underlay.link
             ),
         });
     }
     backend.mtu(underlay, v4).err()
+}
+
+/// Where sysctls keep IPv6 from a device: that, and the command that has to come before any address.
+fn v6_disabled(link: LinkName) -> (String, String) {
+    let path = |of: &str| format!("net/ipv6/conf/{of}/disable_ipv6");
+    let is_set = |of: &&str| sysctl::read(&path(of)).is_ok_and(|value| value != "0");
+    // Setting the one of all sets every device's; who sets it back last gets the device.
+    let set: Vec<&str> = ["all", link.as_str()].into_iter().filter(is_set).collect();
+    let Some(_) = set.first() else { return Default::default() };
+    let told = format!(": {} disables IPv6 there", set.iter().map(|of| path(of)).collect::<Vec<_>>().join(" and "));
+    (told, set.iter().map(|of| format!("sysctl -w {}=0 && ", path(of))).collect())
 }
 
 /// Addresses of the own subnet that no container has lead nowhere, and not back to where the packet came from. Any other route of the
