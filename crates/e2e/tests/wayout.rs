@@ -94,6 +94,9 @@ fn a_flushed_ruleset_comes_back_and_a_restart_touches_nothing() {
         "nft add chain inet twill stranger",
         "nft add chain inet twill forward { policy drop ; }",
         "nft add table inet twill { flags dormant ; }",
+        "nft add map inet twill stranger { type ipv4_addr : verdict ; }",
+        "nft add set inet twill stranger { type inet_service ; }",
+        "nft add counter inet twill stranger",
     ] {
         host.run(line);
         eventually(&format!("the table is back after `{line}`"), || {
@@ -121,6 +124,31 @@ fn a_flushed_ruleset_comes_back_and_a_restart_touches_nothing() {
 }
 
 #[test]
+fn our_table_without_its_comment_is_known_by_what_is_in_it() {
+    let Some((site, _dir)) = site() else { return };
+    let host = &site.node.host;
+    let _agent = site.node.agent("--subnet 10.1.15.0/24");
+    site.plug();
+    let (before, text) = (ruleset(host), host.run("nft list table inet twill"));
+    // As a program saves it that knows no comments of tables.
+    let saved = text.replacen("comment \"twill\"\n", "\n", 1);
+    assert_ne!(saved, text);
+    host.feed("nft -f -", &format!("delete table inet twill\n{saved}"));
+    eventually("it is ours again", || {
+        let now = host.run("nft list table inet twill");
+        let told = site.node.status()["findings"].to_string();
+        if now.contains("comment \"twill\"") && ruleset(host) == before && told == "[]" {
+            Ok(())
+        } else {
+            Err((now, told))
+        }
+    });
+    // With a rule more it is somebody else's.
+    host.feed("nft -f -", &format!("delete table inet twill\n{saved}\nadd rule inet twill forward drop"));
+    site.node.finding("table-taken");
+}
+
+#[test]
 fn a_strangers_table_of_our_name_is_left_alone_and_clean_removes_ours() {
     let Some((site, _dir)) = site() else { return };
     let host = &site.node.host;
@@ -128,20 +156,32 @@ fn a_strangers_table_of_our_name_is_left_alone_and_clean_removes_ours() {
     let agent = site.node.agent("--subnet 10.1.15.0/24");
     site.plug();
     let finding = site.node.finding("table-taken");
-    assert_eq!(finding["fix"], "rename it, or remove it: nft delete table inet twill");
+    assert!(!finding["evidence"].as_str().unwrap().contains("may drop"), "{finding}");
     let env = std::fs::read_to_string(site.node.file("subnet.env")).unwrap();
     assert!(env.contains("FLANNEL_IPMASQ=false"), "{env}");
     assert_eq!(ruleset(host).len(), 1, "the stranger's table is as it was");
-    // As long as it drops nothing; where it does, our accepts stand there as in any other.
-    host.run("nft add chain inet twill theirs { type filter hook forward priority 0 ; policy drop ; }");
-    eventually("two accepts, and no more", || {
-        let text = host.run("nft list table inet twill");
-        if text.matches("comment \"twill\"").count() == 2 { Ok(()) } else { Err(text) }
-    });
     site.peer();
     site.arrives("flannel.1", "10.1.40.0");
     assert_eq!(site.node.twill_json("plan")["steps"], serde_json::json!([]));
-    host.run("nft delete table inet twill");
+    // Also where it drops: an accept of ours stands in other tables, and not there.
+    host.run("nft add chain inet twill theirs { type filter hook forward priority 0 ; policy drop ; }");
+    host.feed("nft -f -", "table inet beside {\nchain theirs { type filter hook forward priority 0; policy drop; }\n}");
+    let ours = |table: &str| host.run(&format!("nft list table inet {table}")).matches("comment \"twill\"").count();
+    eventually(
+        "two accepts beside it",
+        || if ours("beside") == 2 { Ok(()) } else { Err(host.run("nft list ruleset")) },
+    );
+    let finding = eventually("what it drops is told", || {
+        let finding = site.node.finding("table-taken");
+        if finding["evidence"].as_str().unwrap().contains("its chain theirs may drop") {
+            Ok(finding)
+        } else {
+            Err(finding)
+        }
+    });
+    assert_eq!((ours("twill"), ours("beside")), (0, 2));
+    host.run("nft delete table inet beside");
+    host.feed("sh", finding["fix"].as_str().unwrap());
     eventually("ours takes the place", || {
         let now = ruleset(host);
         if now.iter().any(|o| o["chain"]["name"] == "leaving") { Ok(()) } else { Err(now) }

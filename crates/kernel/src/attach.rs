@@ -401,7 +401,9 @@ pub fn settle_table(name: &TableName, want: Option<&Table>) -> Result<Option<Ste
     };
     let object = |table: &Table| Object::Table(Box::new(table.clone()));
     let (op, why) = match (&have, want) {
-        (Some(have), _) if !have.is_ours() => return Err(Failed::TableTaken(name.clone())),
+        (Some(have), want) if !have.is_ours() && !want.is_some_and(|want| have.is_as_made(want)) => {
+            return Err(Failed::TableTaken(name.clone()));
+        }
         (have, want) if have.as_ref() == want => return Ok(None),
         (Some(have), Some(want)) => (Op::Update { from: object(have), to: object(want) }, Why::Differs),
         (Some(have), None) => (Op::Delete(object(have)), Why::NotWanted),

@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{ErrorKind, IoSlice};
 use std::net::{IpAddr, SocketAddr};
 
@@ -141,6 +141,7 @@ fn table() -> impl Strategy<Value = Table> {
             comment: Some(policy::TAG.into()),
             dormant: false,
             owner: None,
+            others: BTreeSet::new(),
             sets,
             chains: chains.into(),
         }

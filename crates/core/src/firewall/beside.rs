@@ -90,7 +90,8 @@ pub fn translating(table: &TableName, chains: &BTreeMap<Box<str>, Option<Base>>)
 
 /// What of ours, and of flannel's, stands in somebody else's table.
 pub fn found_in(table: &Table) -> Vec<Object> {
-    if table.is_ours() {
+    // One that is named as ours is left alone, whoever made it.
+    if table.name.is_twills() {
         return Vec::new();
     }
     let mut found = Vec::new();
@@ -118,7 +119,7 @@ pub fn found_in(table: &Table) -> Vec<Object> {
 /// The rules that must stand at the head of others' chains for the networks' packets to pass.
 pub fn heads(networks: &[Prefix], have: &HostState) -> Vec<Object> {
     let mut heads = Vec::new();
-    for table in foreign_tables(have).filter(|table| table.owner.is_none()) {
+    for table in foreign_tables(have).filter(|table| table.owner.is_none() && !table.name.is_twills()) {
         let forward = table.chains.iter().filter(|(_, chain)| enters(chain, Hook::Forward));
         let places: BTreeSet<&str> = forward.filter_map(|(name, _)| place(table, name)).collect();
         for chain in places {

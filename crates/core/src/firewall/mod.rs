@@ -74,6 +74,9 @@ pub struct Table {
     /// Sets of addresses by name; of others' tables they are not read.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub sets: BTreeMap<Box<str>, Set>,
+    /// Maps, counters, flowtables and whatever else Twill does not make; of others' tables they are not read.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub others: BTreeSet<Box<str>>,
     /// Chains by name.
     pub chains: BTreeMap<Box<str>, Chain>,
 }
@@ -359,11 +362,35 @@ impl Table {
         self.comment.as_deref() == Some(policy::TAG)
     }
 
+    /// True for a table that was made as this one: whoever saved it and loaded it again has lost the comment, and nothing else.
+    pub fn is_as_made(&self, made: &Table) -> bool {
+        let bare = |rule: &Rule| {
+            let mut rule = Rule { handle: None, ..rule.clone() };
+            for expr in &mut rule.exprs {
+                if let Expr::Member { keys, .. } = expr {
+                    keys.clear();
+                }
+            }
+            rule
+        };
+        let same = |name: &Box<str>, chain: &Chain| {
+            made.chains.get(name).is_some_and(|ours| {
+                ours.base == chain.base && chain.rules.iter().map(bare).eq(ours.rules.iter().cloned())
+            })
+        };
+        self.comment.is_none()
+            && self.owner.is_none()
+            && self.others.is_empty()
+            && !self.chains.is_empty()
+            && self.chains.iter().all(|(name, chain)| same(name, chain))
+            && self.sets.keys().all(|name| made.sets.contains_key(name))
+    }
+
     /// True when nothing but the elements of sets tells the two apart.
     pub fn differs_in_elements(&self, other: &Table) -> bool {
         let kinds = |table: &Table| table.sets.iter().map(|(name, set)| (name.clone(), set.v4)).collect::<Vec<_>>();
-        (&self.name, &self.comment, self.dormant, &self.chains)
-            == (&other.name, &other.comment, other.dormant, &other.chains)
+        (&self.name, &self.comment, self.dormant, &self.others, &self.chains)
+            == (&other.name, &other.comment, other.dormant, &other.others, &other.chains)
             && kinds(self) == kinds(other)
     }
 

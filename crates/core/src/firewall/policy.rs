@@ -15,7 +15,7 @@
 //! containers passes is kept short, since each chain costs such a packet one hundredth of its time: few chains, and the rules begin with
 //! the devices.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use super::build::{End, address, compare, family, from_device, is, marked, masked, multicast, to_device, within};
@@ -91,7 +91,15 @@ impl Policy {
         add("leaving", ChainKind::Nat, Hook::Postrouting, SRCNAT, self.masquerade());
         let peers = |at: SocketAddr| (PEERS.into(), Set { v4: at.is_ipv4(), ..Set::default() });
         let sets = self.socket.into_iter().map(peers).collect();
-        Table { name: TableName::twill(), comment: Some(TAG.into()), dormant: false, owner: None, sets, chains }
+        Table {
+            name: TableName::twill(),
+            comment: Some(TAG.into()),
+            dormant: false,
+            owner: None,
+            sets,
+            others: BTreeSet::new(),
+            chains,
+        }
     }
 
     fn subnet(&self, network: &Prefix) -> Option<&Prefix> {

@@ -64,6 +64,7 @@ pub fn table<'a>(attached: impl IntoIterator<Item = &'a Request>) -> Option<Tabl
         comment: Some(TAG.into()),
         dormant: false,
         owner: None,
+        others: BTreeSet::new(),
         sets: BTreeMap::new(),
         chains,
     };

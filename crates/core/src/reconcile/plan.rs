@@ -84,7 +84,7 @@ impl Draft {
         match (object, found) {
             (Object::Route(wanted), Object::Route(found)) => self.make_route(want, wanted, found),
             // Somebody else's table of this name is a finding, not ours to replace.
-            (Object::Table(_), Object::Table(found)) if !found.is_ours() => {}
+            (Object::Table(ours), Object::Table(found)) if !found.is_ours() && !found.is_as_made(ours) => {}
             _ if object.satisfied_by(found) => {}
             _ => self.push(Op::Update { from: found.clone(), to: object.clone() }, Why::Differs),
         }

@@ -1,5 +1,7 @@
 //! Things of others that take the only place for one of ours.
 
+use crate::firewall::beside::may_shut;
+use crate::firewall::{Base, Hook, Table};
 use crate::host::{HostState, Link, Object};
 
 use super::plan::same_tunnel;
@@ -22,15 +24,30 @@ pub fn taken_tunnels(want: &HostState, have: &HostState) -> Vec<Finding> {
 
 /// A finding for each wanted table whose place somebody else's takes.
 pub fn taken_tables(want: &Desired, have: &HostState) -> Vec<Finding> {
-    let tables = want.host.iter().filter_map(|(key, _)| match have.get(key) {
-        Some(Object::Table(table)) if !table.is_ours() => Some(table),
+    let tables = want.host.iter().filter_map(|(key, object)| match (object, have.get(key)) {
+        (Object::Table(ours), Some(Object::Table(table))) if !table.is_ours() && !table.is_as_made(ours) => {
+            Some(&**table)
+        }
         _ => None,
     });
-    let finding = |table: &crate::firewall::Table| Finding {
+    tables.map(taken_table).collect()
+}
+
+fn taken_table(table: &Table) -> Finding {
+    let forward = |base: &Base| base.hook == Hook::Forward;
+    let mut shut = table
+        .chains
+        .iter()
+        .filter(|(name, chain)| chain.base.as_ref().is_some_and(forward) && may_shut(table, name) && !table.dormant);
+    let shut = shut.next().map_or_else(String::new, |(name, _)| {
+        format!("; its chain {name} may drop what containers forward, and no accept is put there")
+    });
+    Finding {
         code: "table-taken".into(),
         object: format!("table {}", table.name),
-        evidence: format!("a {table} is there that Twill did not make: nothing is masqueraded or accepted"),
-        fix: format!("rename it, or remove it: nft delete table {}", table.name),
-    };
-    tables.map(|table| finding(table)).collect()
+        evidence: format!(
+            "a {table} is there that Twill did not make, and it is left as it is: none of Twill's own rules is in force, so nothing is masqueraded; accepts in the forward chains of other tables are{shut}"
+        ),
+        fix: format!("nft delete table {} # and whoever made it takes another name", table.name),
+    }
 }

@@ -8,7 +8,7 @@
 
 pub mod entries;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -121,6 +121,7 @@ impl Table {
             comment: None,
             dormant: false,
             owner: None,
+            others: BTreeSet::new(),
             sets: BTreeMap::new(),
             chains: parse(self.v4, &self.entries, &hooks),
         }

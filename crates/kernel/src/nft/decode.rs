@@ -1,6 +1,6 @@
 //! Messages → model.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use twill_core::firewall::{
@@ -39,6 +39,7 @@ pub(super) fn table(payload: &[u8]) -> Option<Table> {
         dormant,
         owner: number(body, table::OWNER),
         sets: BTreeMap::new(),
+        others: BTreeSet::new(),
         chains: BTreeMap::new(),
     })
 }
@@ -93,6 +94,18 @@ pub(super) fn set(payload: &[u8]) -> Option<(TableName, Box<str>, Option<Set>)> 
     let plain = number(body, set::FLAGS).unwrap_or(0) == 0;
     let what = v4.filter(|_| plain).map(|v4| Set { v4, ..Set::default() });
     Some((of, text(attr(body, set::NAME)?)?.into(), what))
+}
+
+/// True for a map, and for a set of more than addresses, that is no part of a rule.
+pub(super) fn is_foreign_set(payload: &[u8]) -> bool {
+    let flags = body(payload).and_then(|(_, body)| number(body, set::FLAGS)).unwrap_or(0);
+    flags & set::ANONYMOUS == 0 && set(payload).is_none_or(|(.., what)| what.is_none())
+}
+
+/// The table and the name of a set, an object or a flowtable.
+pub(super) fn named(payload: &[u8]) -> Option<(TableName, Box<str>)> {
+    let (family, body) = body(payload)?;
+    Some((TableName::new(family, text(attr(body, set::TABLE)?)?), text(attr(body, set::NAME)?)?.into()))
 }
 
 /// The addresses that a message about elements names.

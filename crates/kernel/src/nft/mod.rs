@@ -112,6 +112,9 @@ impl Nft {
             if table.name == TableName::twill() {
                 table.sets = self.sets(&table.name, &mut whole)?;
             }
+            if table.name.is_twills() {
+                table.others = self.others(&table.name, &mut whole)?;
+            }
             tables.push(table);
         }
         Ok(whole.then_some(tables))
@@ -177,6 +180,23 @@ impl Nft {
                 self.requests.dump(msg::GET_ELEMENT, fill, |m| what.elements.extend(decode::elements(m.payload)))?;
         }
         Ok(sets)
+    }
+
+    /// What is in a table beside chains and the plain sets of addresses.
+    fn others(&mut self, table: &TableName, whole: &mut bool) -> io::Result<BTreeSet<Box<str>>> {
+        let mut others = BTreeSet::new();
+        for kind in [msg::GET_SET, msg::GET_OBJECT, msg::GET_FLOWTABLE] {
+            // A table's name has the same place in all of them.
+            let fill = |w: &mut Writer| {
+                w.put(&header(encode::family(table.family)));
+                w.text(set::TABLE, &table.name);
+            };
+            *whole &= self.requests.dump(kind, fill, |m| {
+                let plain = kind == msg::GET_SET && !decode::is_foreign_set(m.payload);
+                others.extend(decode::named(m.payload).filter(|(of, _)| of == table && !plain).map(|(_, name)| name));
+            })?;
+        }
+        Ok(others)
     }
 
     /// What is in a set or map of somebody else's table, read once.

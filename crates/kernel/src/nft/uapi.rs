@@ -27,6 +27,8 @@ pub(super) mod msg {
     pub(in super::super) const NEW_ELEMENT: u16 = of(12);
     pub(in super::super) const GET_ELEMENT: u16 = of(13);
     pub(in super::super) const DEL_ELEMENT: u16 = of(14);
+    pub(in super::super) const GET_OBJECT: u16 = of(19);
+    pub(in super::super) const GET_FLOWTABLE: u16 = of(23);
 }
 
 /// NFTA_TABLE_*.
@@ -83,7 +85,8 @@ pub(super) mod set {
     /// NFT_SET_ELEM_INTERVAL_END, NFT_SET_ELEM_CATCHALL.
     pub(in super::super) const INTERVAL_END: u32 = 1;
     pub(in super::super) const CATCHALL: u32 = 2;
-    /// NFT_SET_INTERVAL.
+    /// NFT_SET_ANONYMOUS, NFT_SET_INTERVAL.
+    pub(in super::super) const ANONYMOUS: u32 = 1;
     pub(in super::super) const INTERVAL: u32 = 4;
 }
 
