@@ -373,7 +373,7 @@ impl Table {
             }
             rule
         };
-        let same = |name: &Box<str>, chain: &Chain| {
+        let same = |name: &str, chain: &Chain| {
             made.chains.get(name).is_some_and(|ours| {
                 ours.base == chain.base && chain.rules.iter().map(bare).eq(ours.rules.iter().cloned())
             })
