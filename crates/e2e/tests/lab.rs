@@ -556,9 +556,9 @@ fn each_entry_altered_while_the_agent_is_held_changes_the_explanation() {
         };
         // What is typed on node1 and where the path then ends, the last one last: it stays for the agent.
         for (fault, mend, place, code, says) in [
-            refuses("unreachable", "errno 113"),
-            refuses("prohibit", "errno 13"),
-            refuses("blackhole", "errno 22"),
+            refuses("unreachable", "a route of the type unreachable covers it (errno 113)"),
+            refuses("prohibit", "a route of the type prohibit covers it (errno 13)"),
+            refuses("blackhole", "a route of the type blackhole covers it (errno 22)"),
             // The default route takes it to the underlay, which is no router.
             (
                 format!("ip route del {route}"),

@@ -5,6 +5,7 @@ use std::io;
 
 use twill_core::host::{HostState, Object, Route};
 use twill_core::net::LinkName;
+use twill_core::words::route_kind;
 use twill_explain::{Facts, Far, NoRoute, PlaceFacts, RouteAnswer, RouteQuery};
 use twill_kernel::lookup::{Question, Router};
 use twill_kernel::netns::Netns;
@@ -109,7 +110,7 @@ impl Facts for LiveFacts {
             Ok(Some(route)) => answer(&route),
             Ok(None) => Err(refused(libc::ENETUNREACH)),
             Err(error) => match error.source.raw_os_error() {
-                Some(errno) => Err(refused(errno)),
+                Some(errno) => Err(covering(&live.facts, query, errno).unwrap_or_else(|| refused(errno))),
                 None => Err(NoRoute::NotAsked(format!("{error}: {}", error.source))),
             },
         }
@@ -120,10 +121,9 @@ impl Facts for LiveFacts {
 fn answer(route: &Route) -> Result<RouteAnswer, NoRoute> {
     let entry = route.entries.first().ok_or_else(|| NoRoute::NotAsked("the kernel's answer is empty".to_owned()))?;
     match entry.kind {
-        // Blackhole, unreachable, prohibit, as the kernel itself answers them to a sender.
-        6 => Err(refused(libc::EINVAL)),
-        7 => Err(refused(libc::EHOSTUNREACH)),
-        8 => Err(refused(libc::EACCES)),
+        6 => Err(covered(entry.kind, libc::EINVAL)),
+        7 => Err(covered(entry.kind, libc::EHOSTUNREACH)),
+        8 => Err(covered(entry.kind, libc::EACCES)),
         kind => Ok(RouteAnswer {
             kind,
             dev: entry.dev,
@@ -133,6 +133,18 @@ fn answer(route: &Route) -> Result<RouteAnswer, NoRoute> {
             others: route.entries.as_slice().len() - 1,
         }),
     }
+}
+
+/// The refusal by a route that is there to refuse: the kernel says "Invalid argument" of a blackhole.
+fn covering(facts: &PlaceFacts, query: &RouteQuery, errno: i32) -> Option<NoRoute> {
+    let covering = facts.routes().filter(|route| route.key.dst.contains(query.dst));
+    let entry = covering.max_by_key(|route| route.key.dst.len())?.entries.first()?;
+    let fits = matches!((entry.kind, errno), (6, libc::EINVAL) | (7, libc::EHOSTUNREACH) | (8, libc::EACCES));
+    fits.then(|| covered(entry.kind, errno))
+}
+
+fn covered(kind: u8, errno: i32) -> NoRoute {
+    NoRoute::Refused { errno, text: format!("a route of the type {} covers it", route_kind(kind)) }
 }
 
 fn refused(errno: i32) -> NoRoute {
