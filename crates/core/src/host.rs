@@ -389,7 +389,13 @@ pub struct Rule {
     pub action: u8,
     /// Table it sends the lookup to; `None` for other actions.
     pub table: Option<u32>,
-    /// Destinations that it is for; `None`: all.
+    /// Priority of the rule that it goes on with (FR_ACT_GOTO).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub goto: Option<u32>,
+    /// What its table finds by a prefix no longer than this is not taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suppress: Option<u8>,
+    /// Destinations that it is for; `None`: all, or all but some.
     pub to: Option<Prefix>,
     /// rtm_protocol of who added it.
     pub protocol: u8,

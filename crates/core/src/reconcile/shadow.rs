@@ -50,7 +50,11 @@ fn in_main(route: &Route, have: &HostState, claim: &Claim) -> Option<Finding> {
         let Object::Route(found) = object else { continue };
         let Some(entry) = found.entries.first() else { continue };
         let inside = route.key.dst.covers(&found.key.dst) && found.key.dst != route.key.dst;
-        let before = found.key.dst == route.key.dst && (found.key.metric < route.key.metric || found.key.tos != 0);
+        // A route with a TOS is for the packets that have it.
+        if found.key.tos != 0 {
+            continue;
+        }
+        let before = found.key.dst == route.key.dst && found.key.metric < route.key.metric;
         if (inside || before) && !claim.owns_entry(found, entry) && entry.protocol != crate::host::PROTO_KERNEL {
             let what = if inside {
                 "a more specific route takes its packets"
@@ -72,43 +76,79 @@ fn by_rules(v6: bool, routes: &[&Route], have: &HostState, claim: &Claim) -> Vec
     });
     let mut rules: Vec<&Rule> = rules.collect();
     rules.sort_by_key(|rule| rule.key.priority);
-    let main = rules.iter().position(|rule| rule.table == Some(TABLE_MAIN));
+    let leads =
+        |rule: &Rule| rule.table == Some(TABLE_MAIN) && rule.suppress.is_none_or(|len| first.key.dst.len() > len);
+    let main = rules.iter().position(|rule| leads(rule));
     let before = &rules[..main.unwrap_or(rules.len())];
-    let mut findings: Vec<Finding> = before.iter().filter_map(|rule| by_rule(rule, routes, have, claim)).collect();
+    let end = main.map(|at| rules[at].key.priority);
+    let mut findings: Vec<Finding> = before.iter().filter_map(|rule| by_rule(rule, end, routes, have, claim)).collect();
     if main.is_none() {
-        let evidence = "no rule leads to the main table: none of its routes is used";
-        let fix = format!("ip {}rule add priority 32766 lookup main", family(first.key.dst.addr()));
-        findings.push(finding(first, evidence, &fix));
+        let suppressing = rules.iter().find(|rule| rule.table == Some(TABLE_MAIN));
+        let (evidence, priority) = match suppressing {
+            Some(rule) => (
+                format!(
+                    "rule {} ({}) takes no route of the main table as short as this one",
+                    rule.key.priority, rule.key.selector
+                ),
+                32765,
+            ),
+            None => ("no rule leads to the main table: none of its routes is used".into(), 32766),
+        };
+        let fix = format!("ip {}rule add priority {priority} lookup main", family(first.key.dst.addr()));
+        findings.push(finding(first, &evidence, &fix));
     }
     findings
 }
 
 /// A rule that ends the lookup, or whose table has a route that takes packets of ours. One finding for all the routes it hides.
-fn by_rule(rule: &Rule, routes: &[&Route], have: &HostState, claim: &Claim) -> Option<Finding> {
-    let table = rule.table.filter(|table| *table != TABLE_LOCAL);
-    let ends = ENDS_LOOKUP.contains(&rule.action);
+/// `main`: the priority of the rule that leads to the main table.
+fn by_rule(rule: &Rule, main: Option<u32>, routes: &[&Route], have: &HostState, claim: &Claim) -> Option<Finding> {
+    let table = rule.table;
+    let over = rule.goto.filter(|target| main.is_some_and(|main| *target > main));
+    let ends = ENDS_LOOKUP.contains(&rule.action) || over.is_some();
     if table.is_none() && !ends {
         return None;
     }
     let foreign: Vec<&Route> = table.map_or_else(Vec::new, |table| foreign_routes(table, rule.key.v6, have, claim));
     let takes = |route: &Route| {
         let concerns = rule.to.is_none_or(|to| to.overlaps(&route.key.dst));
-        let found = foreign.iter().find(|found| found.key.dst.overlaps(&route.key.dst));
+        let suppressed = |found: &Route| rule.suppress.is_some_and(|len| found.key.dst.len() <= len);
+        let found = foreign
+            .iter()
+            .find(|found| found.key.dst.overlaps(&route.key.dst) && found.key.tos == 0 && !suppressed(found));
         (concerns && (ends || found.is_some())).then_some(found)
     };
     let mut hidden = routes.iter().filter_map(|route| Some((*route, takes(route)?)));
     let (first, found) = hidden.next()?;
     let what = match (table, found) {
         (Some(table), Some(found)) => format!("looks into table {table} first, where {found}"),
-        _ => "ends the lookup before the main table".into(),
+        _ => over.map_or("ends the lookup before the main table".into(), |target| {
+            format!("goes on with rule {target}, behind the main table's")
+        }),
     };
     let others = match hidden.count() {
         0 => String::new(),
         n => format!(", for {n} more routes too"),
     };
     let RuleKey { priority, selector, .. } = &rule.key;
+    let fix = match (table, found) {
+        // What the kernel itself has there is needed.
+        (Some(TABLE_LOCAL), Some(found)) => removal(found),
+        _ => rule_removal(rule),
+    };
     let evidence = format!("rule {priority} ({selector}) {what}{others}");
-    Some(finding(first, &evidence, &format!("ip {}rule del priority {priority}", family(first.key.dst.addr()))))
+    Some(finding(first, &evidence, &fix))
+}
+
+/// The command that removes this very rule: others may have its priority.
+fn rule_removal(rule: &Rule) -> String {
+    let RuleKey { v6, priority, selector } = &rule.key;
+    let act = match (rule.table, rule.goto, rule.action) {
+        (Some(table), ..) => format!(" table {table}"),
+        (_, Some(target), _) => format!(" goto {target}"),
+        (.., action) => format!(" {}", route_kind(action)),
+    };
+    format!("ip {}rule del {selector} priority {priority}{act}", if *v6 { "-6 " } else { "" })
 }
 
 /// The routes of a table that are not ours and end the lookup there.

@@ -5,7 +5,7 @@ use std::io;
 
 use rustix::net::netdevice::name_to_index;
 use twill_core::firewall::beside;
-use twill_core::host::{Fdb, HostState, Key, LinkKind, Object, Route, TABLE_LOCAL};
+use twill_core::host::{Fdb, HostState, Key, LinkKind, Object, PROTO_KERNEL, Route, TABLE_LOCAL};
 use twill_core::net::LinkName;
 use twill_core::reconcile::{Op, effect};
 
@@ -228,12 +228,12 @@ impl LinuxKernel {
         Ok(whole)
     }
 
-    /// The routes of one address family, all tables but `local`.
+    /// The routes of one address family.
     fn dump_routes(&mut self, fresh: &mut HostState, family: u8) -> io::Result<bool> {
         let names = &self.names;
         let fill = |w: &mut Writer| w.put(&[family, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         self.requests.dump(rtm::GETROUTE, fill, |m| {
-            if let Some(route) = decode::route(m.payload, names).filter(|r| r.key.table != TABLE_LOCAL) {
+            if let Some(route) = decode::route(m.payload, names).filter(is_of_interest) {
                 add_twins(fresh, route);
             }
         })
@@ -303,6 +303,11 @@ impl LinuxKernel {
         })?;
         Ok(whole & whole_fdb)
     }
+}
+
+/// Of table `local` only what somebody added: it stands before all other tables. The kernel's own come and go with addresses.
+pub(super) fn is_of_interest(route: &Route) -> bool {
+    route.key.table != TABLE_LOCAL || route.entries.first().is_some_and(|entry| entry.protocol != PROTO_KERNEL)
 }
 
 /// Appends a route's entries to those of its key.

@@ -3,11 +3,11 @@
 use std::io;
 use std::net::IpAddr;
 
-use twill_core::host::{Key, Link, LinkKind, Object, Remark, Route, RouteEntry, RouteKey, TABLE_LOCAL};
+use twill_core::host::{Key, Link, LinkKind, Object, Remark, Route, RouteEntry, RouteKey};
 use twill_core::net::{LinkName, Prefix};
 use twill_core::reconcile::{Op, effect};
 
-use super::dump::{Stale, add_host};
+use super::dump::{Stale, add_host, is_of_interest};
 use super::{Firewall, LinuxKernel};
 use crate::netlink::decode::{self, AF_BRIDGE};
 use crate::netlink::encode::rtm;
@@ -164,7 +164,7 @@ impl LinuxKernel {
 
     /// Twins make a key's order unknowable from messages: then the tables are read anew.
     fn on_route(&mut self, message: &Message<'_>, stale: &mut Stale) {
-        let Some(route) = decode::route(message.payload, &self.names).filter(|r| r.key.table != TABLE_LOCAL) else {
+        let Some(route) = decode::route(message.payload, &self.names).filter(is_of_interest) else {
             return;
         };
         let (key, v4) = (Key::Route(route.key), route.key.dst.is_v4());

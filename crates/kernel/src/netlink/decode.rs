@@ -321,7 +321,10 @@ pub(crate) fn rule(payload: &[u8]) -> Option<Rule> {
     let number = |kind| attr(rest, kind).and_then(|v| u32_at(v, 0));
     let net = |kind, len| attr(rest, kind).and_then(ip).and_then(|ip| Prefix::truncate(ip, len).ok());
     let (from, to) = (net(2, src_len), net(1, dst_len));
-    let mut selector = format!("from {}", from.map_or("all".into(), |from| from.to_string()));
+    // FIB_RULE_INVERT.
+    let inverted = u32_at(payload, 8)? & 2 != 0;
+    let not = if inverted { "not " } else { "" };
+    let mut selector = format!("{not}from {}", from.map_or("all".into(), |from| from.to_string()));
     if let Some(to) = to {
         selector += &format!(" to {to}");
     }
@@ -334,13 +337,35 @@ pub(crate) fn rule(payload: &[u8]) -> Option<Rule> {
             selector += &format!(" {word} {name}");
         }
     }
+    if let Some(tos @ 1..) = payload.get(3) {
+        selector += &format!(" tos {tos:#x}");
+    }
+    // FRA_UID_RANGE 20, FRA_IP_PROTO 22, FRA_SPORT_RANGE 23, FRA_DPORT_RANGE 24.
+    if let Some((from, to)) = attr(rest, 20).and_then(|v| Some((u32_at(v, 0)?, u32_at(v, 4)?))) {
+        selector += &format!(" uidrange {from}-{to}");
+    }
+    if let Some(number) = attr(rest, 22).and_then(|v| v.first()) {
+        selector += &format!(" ipproto {number}");
+    }
+    for (kind, word) in [(23, "sport"), (24, "dport")] {
+        if let Some((from, to)) = attr(rest, kind).and_then(|v| Some((u16_at(v, 0)?, u16_at(v, 2)?))) {
+            selector += &format!(" {word} {from}-{to}");
+        }
+    }
+    // FRA_SUPPRESS_PREFIXLEN 14, all ones: none; FRA_GOTO 4.
+    let suppress = number(14).and_then(|len| u8::try_from(len).ok());
+    if let Some(len) = suppress {
+        selector += &format!(" suppress_prefixlength {len}");
+    }
     // FRA_PRIORITY 6, FRA_TABLE 15, FRA_PROTOCOL 21; action 1 is "look into a table".
     let table = number(15).unwrap_or(u32::from(*payload.get(4)?));
     Some(Rule {
         key: RuleKey { v6: family == AF_INET6, priority: number(6).unwrap_or(0), selector: selector.into() },
         action: *payload.get(7)?,
         table: (*payload.get(7)? == 1).then_some(table),
-        to,
+        goto: number(4).filter(|_| payload.get(7) == Some(&2)),
+        suppress,
+        to: to.filter(|_| !inverted),
         protocol: attr(rest, 21).and_then(|v| v.first()).copied().unwrap_or(0),
     })
 }
