@@ -40,7 +40,7 @@ pub fn misfits(
                     "{}: of a subnet that this node no longer holds; it runs, and containers of other nodes do not reach it there",
                     stranded.join(", ")
                 ),
-                fix: "start it anew: it gets an address of the node's own subnet".into(),
+                fix: "end it, and all others of that subnet: containers that start then get addresses of the node's own subnet".into(),
             });
         }
     }

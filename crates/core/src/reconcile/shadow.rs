@@ -1,9 +1,10 @@
 //! Owned routes that the kernel does not use, because something stands before them.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::ops::Bound;
 
-use crate::host::{HostState, Key, Object, Route, RouteKey, Rule, RuleKey, TABLE_LOCAL, TABLE_MAIN};
+use crate::host::{Addr, HostState, Key, Object, Route, RouteKey, Rule, RuleKey, TABLE_LOCAL, TABLE_MAIN};
 use crate::net::{LinkName, Prefix};
 use crate::words::{protocol, route_kind};
 
@@ -15,9 +16,14 @@ use super::{Claim, Desired, Finding};
 /// ends the lookup or finds a route elsewhere first, and that no rule leads to the main table. Cost: one range query for each route.
 pub fn shadowed(want: &Desired, have: &HostState) -> Vec<Finding> {
     let (mut findings, mut routes) = (Vec::new(), [Vec::new(), Vec::new()]);
+    let kept = kept_subnets(want, have);
     for (key, object) in want.host.iter() {
         let (Key::Route(route_key), Object::Route(route)) = (key, object) else { continue };
         if route_key.table != TABLE_MAIN {
+            continue;
+        }
+        if let Some(addr) = kept.get(&route.key.dst) {
+            findings.push(kept_subnet(route, addr));
             continue;
         }
         findings.extend(twin(route, have).or_else(|| in_main(route, have, &want.claim)));
@@ -29,6 +35,35 @@ pub fn shadowed(want: &Desired, have: &HostState) -> Vec<Finding> {
         findings.extend(by_rules(v6, routes, have, &want.claim));
     }
     findings
+}
+
+/// Subnets of the networks that are a peer's, with the address that a device of this host still has there.
+fn kept_subnets<'a>(want: &Desired, have: &'a HostState) -> BTreeMap<Prefix, &'a Addr> {
+    let (claim, mut kept) = (&want.claim, BTreeMap::new());
+    for (_, object) in have.iter() {
+        if let Object::Addr(addr) = object
+            && !claim.devices.contains(&addr.link)
+            && let Ok(subnet) = Prefix::truncate(addr.inet.addr, addr.inet.len())
+            && claim.networks.iter().any(|network| network.covers(&subnet))
+            && !claim.subnets.contains(&subnet)
+        {
+            kept.insert(subnet, addr);
+        }
+    }
+    kept
+}
+
+/// A bridge has its subnet still, though a peer holds it now: who removes the bridge's route cuts its containers off. For IPv6 the kernel
+/// takes no route at all (net/ipv6/route.c `ip6_validate_gw`: the gateway is the bridge's anycast address).
+fn kept_subnet(route: &Route, Addr { link, inet, .. }: &Addr) -> Finding {
+    let evidence = format!(
+        "{link} has the address {inet}, of a subnet that is another node's now: containers on {link} go on, and until they have ended this node does not reach that node's containers there"
+    );
+    let v6 = family(inet.addr);
+    let fix = format!(
+        "end the containers on {link} that are of that subnet; when none is left: ip {v6}addr del {inet} dev {link}"
+    );
+    finding(route, &evidence, &fix)
 }
 
 /// A foreign entry with the same key stands before ours.

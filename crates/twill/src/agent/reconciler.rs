@@ -508,6 +508,8 @@ impl Reconciler {
             refused.retain(|finding| finding.code != "kernel-refused" || !finding.object.starts_with("table "));
             findings.push(nf_tables_missing(error));
         }
+        // What stands in its way is told in plain words.
+        refused.retain(|finding| !findings.iter().any(|f| f.code == "route-shadowed" && f.object == finding.object));
         findings.extend(refused);
         findings.extend(self.tunnel.finding().cloned());
         let recent =
