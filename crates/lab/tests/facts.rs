@@ -204,7 +204,6 @@ const ENTRIES: [(&str, &str, &str, Code, &str); 8] = [
     ),
     ("node1", "ip route add 10.1.16.0/25 dev docker0", "ip route del 10.1.16.0/25", Code::NobodyAnswers, "node1"),
     ("node1", "ip route add blackhole 10.1.16.3", "ip route del 10.1.16.3", Code::RouteRefuses, "node1"),
-    ("node2", "ip link set veth1 down", "ip link set veth1 up", Code::NobodyAnswers, "node2"),
 ];
 
 #[test]
