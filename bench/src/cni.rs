@@ -18,7 +18,7 @@ const REFERENCE: &str = "/usr/lib/cni";
 const PODS: usize = 110;
 /// Calls of each kind.
 const CALLS: usize = 40;
-/// A device that is deleted has been there for a while: the kernel has done by then what it puts off when one comes up.
+/// A device that is deleted has been there for a while: the kernel has done by then what it puts off when one comes up, or goes.
 const SETTLED: Duration = Duration::from_millis(50);
 
 /// One of the two, on a host of its own.
@@ -95,6 +95,8 @@ fn one_by_one(bed: &Bed, ours: &Side<'_>, theirs: &Side<'_>, report: &mut Report
     for _ in 0..CALLS {
         for (n, side) in [ours, theirs].into_iter().enumerate() {
             enter(side.host);
+            // What the kernel puts off when the device before it goes is not this one's.
+            std::thread::sleep(SETTLED);
             add[n].push(side.time("ADD", "c", &container));
             std::thread::sleep(SETTLED);
             del[n].push(side.time("DEL", "c", &container));
