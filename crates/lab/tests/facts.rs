@@ -166,7 +166,7 @@ impl Net {
 }
 
 /// Where, what is broken and how it is mended, and what the explanation then says.
-const ENTRIES: [(&str, &str, &str, Code, &str); 8] = [
+const ENTRIES: [(&str, &str, &str, Code, &str); 7] = [
     (
         "node1",
         "bridge fdb del 5e:f8:4f:00:e3:02 dev flannel.1",
