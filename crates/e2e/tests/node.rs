@@ -36,14 +36,14 @@ fn shapes_for_programs_are_as_documented() {
     node.put("subnets/10.1.201.0-24", "{");
     let plan = json!({"schema": "number", "steps": [{"op": "text", "object": "text", "why": "text"}]});
     assert_eq!(shape(&node.twill_json("plan")), plan);
+    let finding = json!({"code": "text", "object": "text", "evidence": "text", "fix": "text"});
     let check = json!({"schema": "number", "interface": "text", "why": "text", "addresses": ["text"], "mtu": "number",
-        "networks": ["text"], "backend": "text", "ports": ["text"], "findings": []});
+        "networks": ["text"], "backend": "text", "ports": ["text"], "findings": [finding]});
     assert_eq!(shape(&node.twill_json("agent --check")), check);
     let _agent = node.agent("");
     node.await_peer(200, true);
     node.host.ip("route del 10.1.200.0/24");
     node.await_peer(200, true);
-    let finding = json!({"code": "text", "object": "text", "evidence": "text", "fix": "text"});
     let repair = json!({"unix_ms": "number", "op": "text", "object": "text", "before": "null", "why": "text"});
     let status = json!({"schema": "number", "node": "text", "state": "text", "subnets": ["text"], "networks": ["text"],
         "backend": "text", "devices": ["text"], "mtu": "number",
