@@ -132,18 +132,21 @@ impl LeaseSet {
 
     /// The lease named `name`, or why it does not count; `None`: there is none.
     pub fn verdict(&self, name: &str) -> Option<Result<Lease, PeerFault>> {
-        let lease = self.lease(name)?.and_then(|lease| self.accepts(&lease).map(|()| lease));
-        Some(lease.and_then(|lease| self.unbeaten(lease)))
+        let lease = self.lease(name)?;
+        // What counts was accepted when it was taken in.
+        let counts = self.entries.get(name).is_some_and(|entry| entry.counts);
+        let accepted = lease.and_then(|lease| if counts { Ok(lease) } else { self.accepts(&lease).map(|()| lease) });
+        Some(accepted.and_then(|lease| self.unbeaten(name, lease)))
     }
 
     /// As [`LeaseSet::verdict`] for a lease of the asker's own: what it tells will be put right, so that nothing but an older one is
     /// against it.
     pub fn standing(&self, name: &str) -> Option<Result<Lease, PeerFault>> {
-        Some(self.lease(name)?.and_then(|lease| self.unbeaten(lease)))
+        Some(self.lease(name)?.and_then(|lease| self.unbeaten(name, lease)))
     }
 
-    fn unbeaten(&self, lease: Lease) -> Result<Lease, PeerFault> {
-        match self.beaten_by(&lease.key.to_string(), &mut BTreeMap::new(), DEEPEST) {
+    fn unbeaten(&self, name: &str, lease: Lease) -> Result<Lease, PeerFault> {
+        match self.beaten_by(name, &mut BTreeMap::new(), DEEPEST) {
             None => Ok(lease),
             Some(winner) => {
                 Err(lease.fault("lease-collision", format!("it collides with {winner}, which is older and wins")))
