@@ -37,6 +37,14 @@ type Bases = BTreeMap<Box<str>, Option<Base>>;
 /// What the elements of a set stand for, with the verdict of each where it is a map's.
 type Spans = Vec<(Keys, Option<Verdict>)>;
 
+/// The sets and maps of a table that its rules look something up in, each read once.
+#[derive(Default)]
+struct Lookups {
+    /// Those whose elements are intervals, once that was asked.
+    intervals: Option<BTreeSet<Box<str>>>,
+    spans: BTreeMap<Box<str>, Spans>,
+}
+
 /// nftables of the namespace of the thread that opened it.
 #[derive(Debug)]
 pub(crate) struct Nft {
@@ -130,7 +138,7 @@ impl Nft {
         whole: &mut bool,
     ) -> io::Result<()> {
         let (name, foreign) = (table.name.clone(), !table.is_ours());
-        let mut spans = BTreeMap::new();
+        let mut lookups = Lookups::default();
         let mut todo = VecDeque::from(todo);
         while let Some(chain) = todo.pop_front() {
             if most == 0 || table.chains.contains_key(&chain) {
@@ -143,11 +151,11 @@ impl Nft {
             for expr in rules.iter_mut().flat_map(|rule| &mut rule.exprs) {
                 match expr {
                     Expr::Choose { map, ways, .. } => {
-                        let spans = self.spans(&name, map, &mut spans, whole)?.iter();
+                        let spans = self.spans(&name, map, &mut lookups, whole)?.iter();
                         ways.extend(spans.filter_map(|(keys, verdict)| Some((keys.clone(), verdict.clone()?))));
                     }
                     Expr::Member { set, keys, .. } if foreign => {
-                        let spans = self.spans(&name, set, &mut spans, whole)?.iter();
+                        let spans = self.spans(&name, set, &mut lookups, whole)?.iter();
                         keys.extend(spans.map(|(keys, _)| keys.clone()));
                     }
                     _ => {}
@@ -199,33 +207,38 @@ impl Nft {
         Ok(others)
     }
 
-    /// What is in a set or map of somebody else's table, read once.
+    /// What is in a set or map of somebody else's table.
     fn spans<'s>(
         &mut self,
         table: &TableName,
         set: &str,
-        known: &'s mut BTreeMap<Box<str>, Spans>,
+        known: &'s mut Lookups,
         whole: &mut bool,
     ) -> io::Result<&'s Spans> {
-        if !known.contains_key(set) {
-            let (mut intervals, mut elements) = (false, Vec::new());
+        if known.intervals.is_none() {
+            let mut intervals = BTreeSet::new();
             let fill = |w: &mut Writer| {
                 w.put(&header(encode::family(table.family)));
                 w.text(set::TABLE, &table.name);
             };
             *whole &= self.requests.dump(msg::GET_SET, fill, |m| {
-                let told = decode::intervals(m.payload).filter(|(of, name, _)| of == table && **name == *set);
-                intervals |= told.is_some_and(|(.., intervals)| intervals);
+                let told = decode::intervals(m.payload).filter(|(of, _, intervals)| of == table && *intervals);
+                intervals.extend(told.map(|(_, name, _)| name));
             })?;
+            known.intervals = Some(intervals);
+        }
+        if !known.spans.contains_key(set) {
+            let mut elements = Vec::new();
             let fill = |w: &mut Writer| {
                 w.put(&header(encode::family(table.family)));
                 w.text(set::LIST_TABLE, &table.name);
                 w.text(set::LIST_SET, set);
             };
             *whole &= self.requests.dump(msg::GET_ELEMENT, fill, |m| elements.extend(decode::keyed(m.payload)))?;
-            known.insert(set.into(), decode::spans(elements, intervals));
+            let intervals = known.intervals.as_ref().is_some_and(|all| all.contains(set));
+            known.spans.insert(set.into(), decode::spans(elements, intervals));
         }
-        Ok(&known[set])
+        Ok(&known.spans[set])
     }
 
     /// The rules of a chain in order, each with its handle.
