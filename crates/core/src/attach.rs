@@ -266,7 +266,7 @@ impl Request {
         }
     }
 
-    /// What asks for addresses and nothing else.
+    /// Addresses and nothing else: what more is wanted is set beside it.
     pub fn alone(container_id: &str, ifname: LinkName, netns: &str, addresses: Vec<Inet>) -> Self {
         Self {
             container_id: container_id.to_owned(),

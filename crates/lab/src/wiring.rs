@@ -8,7 +8,6 @@ use std::path::Path;
 use twill_cni::ipam::Folder;
 use twill_cni::records::Records;
 use twill_core::attach::{Request, Way, bridge as bridge_with, loopback};
-use twill_core::host::PortFlags;
 use twill_core::ipam::{Holder, Range, RangeSet};
 use twill_core::net::{Inet, LinkName, Mtu};
 use twill_core::reconcile::{Claim, Desired};
@@ -64,22 +63,13 @@ pub(crate) fn join_host(
     host: &Place,
     plan: &NodePlan,
 ) -> Result<(), LabError> {
+    let addresses = [plan.address].into_iter().chain(plan.second.map(|second| second.address)).collect();
     let request = Request {
-        container_id: plan.name.clone(),
-        ifname: eth0()?,
-        netns: host.own_path().into(),
         host_device: plan.name.parse().act(|| format!("name the port of {}", plan.name))?,
         bridge: Some(bridge),
         gateways: gateways.to_vec(),
-        addresses: [plan.address].into_iter().chain(plan.second.map(|second| second.address)).collect(),
         routes: gateways.iter().map(|gateway| Way::out(gateway.addr)).collect(),
-        mac: None,
-        mtu: None,
-        forward: false,
-        port: PortFlags::default(),
-        promisc: false,
-        ports: Vec::new(),
-        masquerade_beyond: Vec::new(),
+        ..Request::alone(&plan.name, eth0()?, &host.own_path(), addresses)
     };
     attach(underlay, host, &request)
 }
@@ -95,22 +85,15 @@ pub(crate) fn join_container(
     folder: &Path,
 ) -> Result<(), LabError> {
     let gateways: Vec<Inet> = [node.gateway].into_iter().chain(node.second.map(|second| second.gateway)).collect();
+    let addresses = [plan.address].into_iter().chain(plan.second).collect();
     let request = Request {
-        container_id: plan.name.clone(),
-        ifname: eth0()?,
-        netns: container.own_path().into(),
         host_device: plan.host_device,
         bridge: Some(node.bridge),
         routes: gateways.iter().map(|gateway| Way::out(gateway.addr)).collect(),
         gateways,
-        addresses: [plan.address].into_iter().chain(plan.second).collect(),
-        mac: None,
         mtu,
         forward: true,
-        port: PortFlags::default(),
-        promisc: false,
-        ports: Vec::new(),
-        masquerade_beyond: Vec::new(),
+        ..Request::alone(&plan.name, eth0()?, &container.own_path(), addresses)
     };
     let boot = files::boot_id().act(|| "read the boot's id".into())?;
     let inode = fs::metadata(container.own_path()).act(|| format!("look at the namespace of {}", plan.name))?.ino();
