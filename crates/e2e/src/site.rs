@@ -31,6 +31,12 @@ impl Site {
         Site { node: Node::new(bed, dir), container }
     }
 
+    /// Both hosts have an IPv6 address on the wire as well.
+    pub fn speak_ipv6(&self) {
+        self.node.host.ip("addr add fd00:168::2/64 dev eth0 nodad");
+        self.node.other.ip("addr add fd00:168::3/64 dev eth0 nodad");
+    }
+
     /// The container, on a bridge with the first address of the node's subnet, as a plugin makes it once the subnet is known.
     pub fn plug(&self) {
         let host = &self.node.host;

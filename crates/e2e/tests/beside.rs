@@ -320,9 +320,7 @@ fn legacy_iptables_that_drops_is_named_with_the_commands_that_let_pass() {
     if !has_legacy(host) {
         return;
     }
-    for (node, ip) in [(host, "fd00:168::2"), (&site.node.other, "fd00:168::3")] {
-        node.ip(&format!("addr add {ip}/64 dev eth0 nodad"));
-    }
+    site.speak_ipv6();
     site.node.put(
         "config",
         r#"{"Network":"10.1.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:1::/48","Backend":{"Type":"vxlan"}}"#,

@@ -22,8 +22,7 @@ fn site() -> Option<(Site, tempfile::TempDir)> {
     }
     let dir = tempfile::tempdir().unwrap();
     let site = Site::new(bed, dir.path());
-    site.node.host.ip("addr add fd00:168::2/64 dev eth0 nodad");
-    site.node.other.ip("addr add fd00:168::3/64 dev eth0 nodad");
+    site.speak_ipv6();
     Some((site, dir))
 }
 

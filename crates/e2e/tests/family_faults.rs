@@ -14,9 +14,7 @@ fn site() -> Option<(Site, tempfile::TempDir)> {
     }
     let dir = tempfile::tempdir().unwrap();
     let site = Site::new(bed, dir.path());
-    for (host, ip) in [(&site.node.host, "fd00:168::2"), (&site.node.other, "fd00:168::3")] {
-        host.ip(&format!("addr add {ip}/64 dev eth0 nodad"));
-    }
+    site.speak_ipv6();
     site.node.put("config", &config("10.1.0.0/16", "fd00:1::/48"));
     Some((site, dir))
 }

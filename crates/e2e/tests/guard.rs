@@ -20,8 +20,7 @@ fn site(backend: &str) -> Option<(Site, tempfile::TempDir)> {
     }
     let dir = tempfile::tempdir().unwrap();
     let site = Site::new(bed, dir.path());
-    site.node.host.ip("addr add fd00:168::2/64 dev eth0 nodad");
-    site.node.other.ip("addr add fd00:168::3/64 dev eth0 nodad");
+    site.speak_ipv6();
     let config = json!({
         "Network": "10.1.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:1::/48", "Backend": {"Type": backend},
     });

@@ -377,9 +377,7 @@ fn what_iptables_of_nftables_drops_is_told_and_mended() {
 fn each_family_is_judged_by_itself() {
     let Some((site, _dir)) = site(&["ip6tables-legacy"]) else { return };
     let host = &site.node.host;
-    for (node, ip) in [(host, "fd00:168::2"), (&site.node.other, "fd00:168::3")] {
-        node.ip(&format!("addr add {ip}/64 dev eth0 nodad"));
-    }
+    site.speak_ipv6();
     let config =
         r#"{"Network":"10.1.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:1::/48","Backend":{"Type":"vxlan"}}"#;
     site.node.put("config", config);

@@ -490,11 +490,7 @@ fn a_killed_lab_is_named_with_the_way_out_and_leaves_no_name() {
         let root = rustix::process::geteuid().is_root() && !lab.drop_root;
         let left = if root { vec!["container-1", "container-2", "node1", "underlay"] } else { vec![] };
         assert_eq!(names, left);
-        lab.run("down");
-        assert_eq!(other.json("ping")["reachable"], 2, "the other one stands");
-        other.run("down");
-        lab.assert_gone();
-        other.assert_gone();
+        one_goes_and_the_other_stands(&lab, &other);
     }
 }
 
@@ -988,6 +984,15 @@ fn every_hint_can_be_typed_as_it_stands() {
     }
 }
 
+/// Takes both down, one after the other.
+fn one_goes_and_the_other_stands(lab: &Lab, other: &Lab) {
+    lab.run("down");
+    assert_eq!(other.json("ping")["reachable"], 2, "the other one stands");
+    other.run("down");
+    lab.assert_gone();
+    other.assert_gone();
+}
+
 #[test]
 fn two_labs_stand_side_by_side() {
     for lab in [Lab::new(), Lab::without_root()].into_iter().flatten() {
@@ -997,11 +1002,7 @@ fn two_labs_stand_side_by_side() {
         assert_eq!(lab.json("list")["labs"].as_array().unwrap().len(), 2);
         assert_eq!(lab.json("ping")["reachable"], 2);
         assert_eq!(other.json("ping")["reachable"], 2);
-        lab.run("down");
-        assert_eq!(other.json("ping")["reachable"], 2, "the other one stands");
-        other.run("down");
-        lab.assert_gone();
-        other.assert_gone();
+        one_goes_and_the_other_stands(&lab, &other);
     }
 }
 

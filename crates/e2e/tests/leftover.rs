@@ -105,8 +105,7 @@ fn site(programs: &[&str]) -> Option<(Site, tempfile::TempDir)> {
     let site = Site::new(bed, dir.path());
     site.node.put("config", DUAL);
     std::fs::write(site.node.file("subnet.env"), SUBNET_ENV).unwrap();
-    site.node.host.ip("addr add fd00:168::2/64 dev eth0 nodad");
-    site.node.other.ip("addr add fd00:168::3/64 dev eth0 nodad");
+    site.speak_ipv6();
     site.plug();
     site.plug6();
     site.node.host.run("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1");

@@ -86,9 +86,7 @@ fn a_masqueraded_stream_outlives_its_agent() {
     }
     let dir = tempfile::tempdir().unwrap();
     let site = Site::new(bed, dir.path());
-    for (host, ip) in [(&site.node.host, "fd00:168::2"), (&site.node.other, "fd00:168::3")] {
-        host.ip(&format!("addr add {ip}/64 dev eth0 nodad"));
-    }
+    site.speak_ipv6();
     let config = r#"{"Network":"10.1.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:1::/48","Backend":{"Type":"udp"}}"#;
     for backend in ["vxlan", "udp"] {
         site.node.put("config", &config.replace("udp", backend));

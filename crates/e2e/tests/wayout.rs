@@ -21,8 +21,7 @@ fn site() -> Option<(Site, tempfile::TempDir)> {
 /// As [`site`], with both families on the wire and in the network.
 fn both_families() -> Option<(Site, tempfile::TempDir)> {
     let (site, dir) = site()?;
-    site.node.host.ip("addr add fd00:168::2/64 dev eth0 nodad");
-    site.node.other.ip("addr add fd00:168::3/64 dev eth0 nodad");
+    site.speak_ipv6();
     site.node.put(
         "config",
         r#"{"Network":"10.1.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:1::/48","Backend":{"Type":"vxlan"}}"#,
