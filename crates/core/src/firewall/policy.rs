@@ -9,7 +9,7 @@
 //!   strangers    input, filter           (udp) to the tunnel's socket from no peer's address: drop, before the socket's queue
 //!   leaving      postrouting, srcnat     mark 0x4000: no; to P: no; P → C: no; C → excluded: no; C → elsewhere: yes; elsewhere → C: yes
 //! ```
-//! With a VXLAN of the kernel strangers are heard: docs/decisions/0015 says why.
+//! With a VXLAN of the kernel strangers are heard: docs/decisions/0016 says why.
 //! The order and the meaning of the last chain are flannel's (`pkg/trafficmngr/iptables/iptables.go`), for both families alike.
 //! No rule accepts: nothing here drops the rest, and what others drop is answered in their chains (`beside`). What every packet between
 //! containers passes is kept short, since each chain costs such a packet one hundredth of its time: few chains, and the rules begin with
