@@ -10,7 +10,7 @@ use twill_kernel::netlink::wire::messages;
 fn bare(object: Object) -> Object {
     match object {
         Object::Addr(mut addr) => {
-            addr.noprefixroute = false;
+            (addr.noprefixroute, addr.expires) = (false, false);
             Object::Addr(addr)
         }
         Object::Neigh(mut neigh) => {
