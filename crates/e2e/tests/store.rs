@@ -431,7 +431,7 @@ fn another_address_needs_insecure_and_ls_prints_the_sources_lines() {
 }
 
 #[test]
-fn no_put_is_acknowledged_before_it_is_synced() {
+fn no_put_is_acknowledged_before_it_is_synced_and_no_answer_waits_for_an_acknowledgement() {
     if !installed("etcdctl") || !installed("strace") {
         return;
     }
@@ -446,7 +446,7 @@ fn no_put_is_acknowledged_before_it_is_synced() {
         "-s",
         "300",
         "-e",
-        "trace=fdatasync,fsync,read,readv,recvfrom,write,writev,sendto,sendmsg",
+        "trace=fdatasync,fsync,setsockopt,read,readv,recvfrom,write,writev,sendto,sendmsg",
         "-o",
     ]);
     // What is traced dies with its tracer.
@@ -466,6 +466,9 @@ fn no_put_is_acknowledged_before_it_is_synced() {
         // The request comes in; the first larger frames that go out on that connection are the answer.
         let asked = calls.iter().position(|c| c.contains(&format!("unmistakable-{n}")) && is_in(c)).unwrap();
         let fd = calls[asked].split(['(', ',']).nth(1).unwrap();
+        // Else the frames after an answer's first ones wait for the client's delayed acknowledgement.
+        let at_once = format!("setsockopt({}, SOL_TCP, TCP_NODELAY, [1], 4) = 0", fd.trim());
+        assert!(calls[..asked].iter().any(|c| c.ends_with(&at_once)), "{at_once}: {:#?}", &calls[..asked]);
         let answers = |c: &&str| is_out(c) && c.split(['(', ',']).nth(1) == Some(fd) && result(c) > 40;
         let answered = asked + calls[asked..].iter().position(answers).unwrap();
         let synced = |c: &&str| {

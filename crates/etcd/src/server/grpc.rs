@@ -8,8 +8,9 @@ use std::sync::mpsc::Sender;
 
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
-use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
+use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_stream::{Stream, StreamExt};
+use tonic::transport::server::TcpIncoming;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use crate::rpc;
@@ -70,15 +71,16 @@ impl Server {
 
     /// Serves clients until `shutdown` ends.
     pub async fn serve(self, listener: TcpListener, shutdown: impl Future<Output = ()>) -> Result<(), ServerError> {
+        // An answer of several frames would wait for the client's delayed acknowledgement (RFC 9293, section 3.7.4): 40 ms each time.
+        let clients = TcpIncoming::from(listener).with_nodelay(Some(true));
         tonic::transport::Server::builder()
-            .tcp_nodelay(true)
             .http2_keepalive_interval(Some(std::time::Duration::from_secs(30)))
             .add_service(KvServer::new(self.clone()).max_decoding_message_size(LARGEST_REQUEST))
             .add_service(WatchServer::new(self.clone()))
             .add_service(LeaseServer::new(self.clone()))
             .add_service(MaintenanceServer::new(self.clone()))
             .add_service(ClusterServer::new(self))
-            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), shutdown)
+            .serve_with_incoming_shutdown(clients, shutdown)
             .await
             .map_err(ServerError::Serve)
     }
