@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::thread;
+use std::sync::Arc;
 
 use serde_json::{Map, Value};
 use twill_core::attach::{self, Alone, Attachment, Network, Request, Way};
@@ -12,7 +12,7 @@ use twill_core::ipam::{Given, Holder};
 use twill_core::net::{Inet, LinkName, Mtu, Prefix};
 use twill_core::ports::PortMap;
 use twill_kernel::attach as kernel;
-use twill_kernel::files::{self, Unsynced};
+use twill_kernel::files::{self, Syncing, Unsynced};
 use twill_kernel::{Kernel, LinuxKernel};
 
 use super::{forget, lease, netns, refused, undo};
@@ -134,12 +134,11 @@ fn attach(conf: &Conf, device: &Device, target: &Target) -> Result<(Answer, Vec<
     let (record, given, changes) = plan.write_down()?;
     let request = &record.request;
     let needed = |path: &str| needs(&records, target, path);
-    let (attached, published, synced) = thread::scope(|scope| {
-        let disk = files::start_sync(scope, &changes);
-        let attached = kernel::attach(&netns, request, &needed).map_err(|failed| refused(failed, &records));
-        let published = attached.as_ref().map_or(Ok(()), |_| publish(request, &records));
-        (attached, published, files::end_sync(disk))
-    });
+    let changes = Arc::new(changes);
+    let disk = Syncing::start(&changes);
+    let attached = kernel::attach(&netns, request, &needed).map_err(|failed| refused(failed, &records));
+    let published = attached.as_ref().map_or(Ok(()), |_| publish(request, &records));
+    let synced = disk.end();
     let synced = synced.act(|| format!("write {} to the disk", conf.state.display()));
     match (attached, all([published, synced])) {
         (Ok(attached), Ok(())) => Ok((answer(conf, device, (request, dns), &given, &attached.host), attached.switched)),
