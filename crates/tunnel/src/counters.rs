@@ -9,6 +9,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use twill_packet::offload::Bad;
 
+/// How much packets cost, in bytes: each costs about as much as copying half a kilobyte.
+pub(crate) fn work(packets: usize, bytes: usize) -> u64 {
+    (packets * 512 + bytes) as u64
+}
+
 /// Why a packet was dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -8,9 +8,8 @@ use twill_kernel::tun::Tun;
 use twill_kernel::udp::{Incoming, SLOT, Udp};
 use twill_packet::offload::{Coalescer, Inner, Item, Merge};
 
-use crate::counters::{Cause, add};
+use crate::counters::{Cause, add, work};
 use crate::peers::{Peer, Peers};
-use crate::threads::work;
 use crate::{Lost, Shared, is_gone};
 
 /// Messages in one receive. What other numbers gave, and what cannot be saved at all:
@@ -27,7 +26,7 @@ pub(crate) struct Into {
     flat: Vec<u8>,
     peers: Arc<Peers>,
     version: u64,
-    /// Bytes and packets carried so far, see [`crate::threads::work`].
+    /// Bytes and packets carried so far, see [`work`].
     pub(crate) work: u64,
 }
 

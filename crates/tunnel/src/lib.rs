@@ -112,7 +112,7 @@ pub(crate) struct Shared {
     version: AtomicU64,
     /// Readable once the pumps are to end.
     stop: OwnedFd,
-    /// What both directions carried so far, see [`threads::work`].
+    /// What both directions carried so far, see [`counters::work`].
     pub(crate) work: AtomicU64,
     stopped: AtomicBool,
     /// Set by a pump that found its device gone.

@@ -9,9 +9,8 @@ use twill_kernel::tun::{HEADER, Tun};
 use twill_kernel::udp::{MAX_BYTES, MAX_SEGMENTS, Outgoing, Udp};
 use twill_packet::offload::{Inner, Trouble, Vnet, error_about, fragment, segment};
 
-use crate::counters::{Cause, add};
+use crate::counters::{Cause, add, work};
 use crate::peers::Peers;
-use crate::threads::work;
 use crate::{Budget, Lost, Shared, is_gone};
 
 /// Room for the largest packet that a device hands over.
@@ -35,7 +34,7 @@ pub(crate) struct Out {
     peers: Arc<Peers>,
     version: u64,
     answers: Budget,
-    /// Bytes and packets carried so far, see [`crate::threads::work`].
+    /// Bytes and packets carried so far, see [`work`].
     pub(crate) work: u64,
 }
 

@@ -25,7 +25,7 @@ use crate::into::Into;
 use crate::out::Out;
 use crate::{Lost, Shared};
 
-/// Much: so much [`work`] in so short a time.
+/// Much: so much [`work`](crate::counters::work) in so short a time.
 const MUCH: u64 = 1 << 20;
 const SOON: Duration = Duration::from_millis(10);
 /// Little: less than that in so long a time.
@@ -33,11 +33,6 @@ const LITTLE: u64 = MUCH;
 const QUIET: Duration = Duration::from_millis(100);
 /// Times that a thread lets others run and looks again before it sleeps, while much passes: to be woken costs more.
 const LOOKS: u32 = 3;
-
-/// How much packets cost, in bytes: each costs about as much as copying half a kilobyte.
-pub(crate) fn work(packets: usize, bytes: usize) -> u64 {
-    (packets * 512 + bytes) as u64
-}
 
 /// What passed since the last look.
 struct Look {
