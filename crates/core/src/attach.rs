@@ -130,6 +130,22 @@ impl Way {
     }
 }
 
+/// The host's sysctls for either family, see [`Request::forwarding`].
+const FORWARD: [&str; 2] = ["net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"];
+
+/// The container's sysctls that an attach may switch, whatever addresses it gets.
+pub const SWITCHES_INSIDE: [&str; 2] = ["net/ipv6/conf/all/disable_ipv6", "net/ipv6/conf/default/disable_ipv6"];
+
+/// The host's sysctls that an attach may switch, whatever addresses the container gets. `device` leads to it: the bridge, or its own.
+pub fn switches(device: LinkName) -> [Box<str>; 3] {
+    let [v4, v6] = FORWARD.map(Box::from);
+    [v4, v6, route_localnet(device)]
+}
+
+fn route_localnet(device: LinkName) -> Box<str> {
+    format!("net/ipv4/conf/{device}/route_localnet").into()
+}
+
 /// The name of the host's end that a container's device always gives.
 pub fn host_device(container_id: &str, ifname: LinkName) -> LinkName {
     let MacAddr([a, b, c, d, e, g]) = MacAddr::derived([container_id.as_bytes(), b"\0", ifname.as_str().as_bytes()]);
@@ -188,10 +204,10 @@ impl Request {
     /// What makes the host forward for the container, where it must.
     pub fn forwarding(&self) -> Desired {
         let paths = self.addresses.iter().map(|inet| match inet.addr {
-            IpAddr::V4(_) => "net/ipv4/ip_forward",
-            IpAddr::V6(_) => "net/ipv6/conf/all/forwarding",
+            IpAddr::V4(_) => FORWARD[0],
+            IpAddr::V6(_) => FORWARD[1],
         });
-        let loopback = self.loopback_device().map(|device| format!("net/ipv4/conf/{device}/route_localnet").into());
+        let loopback = self.loopback_device().map(route_localnet);
         let paths = paths.filter(|_| self.forward).map(Box::from).chain(loopback);
         let sysctls = paths.map(|path| Object::Sysctl { path, value: "1".into() });
         Desired { host: sysctls.collect(), claim: Claim::default() }
@@ -202,10 +218,8 @@ impl Request {
     pub fn container_before(&self) -> Desired {
         let mut host: HostState = loopback().into_iter().collect();
         let off = self.addresses.iter().all(|inet| inet.addr.is_ipv4());
-        host.extend(["all", "default"].map(|which| Object::Sysctl {
-            path: format!("net/ipv6/conf/{which}/disable_ipv6").into(),
-            value: if off { "1" } else { "0" }.into(),
-        }));
+        let value = if off { "1" } else { "0" };
+        host.extend(SWITCHES_INSIDE.map(|path| Object::Sysctl { path: path.into(), value: value.into() }));
         Desired { host, claim: Claim::default() }
     }
 

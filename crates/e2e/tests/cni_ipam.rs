@@ -498,8 +498,8 @@ fn stopped_add(runtime: &Runtime, conf: &Value, container: &Host) -> (Child, Str
     [&hidden, &trace].iter().for_each(|file| std::fs::write(file, "").unwrap());
     let call = Call { verb: "ADD", conf, id: "a", netns: Some(hidden.display().to_string()), args: "" };
     let mut command = runtime.command(Path::new("unshare"), &call);
-    // The first socket is the one that makes devices.
-    let line = "mount --bind \"$0\" \"$CNI_NETNS\" && exec strace -o \"$1\" -e trace=socket -e inject=socket:signal=STOP:when=1 \"$2\"";
+    // Its own thread, which strace follows alone, enters the container to make devices.
+    let line = "mount --bind \"$0\" \"$CNI_NETNS\" && exec strace -o \"$1\" -e trace=setns -e inject=setns:signal=STOP:when=1 \"$2\"";
     command.args(["-m", "sh", "-c", line, &netns(container)]).arg(&trace).arg(bin("twill-cni"));
     let child = start(command, conf.to_string().as_bytes());
     eventually("it stands still", || {

@@ -9,7 +9,7 @@
 use std::collections::BTreeSet;
 use std::io;
 
-use twill_core::attach::{Clash, Request};
+use twill_core::attach::{Clash, Request, SWITCHES_INSIDE, switches};
 use twill_core::firewall::{Table, TableName};
 use twill_core::host::{HostState, Key, Link, LinkKind, Object};
 use twill_core::net::LinkName;
@@ -66,24 +66,24 @@ impl Failed {
     }
 }
 
-/// What is looked at: the sysctls of `want`, and the rest as deep as it says; of links these alone, where there are any.
-fn interest(want: &Desired, depth: Depth, links: &[LinkName]) -> Interest {
-    let sysctls = want.host.iter().filter_map(|(key, _)| match key {
-        Key::Sysctl(path) => Some(path.clone()),
-        _ => None,
-    });
+/// What is looked at: these sysctls, and the rest as deep as it says; of links these alone, where there are any.
+fn interest(sysctls: impl IntoIterator<Item = Box<str>>, depth: Depth, links: &[LinkName]) -> Interest {
     let links = (!links.is_empty()).then(|| links.iter().copied().collect());
-    Interest { devices: Some(BTreeSet::new()), sysctls: sysctls.collect(), firewall: false, depth, links }
+    let sysctls = sysctls.into_iter().collect();
+    Interest { devices: Some(BTreeSet::new()), sysctls, firewall: false, depth, links }
 }
 
-/// Reads the calling thread's namespace.
-fn open(want: &Desired, depth: Depth) -> Result<LinuxKernel, KernelError> {
-    LinuxKernel::open(interest(want, depth, &[]))
+/// The sysctls that are wanted.
+fn sysctls(want: &Desired) -> impl Iterator<Item = Box<str>> {
+    want.host.iter().filter_map(|(key, _)| match key {
+        Key::Sysctl(path) => Some(path.clone()),
+        _ => None,
+    })
 }
 
 /// Reads the calling thread's namespace, a container's: a new one has no device yet, and then no route.
-fn open_inside(want: &Desired) -> Result<LinuxKernel, KernelError> {
-    let mut kernel = open(want, Depth::Links)?;
+fn open_inside() -> Result<LinuxKernel, KernelError> {
+    let mut kernel = LinuxKernel::open(interest(SWITCHES_INSIDE.map(Box::from), Depth::Links, &[]))?;
     if has_devices(kernel.mirror()) {
         widen(&mut kernel)?;
     }
@@ -161,7 +161,7 @@ fn settle(
 
 /// Brings the calling thread's namespace to what is wanted.
 pub fn make(want: &Desired) -> Result<(), Failed> {
-    let mut kernel = open(want, Depth::Whole)?;
+    let mut kernel = LinuxKernel::open(interest(sysctls(want), Depth::Whole, &[]))?;
     let mut done = Done::default();
     settle(&mut kernel, &mut done, |_| Ok(want.clone())).map_err(|failed| undo(&mut kernel, done, failed))
 }
@@ -228,19 +228,35 @@ pub struct Attached {
 /// True when somebody else needs a sysctl as it is by now.
 pub type Needed<'a> = &'a dyn Fn(&str) -> bool;
 
-/// Attaches a container to the calling thread's namespace. Whatever fails, nothing is left behind.
-pub fn attach(container: &Netns, request: &Request, needed: Needed<'_>) -> Result<Attached, Failed> {
-    // However many containers a host has. One that stands alone has routes on it.
-    let mut host = match request.bridge {
-        Some(bridge) => {
-            LinuxKernel::open(interest(&request.forwarding(), Depth::Links, &[bridge, request.host_device]))?
-        }
-        None => open(&request.forwarding(), Depth::Routes)?,
-    };
+/// Both namespaces as they are before an attach. They can be looked at while nobody knows yet which addresses the container gets.
+#[derive(Debug)]
+pub struct Before {
+    host: LinuxKernel,
+    home: Netns,
+    inside: LinuxKernel,
+}
+
+impl Before {
+    /// Looks at the calling thread's namespace and at the container's. `bridge` and `device` are all of the host that the attach is about.
+    pub fn look(container: &Netns, bridge: Option<LinkName>, device: LinkName) -> Result<Before, Failed> {
+        let switches = switches(bridge.unwrap_or(device));
+        // However many containers a host has. One that stands alone has routes on it.
+        let host = match bridge {
+            Some(bridge) => interest(switches, Depth::Links, &[bridge, device]),
+            None => interest(switches, Depth::Routes, &[]),
+        };
+        let host = LinuxKernel::open(host)?;
+        let home = Netns::current()?;
+        let inside = container.visit_from(&home, open_inside)??;
+        Ok(Before { host, home, inside })
+    }
+}
+
+/// Attaches a container to the namespace of the calling thread, which was looked at. Whatever fails, nothing is left behind.
+pub fn attach(before: Before, container: &Netns, request: &Request, needed: Needed<'_>) -> Result<Attached, Failed> {
+    let Before { mut host, home, inside } = before;
     // Of this container, and not written down: what a killed attach has left. Its other end goes with it.
     delete(&mut host, request.host_device)?;
-    let home = Netns::current()?;
-    let inside = container.visit_from(&home, || open_inside(&request.container_before()))??;
     let mut attached =
         Attached { host, on_host: Done::default(), inside: (inside, Done::default()), switched: Vec::new() };
     match attached.make(container, &home, request) {
@@ -333,7 +349,7 @@ fn loopback_kind() -> LinkKind {
 
 /// Takes a container's pair away from the calling thread's namespace; false when it is gone already.
 pub fn detach(host_device: LinkName) -> Result<bool, Failed> {
-    delete(&mut LinuxKernel::open(interest(&Desired::default(), Depth::Links, &[host_device]))?, host_device)
+    delete(&mut LinuxKernel::open(interest([], Depth::Links, &[host_device]))?, host_device)
 }
 
 /// Takes a container's pair away by its inner end, as another plugin has made it; false when there is no pair of that name whose other
@@ -346,14 +362,14 @@ pub fn detach_inside(container: &Netns, ifname: LinkName, bridge: LinkName) -> R
     let is_outer =
         |end: &VethEnd| (end.index, end.peer_index, end.peer_netns) == (inner.peer_index, inner.index, number);
     let Some(outer) = wires.veths()?.into_iter().find(is_outer) else { return Ok(false) };
-    let mut host = LinuxKernel::open(interest(&Desired::default(), Depth::Links, &[bridge, outer.link]))?;
+    let mut host = LinuxKernel::open(interest([], Depth::Links, &[bridge, outer.link]))?;
     let is_port = host.mirror().link(outer.link).is_some_and(|link| link.master == Some(bridge));
     if is_port { delete(&mut host, outer.link) } else { Ok(false) }
 }
 
 /// Whether the calling thread's namespace has a device.
 pub fn has_device(name: LinkName) -> Result<bool, Failed> {
-    let kernel = LinuxKernel::open(interest(&Desired::default(), Depth::Links, &[name]))?;
+    let kernel = LinuxKernel::open(interest([], Depth::Links, &[name]))?;
     Ok(kernel.mirror().link(name).is_some())
 }
 
@@ -372,7 +388,7 @@ pub fn hindered_port(port: LinkName) -> Result<Vec<(&'static str, &'static str)>
 
 /// The devices of the calling thread's namespace.
 pub fn devices() -> Result<Vec<Link>, Failed> {
-    let kernel = open(&Desired::default(), Depth::Links)?;
+    let kernel = LinuxKernel::open(interest([], Depth::Links, &[]))?;
     let links = kernel.mirror().iter().filter_map(|(_, object)| match object {
         Object::Link(link) => Some((**link).clone()),
         _ => None,
@@ -432,8 +448,8 @@ fn tables(name: &TableName) -> Result<(Nft, Option<Table>), Failed> {
 
 /// What of `want` the calling thread's namespace does not hold.
 pub fn differences(want: impl Fn(&HostState) -> Result<Desired, Clash>) -> Result<Plan, Failed> {
-    let mut kernel = open(&Desired::default(), Depth::Routes)?;
+    let mut kernel = LinuxKernel::open(interest([], Depth::Routes, &[]))?;
     let want = Desired { claim: Claim::default(), ..want(kernel.mirror())? };
-    kernel.set_interest(interest(&want, Depth::Routes, &[]))?;
+    kernel.set_interest(interest(sysctls(&want), Depth::Routes, &[]))?;
     Ok(plan(&want, kernel.mirror(), Scope::All))
 }

@@ -5,15 +5,8 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, TryRecvError};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
-
-/// How long the disk is awaited without sleeping.
-const AWAKE: Duration = Duration::from_millis(1);
 
 /// Puts `bytes` at `path` so that a reader sees the old content or the new, and a crash loses neither: write beside it, fsync, rename,
 /// fsync the folder. The folder is made when it is missing.
@@ -230,35 +223,6 @@ pub fn sync_all(changes: &[Unsynced]) -> io::Result<()> {
 fn hurry(file: &File) {
     // SAFETY: the descriptor is open for as long as `file` is borrowed, and no memory is handed over.
     unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
-}
-
-/// What a thread will have to say that waits for the disk.
-#[derive(Debug)]
-#[must_use]
-pub struct Syncing(Receiver<io::Result<()>>);
-
-impl Syncing {
-    /// Waits for the disk while something else is done.
-    pub fn start(changes: &Arc<Vec<Unsynced>>) -> Syncing {
-        let (tell, told) = mpsc::sync_channel(1);
-        let changes = Arc::clone(changes);
-        thread::spawn(move || tell.send(sync_all(&changes)));
-        Syncing(told)
-    }
-
-    /// How it went. A processor that was put to sleep for it would take longer to come back than the disk needs by now.
-    pub fn end(self) -> io::Result<()> {
-        let until = Instant::now() + AWAKE;
-        loop {
-            match self.0.try_recv() {
-                Ok(done) => return done,
-                Err(TryRecvError::Empty) if Instant::now() < until => thread::yield_now(),
-                Err(_) => {
-                    return self.0.recv().unwrap_or_else(|_| Err(io::Error::other("the thread that syncs ended")));
-                }
-            }
-        }
-    }
 }
 
 /// An exclusive lock that ends with the process.

@@ -11,11 +11,12 @@ use twill_core::host::{Key, Object, PortFlags};
 use twill_core::ipam::{Given, Holder};
 use twill_core::net::{Inet, LinkName, Mtu, Prefix};
 use twill_core::ports::PortMap;
-use twill_kernel::attach as kernel;
-use twill_kernel::files::{self, Syncing, Unsynced};
+use twill_kernel::attach::{self as kernel, Before};
+use twill_kernel::files::{self, Unsynced};
 use twill_kernel::{Kernel, LinuxKernel};
 
 use super::{forget, lease, netns, refused, undo};
+use crate::beside::Beside;
 use crate::conf::{Conf, Device, Ipam, resolv_conf};
 use crate::env::Target;
 use crate::error::{Act, CniError, Code};
@@ -127,6 +128,10 @@ fn attach(conf: &Conf, device: &Device, target: &Target) -> Result<(Answer, Vec<
     let dns = dns(conf)?;
     let path = target.netns()?;
     let (netns, inode) = netns(path)?;
+    let netns = Arc::new(netns);
+    let (container, bridge) = (Arc::clone(&netns), device.bridge);
+    let host_device = attach::host_device(&target.container_id, target.ifname);
+    let beside = Beside::start(move || Before::look(&container, bridge, host_device));
     let boot = files::boot_id().act(|| "read the boot's id".into())?;
     let records = Records::new(conf.attachments());
     settle_earlier(&records, target, &boot)?;
@@ -135,10 +140,11 @@ fn attach(conf: &Conf, device: &Device, target: &Target) -> Result<(Answer, Vec<
     let request = &record.request;
     let needed = |path: &str| needs(&records, target, path);
     let changes = Arc::new(changes);
-    let disk = Syncing::start(&changes);
-    let attached = kernel::attach(&netns, request, &needed).map_err(|failed| refused(failed, &records));
+    beside.sync(&changes);
+    let attached = beside.looked().and_then(|before| kernel::attach(before, &netns, request, &needed));
+    let attached = attached.map_err(|failed| refused(failed, &records));
     let published = attached.as_ref().map_or(Ok(()), |_| publish(request, &records));
-    let synced = disk.end();
+    let synced = beside.synced();
     let synced = synced.act(|| format!("write {} to the disk", conf.state.display()));
     match (attached, all([published, synced])) {
         (Ok(attached), Ok(())) => Ok((answer(conf, device, (request, dns), &given, &attached.host), attached.switched)),
