@@ -285,10 +285,10 @@ pub(crate) fn as_go_reads(value: Value) -> Value {
 }
 
 /// Every key that is understood.
-const KEYS: &str = "address args bridge cni cni.dev/valid-attachments cniVersion containerID containerPort dataDir delegate \
+const KEYS: &str = "address advmss args bridge cni cni.dev/valid-attachments cniVersion containerID containerPort dataDir delegate \
     disableContainerInterface dns dst gateway gw hairpinMode hostIP hostPort ifname interface interfaces ipMasq ipam ips \
     isDefaultGateway isGateway mac macspoofchk mtu name portIsolation portMappings prevResult priority promiscMode protocol \
-    rangeEnd rangeStart ranges resolvConf routes runtimeConfig sandbox stateDir subnet subnetFile table type vlan vlanTrunk";
+    rangeEnd rangeStart ranges resolvConf routes runtimeConfig sandbox scope stateDir subnet subnetFile table type vlan vlanTrunk";
 
 fn version(text: Option<&str>) -> Result<Version, CniError> {
     let text = text.unwrap_or("0.3.1");

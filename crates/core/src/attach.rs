@@ -12,8 +12,8 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::host::{
-    Addr, Few, HostState, Key, Link, LinkKind, Object, PROTO_BOOT, PortFlags, Remark, Route, RouteEntry, RouteKey,
-    TABLE_MAIN,
+    Addr, Extras, Few, HostState, Key, Link, LinkKind, Object, PROTO_BOOT, PortFlags, Remark, Route, RouteEntry,
+    RouteKey, TABLE_MAIN,
 };
 use crate::net::{Inet, LinkName, MacAddr, Mtu, Prefix};
 use crate::ports::PortMap;
@@ -88,6 +88,12 @@ pub struct Way {
     /// rtm_scope of an IPv4 route; `None`: that of the link without a next hop, else global.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scope: Option<u8>,
+    /// MTU of the way; `None`: the device's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u32>,
+    /// TCP's segment size that the other side is told; `None`: what the MTU leaves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub advmss: Option<u32>,
     /// The next hop is on the link, whatever addresses say: point to point.
     #[serde(default)]
     pub onlink: bool,
@@ -96,7 +102,7 @@ pub struct Way {
 impl Way {
     /// To `dst` by `via`.
     pub const fn new(dst: Prefix, via: Option<IpAddr>) -> Self {
-        Self { dst, via, metric: None, table: None, scope: None, onlink: false }
+        Self { dst, via, metric: None, table: None, scope: None, mtu: None, advmss: None, onlink: false }
     }
 
     /// The way out by `gateway`.
@@ -120,7 +126,7 @@ impl Way {
                 None if v4 && self.via.is_none() => SCOPE_LINK,
                 None => 0,
             },
-            src: None,
+            extras: Extras { src: None, mtu: self.mtu, advmss: self.advmss }.boxed(),
             special: false,
             usurper: Remark::default(),
         };
@@ -561,7 +567,11 @@ pub(crate) mod tests {
 
     #[test]
     fn the_file_reads_back_and_a_newer_one_is_refused() {
-        let kept = request().record("b", 4026531840);
+        let mut kept = request().record("b", 4026531840);
+        // As a file was before routes had metrics.
+        assert!(!kept.to_json().unwrap().contains("advmss"));
+        kept.request.routes[0].mtu = Some(1400);
+        kept.request.routes[1].advmss = Some(1300);
         assert_eq!(kept.file_name(), "container-1:eth0.json");
         let text = kept.to_json().unwrap();
         assert_eq!(Attachment::parse(text.as_bytes()).unwrap(), kept);

@@ -357,14 +357,39 @@ pub struct RouteEntry {
     pub kind: u8,
     /// rtm_scope: 0 global, 253 link, 254 host.
     pub scope: u8,
-    /// Preferred source address; boxed, since hardly any of very many routes has one.
-    pub src: Option<Box<IpAddr>>,
-    /// It has metrics, an encapsulation, a realm or a next-hop object of its own.
+    /// What hardly any of very many routes has; boxed for that. Always by [`Extras::boxed`].
+    pub extras: Option<Box<Extras>>,
+    /// It has other metrics, an encapsulation, a realm or a next-hop object of its own.
     #[serde(default)]
     pub special: bool,
     /// Read only: it was put in the place of an entry of a device that somebody reconciles (NLM_F_REPLACE).
     #[serde(skip)]
     pub usurper: Remark,
+}
+
+/// What few routes say for themselves.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extras {
+    /// Preferred source address.
+    pub src: Option<IpAddr>,
+    /// MTU of the way (RTAX_MTU).
+    pub mtu: Option<u32>,
+    /// TCP's segment size that the other side is told (RTAX_ADVMSS).
+    pub advmss: Option<u32>,
+}
+
+impl Extras {
+    /// `None` when there is nothing.
+    pub fn boxed(self) -> Option<Box<Self>> {
+        (self != Self::default()).then(|| Box::new(self))
+    }
+}
+
+impl RouteEntry {
+    /// What it has beside the usual.
+    pub fn extras(&self) -> Extras {
+        self.extras.as_deref().copied().unwrap_or_default()
+    }
 }
 
 /// Something known about an object that is no part of what it is: all remarks are equal.

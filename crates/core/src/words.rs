@@ -5,7 +5,7 @@
 use std::borrow::Cow;
 use std::fmt::Write as _;
 
-use crate::host::{Fdb, Neigh, RouteEntry, RouteKey, TABLE_MAIN};
+use crate::host::{Extras, Fdb, Neigh, RouteEntry, RouteKey, TABLE_MAIN};
 
 /// The text with its control characters written out, but for those of `kept`: names and values that others chose do not steer a terminal,
 /// and begin no line of their own.
@@ -130,7 +130,8 @@ pub fn route_line(key: &RouteKey, entry: &RouteEntry) -> String {
     if entry.scope != 0 && key.dst.is_v4() {
         let _ = write!(line, " scope {}", scope(entry.scope));
     }
-    if let Some(src) = &entry.src {
+    let Extras { src, mtu, advmss } = entry.extras();
+    if let Some(src) = src {
         let _ = write!(line, " src {src}");
     }
     if key.metric != 0 {
@@ -138,6 +139,9 @@ pub fn route_line(key: &RouteKey, entry: &RouteEntry) -> String {
     }
     if entry.onlink {
         line.push_str(" onlink");
+    }
+    for (word, metric) in [("mtu", mtu), ("advmss", advmss)] {
+        let _ = metric.map(|metric| write!(line, " {word} {metric}"));
     }
     line
 }
@@ -197,7 +201,7 @@ mod tests {
             protocol: 3,
             kind: 1,
             scope: 0,
-            src: None,
+            extras: None,
             special: false,
             usurper: Remark::default(),
         }
@@ -220,7 +224,10 @@ mod tests {
         let mut connected = entry(None, "docker0");
         connected.protocol = 2;
         connected.scope = 253;
-        connected.src = Some(Box::new("10.1.15.1".parse().unwrap()));
+        connected.extras = Extras { src: "10.1.15.1".parse().ok(), ..Extras::default() }.boxed();
+        let mut bounded = entry(Some("10.168.0.1"), "eth0");
+        bounded.extras = Extras { mtu: Some(1400), advmss: Some(1360), ..Extras::default() }.boxed();
+        assert_eq!(route_line(&key("0.0.0.0/0"), &bounded), "default via 10.168.0.1 dev eth0 mtu 1400 advmss 1360");
         assert_eq!(
             route_line(&key("0.0.0.0/0"), &entry(Some("10.168.0.1"), "eth0")),
             "default via 10.168.0.1 dev eth0"

@@ -103,7 +103,7 @@ fn route(device: &str, dst: &str) -> Vec<Object> {
         protocol,
         kind: 1,
         scope: 0,
-        src: None,
+        extras: None,
         special: false,
         usurper: Remark(false),
     };

@@ -270,3 +270,78 @@ fn a_route_has_the_scope_that_is_asked_for_and_check_names_another() {
     assert!(refused["code"] == 7 && refused["msg"].as_str().unwrap().contains("scope 256"), "{refused:#}");
     assert_eq!(runtime.everything(), before);
 }
+
+#[test]
+fn a_route_has_the_metrics_that_are_asked_for_and_check_names_others() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let a = runtime.container("a");
+    let routes = json!([{"dst": "192.0.2.0/24", "mtu": 1400, "advmss": 1300}, {"dst": "198.51.100.0/24", "mtu": 1300},
+        {"dst": "2001:db8::/64", "mtu": 1380, "advmss": 1310}, {"dst": "203.0.113.0/24", "advmss": 65495, "mtu": 65520}]);
+    let mut conf = runtime.conf("1.1.0", json!({"ipam": {"routes": routes}}));
+    let said = runtime.add(&conf, "a", &a);
+    let metrics = |words: &str| a.json(words)[0]["metrics"].clone();
+    assert_eq!(metrics("route show 192.0.2.0/24"), json!([{"mtu": 1400, "advmss": 1300}]));
+    assert_eq!(metrics("route show 198.51.100.0/24"), json!([{"mtu": 1300}]));
+    assert_eq!(metrics("-6 route show 2001:db8::/64"), json!([{"mtu": 1380, "advmss": 1310}]));
+    assert_eq!(metrics("route show 203.0.113.0/24"), json!([{"mtu": 65520, "advmss": 65495}]));
+    for route in routes.as_array().unwrap() {
+        assert!(said["routes"].as_array().unwrap().contains(route), "{said:#}");
+    }
+    let kept = std::fs::read(runtime.file("state/attachments/a:eth0.json")).unwrap();
+    let kept: Value = serde_json::from_slice(&kept).unwrap();
+    let kept = kept["routes"].as_array().unwrap().iter().find(|way| way["dst"] == "192.0.2.0/24").unwrap();
+    assert_eq!((&kept["mtu"], &kept["advmss"]), (&json!(1400), &json!(1300)));
+    conf["prevResult"] = said;
+    let check = |conf: &Value| runtime.try_verb("CHECK", conf, "a", Some(&a));
+    assert_eq!(check(&conf), Ok(Value::Null));
+    let names = |conf: &Value, named: &str| {
+        let refused = check(conf).expect_err(named);
+        let msg = refused["msg"].as_str().unwrap();
+        assert!(refused["code"] == 103 && msg.contains(named) && msg.matches("route").count() == 1, "{refused:#}");
+    };
+    let (v4, v6) = ("192.0.2.0/24 via 10.1.15.1 dev eth0", "2001:db8::/64 via fd00:0:0:15::1 dev eth0 metric 1024");
+    for (way, family, mtu, advmss) in [(v4, "-4", 1400, 1300), (v6, "-6", 1380, 1310)] {
+        let change = |metrics: &str| sh(&a, &format!("ip {family} route change {way} {metrics}"));
+        for altered in [
+            String::new(),
+            format!("mtu {mtu}"),
+            format!("advmss {advmss}"),
+            format!("mtu 1290 advmss {advmss}"),
+            format!("mtu {mtu} advmss 1200"),
+            format!("mtu {mtu} advmss {advmss} window 9000"),
+        ] {
+            change(&altered);
+            names(&conf, &format!("container: route {way} mtu {mtu} advmss {advmss} is missing"));
+        }
+        change(&format!("mtu {mtu} advmss {advmss}"));
+        assert_eq!(check(&conf), Ok(Value::Null));
+    }
+    // A chained plugin's.
+    let mut chained = conf.clone();
+    let theirs = json!({"dst": "10.77.0.0/16", "gw": "10.1.15.1", "mtu": 1350, "priority": 9});
+    chained["prevResult"]["routes"].as_array_mut().unwrap().push(theirs);
+    sh(&a, "ip route add 10.77.0.0/16 via 10.1.15.1 metric 9 mtu 1350");
+    assert_eq!(check(&chained), Ok(Value::Null));
+    sh(&a, "ip route change 10.77.0.0/16 via 10.1.15.1 metric 9");
+    names(&chained, "route 10.77.0.0/16 via 10.1.15.1 dev eth0 metric 9 mtu 1350 is missing");
+    let (before, b) = (runtime.everything(), runtime.container("b"));
+    let (mtu, advmss) = ("write a number from 1 to 65520", "write a number from 1 to 65495");
+    for (key, allowed, value) in [
+        ("mtu", mtu, json!(-1)),
+        ("mtu", mtu, json!("1400")),
+        ("mtu", mtu, json!(0)),
+        ("mtu", mtu, json!(65_521)),
+        ("mtu", mtu, json!(1u64 << 32)),
+        ("mtu", mtu, json!(1400.5)),
+        ("advmss", advmss, json!(0)),
+        ("advmss", advmss, json!(65_496)),
+        ("advmss", advmss, json!([1300])),
+        ("advmss", advmss, json!((1u64 << 32) + 1300)),
+    ] {
+        let wrong = runtime.conf("1.1.0", json!({"ipam": {"routes": [{"dst": "192.0.2.0/24", key: value}]}}));
+        let refused = runtime.try_verb("ADD", &wrong, "b", Some(&b)).unwrap_err();
+        let msg = format!("the route to 192.0.2.0/24 has the {key} {value}");
+        assert_eq!((&refused["code"], &refused["msg"], &refused["details"]), (&json!(7), &json!(msg), &json!(allowed)));
+        assert_eq!(runtime.everything(), before, "{key} {value}");
+    }
+}

@@ -219,7 +219,7 @@ pub fn lookup(facts: &PlaceFacts, query: &RouteQuery) -> Result<RouteAnswer, NoR
         .max_by_key(|(k, _)| (k.dst.len(), std::cmp::Reverse(k.metric)));
     match best {
         Some((key, e)) if e.kind == 1 => {
-            let src = e.src.as_deref().copied().or_else(|| source_on(facts, e.dev?, query.dst));
+            let src = e.extras().src.or_else(|| source_on(facts, e.dev?, query.dst));
             Ok(RouteAnswer { kind: 1, dev: e.dev, via: e.via, src, table: key.table, others: 0 })
         }
         Some((_, e)) => {

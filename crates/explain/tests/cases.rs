@@ -16,8 +16,8 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use twill_core::host::{
-    Addr, Fdb, FdbRoom, Few, Key, Link, LinkKind, Neigh, Object, OuterHeader, Remark, Route, RouteEntry, RouteKey,
-    Vxlan,
+    Addr, Extras, Fdb, FdbRoom, Few, Key, Link, LinkKind, Neigh, Object, OuterHeader, Remark, Route, RouteEntry,
+    RouteKey, Vxlan,
 };
 use twill_core::net::{Inet, LinkName, MacAddr};
 use twill_explain::{Code, Explanation, Facts, Far, Memory, PlaceFacts, Verdict, ends, explain};
@@ -74,7 +74,7 @@ impl Build for PlaceFacts {
                 protocol: 2,
                 kind: 1,
                 scope: if inet.addr.is_ipv4() { 253 } else { 0 },
-                src: inet.addr.is_ipv4().then(|| Box::new(inet.addr)),
+                extras: Extras { src: Some(inet.addr).filter(IpAddr::is_ipv4), ..Extras::default() }.boxed(),
                 special: false,
                 usurper: Remark::default(),
             };
@@ -93,7 +93,7 @@ impl Build for PlaceFacts {
             protocol: if tunnel { 116 } else { 3 },
             kind: 1,
             scope: 0,
-            src: None,
+            extras: None,
             special: false,
             usurper: Remark::default(),
         };

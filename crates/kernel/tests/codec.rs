@@ -19,10 +19,15 @@ fn address() -> impl Strategy<Value = IpAddr> {
         .prop_filter("", unicast)
 }
 
+fn extras() -> impl Strategy<Value = Extras> {
+    let metric = || proptest::option::of(any::<u32>());
+    (proptest::option::of(address()), metric(), metric()).prop_map(|(src, mtu, advmss)| Extras { src, mtu, advmss })
+}
+
 fn route() -> impl Strategy<Value = Object> {
-    let hop = (proptest::option::of(address()), device(), any::<bool>(), any::<u8>(), proptest::option::of(address()));
+    let hop = (proptest::option::of(address()), device(), any::<bool>(), any::<u8>(), extras());
     (address(), 0..129u8, any::<u32>(), any::<u32>(), any::<u8>(), hop).prop_map(
-        |(dst, len, table, metric, tos, (via, dev, onlink, protocol, src))| {
+        |(dst, len, table, metric, tos, (via, dev, onlink, protocol, extras))| {
             let dst = Prefix::truncate(dst, len.min(family_bits(&dst))).unwrap();
             let entry = RouteEntry {
                 via,
@@ -31,7 +36,7 @@ fn route() -> impl Strategy<Value = Object> {
                 protocol,
                 kind: 1,
                 scope: 0,
-                src: src.map(Box::new),
+                extras: extras.boxed(),
                 special: false,
                 usurper: Remark::default(),
             };

@@ -92,7 +92,7 @@ fn desired(peers: u8) -> Desired {
                 protocol: PROTO_TWILL,
                 kind: 1,
                 scope: 0,
-                src: None,
+                extras: None,
                 special: false,
                 usurper: Remark::default(),
             }),

@@ -128,7 +128,7 @@ fn answer(route: &Route) -> Result<RouteAnswer, NoRoute> {
             kind,
             dev: entry.dev,
             via: entry.via,
-            src: entry.src.as_deref().copied(),
+            src: entry.extras().src,
             table: route.key.table,
             others: route.entries.as_slice().len() - 1,
         }),

@@ -31,6 +31,10 @@ const RESOLV_LIMIT: u64 = 1 << 16;
 /// The least MTU that IPv6 runs on.
 const IPV6_MTU: u32 = 1280;
 
+/// The most that a route has; the kernel would make this of more, without a word (net/ipv4/metrics.c `ip_metrics_convert`).
+const MOST_MTU: u32 = 65_535 - 15;
+const MOST_ADVMSS: u32 = 65_535 - 40;
+
 /// An ADD that was done: its answer, and the host's sysctls that it has switched, as they were.
 pub(crate) type Added = (String, Vec<Object>);
 
@@ -328,19 +332,22 @@ fn beyond(device: &Device, given: &[Given]) -> Vec<Prefix> {
 }
 
 /// A configured route; without a next hop it goes by the gateway of its family.
-fn way(route: &RouteTo, given: &[Given]) -> Result<Way, CniError> {
+pub(super) fn way(route: &RouteTo, given: &[Given]) -> Result<Way, CniError> {
     let gateway = given.iter().map(|given| given.gateway).find(|gateway| gateway.is_ipv4() == route.dst.is_v4());
     let mut way = Way::new(route.dst, route.gw.or(gateway));
     for (key, value) in &route.rest {
-        let number = || {
+        let number = |first: u32, last: u32| {
             let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
+            let number = number.filter(|number| (first..=last).contains(number));
             let msg = format!("the route to {} has the {key} {value}", route.dst);
-            number.ok_or_else(|| CniError::new(Code::Config, msg, "write a number from 0 to 4294967295"))
+            number.ok_or_else(|| CniError::new(Code::Config, msg, format!("write a number from {first} to {last}")))
         };
         match key.as_str() {
-            "priority" => way.metric = Some(number()?),
-            "table" => way.table = Some(number()?),
-            "scope" => way.scope = Some(scope(number()?, route)?),
+            "priority" => way.metric = Some(number(0, u32::MAX)?),
+            "table" => way.table = Some(number(0, u32::MAX)?),
+            "scope" => way.scope = Some(scope(number(0, u32::MAX)?, route)?),
+            "mtu" => way.mtu = Some(number(1, MOST_MTU)?),
+            "advmss" => way.advmss = Some(number(1, MOST_ADVMSS)?),
             _ => {
                 let msg = format!("the route to {} has {key}, which is not built in", route.dst);
                 return Err(CniError::new(Code::Unsupported, msg, format!("take {key} out of the configuration")));

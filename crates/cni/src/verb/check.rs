@@ -10,6 +10,7 @@ use twill_core::net::{LinkName, Mtu};
 use twill_core::reconcile::{Desired, Op};
 use twill_kernel::{attach as kernel, files};
 
+use super::add::way;
 use super::{netns, refused};
 use crate::conf::Conf;
 use crate::env::Target;
@@ -177,7 +178,8 @@ impl Told<'_> {
                     .any(|way| way.dst == route.dst && (route.gw.is_none() || way.via == route.gw))
             };
             let more = self.prev.routes.iter().filter(|route| !known(route));
-            side.host.extend(more.map(|route| Way::new(route.dst, route.gw).route(name)));
+            let told = |route: &RouteTo| way(route, &[]).unwrap_or_else(|_| Way::new(route.dst, route.gw));
+            side.host.extend(more.map(|route| told(route).route(name)));
         }
         side
     }

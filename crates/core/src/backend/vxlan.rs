@@ -172,7 +172,7 @@ impl VxlanConfig {
             protocol: PROTO_TWILL,
             kind: 1,
             scope: 0,
-            src: None,
+            extras: None,
             special: false,
             usurper: Remark::default(),
         };

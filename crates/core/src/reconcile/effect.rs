@@ -7,7 +7,7 @@
 use std::net::IpAddr;
 
 use crate::host::{
-    Addr, Few, HostState, Key, LinkKind, Object, PROTO_KERNEL, Remark, Route, RouteEntry, RouteKey, TABLE_MAIN,
+    Addr, Extras, Few, HostState, Key, LinkKind, Object, PROTO_KERNEL, Remark, Route, RouteEntry, RouteKey, TABLE_MAIN,
 };
 use crate::net::LinkName;
 
@@ -103,7 +103,7 @@ fn delete(have: &mut HostState, object: &Object) {
             let left = have.iter().any(|(_, o)| matches!(o, Object::Addr(a) if a.inet.addr == addr.inet.addr));
             drop_entries(have, |key, entry| {
                 (*key == connected && entry.dev == Some(addr.link) && entry.protocol == PROTO_KERNEL)
-                    || (!left && entry.src.as_deref() == Some(&addr.inet.addr))
+                    || (!left && entry.extras().src == Some(addr.inet.addr))
             });
         }
         _ => {}
@@ -166,7 +166,7 @@ fn connect(have: &mut HostState, addr: &Addr) {
         protocol: PROTO_KERNEL,
         kind: 1,
         scope: 253,
-        src: Some(Box::new(addr.inet.addr)),
+        extras: Extras { src: Some(addr.inet.addr), ..Extras::default() }.boxed(),
         special: false,
         usurper: Remark::default(),
     };

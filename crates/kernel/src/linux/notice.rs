@@ -136,8 +136,7 @@ impl LinuxKernel {
         for (key, object) in self.mirror.range(Key::Route(FIRST_ROUTE)..) {
             let (Key::Route(route), Object::Route(Route { entries, .. })) = (key, object) else { continue };
             let told = matches!(route.dst.addr(), IpAddr::V6(a) if a.is_unicast_link_local() || a.is_multicast());
-            let hit =
-                |entry: &RouteEntry| entry.dev == Some(link) || (src.is_some() && entry.src.as_deref() == src.as_ref());
+            let hit = |entry: &RouteEntry| entry.dev == Some(link) || (src.is_some() && entry.extras().src == src);
             if !told && entries.as_slice().iter().any(hit) {
                 stale.route_family(route.dst.is_v4());
             }

@@ -6,7 +6,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use twill_core::host::{
-    Addr, Detour, Fdb, FdbRoom, Few, Link, LinkKind, Neigh, OuterHeader, PortFlags, Remark, Route, RouteEntry,
+    Addr, Detour, Extras, Fdb, FdbRoom, Few, Link, LinkKind, Neigh, OuterHeader, PortFlags, Remark, Route, RouteEntry,
     RouteKey, Rule, RuleKey, Vxlan,
 };
 use twill_core::net::{Inet, LinkName, MacAddr, Mtu, Port, Prefix, Vni};
@@ -89,6 +89,9 @@ pub(crate) mod rta {
     pub(crate) const PREF: u16 = 20;
     pub(crate) const ENCAP: u16 = 22;
     pub(crate) const NH_ID: u16 = 30;
+    /// Among the metrics.
+    pub(crate) const MTU: u16 = 2;
+    pub(crate) const ADVMSS: u16 = 8;
 }
 
 pub(crate) const NUD_NOARP: u16 = 0x40;
@@ -279,6 +282,8 @@ pub(crate) fn route(payload: &[u8], names: &Names) -> Option<Route> {
         tos,
         metric: attr(rest, rta::PRIORITY).and_then(|v| u32_at(v, 0)).unwrap_or(0),
     };
+    let metrics = attr(rest, rta::METRICS).unwrap_or_default();
+    let number = |kind| attr(metrics, kind).and_then(|v| u32_at(v, 0));
     let base = RouteEntry {
         via: None,
         dev: None,
@@ -286,8 +291,14 @@ pub(crate) fn route(payload: &[u8], names: &Names) -> Option<Route> {
         protocol: *payload.get(5)?,
         kind: *payload.get(7)?,
         scope: *payload.get(6)?,
-        src: attr(rest, rta::PREFSRC).and_then(ip).map(Box::new),
-        special: [rta::METRICS, rta::FLOW, rta::ENCAP, rta::NH_ID].into_iter().any(|kind| attr(rest, kind).is_some())
+        extras: Extras {
+            src: attr(rest, rta::PREFSRC).and_then(ip),
+            mtu: number(rta::MTU),
+            advmss: number(rta::ADVMSS),
+        }
+        .boxed(),
+        special: attrs(metrics).any(|(kind, _)| ![rta::MTU, rta::ADVMSS].contains(&kind))
+            || [rta::FLOW, rta::ENCAP, rta::NH_ID].into_iter().any(|kind| attr(rest, kind).is_some())
             || attr(rest, rta::PREF).is_some_and(|pref| pref != [0]),
         usurper: Remark::default(),
     };

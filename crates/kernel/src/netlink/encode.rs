@@ -4,7 +4,9 @@ use std::fs::File;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 
-use twill_core::host::{Addr, Fdb, Link, LinkKind, Neigh, Object, OuterHeader, PortFlags, Route, RouteEntry, Vxlan};
+use twill_core::host::{
+    Addr, Extras, Fdb, Link, LinkKind, Neigh, Object, OuterHeader, PortFlags, Route, RouteEntry, Vxlan,
+};
 use twill_core::net::LinkName;
 use twill_core::reconcile::Op;
 
@@ -403,8 +405,16 @@ impl Encoder<'_> {
             Some(via) => w.attr(rta::VIA, &[&u16::from(family(via)).to_ne_bytes(), &*octets(via)].concat()),
             None => {}
         }
-        if let Some(src) = entry.src.as_deref().copied() {
+        let Extras { src, mtu, advmss } = entry.extras();
+        if let Some(src) = src {
             w.attr(rta::PREFSRC, &octets(src));
+        }
+        if mtu.or(advmss).is_some() {
+            w.nest(rta::METRICS, |w| {
+                for (kind, metric) in [(rta::MTU, mtu), (rta::ADVMSS, advmss)] {
+                    metric.into_iter().for_each(|metric| w.attr(kind, &metric.to_ne_bytes()));
+                }
+            });
         }
         self.writer.end();
         Ok(())

@@ -252,7 +252,7 @@ fn unused(subnet: Prefix) -> Route {
         usurper: Remark::default(),
         kind: RTN_BLACKHOLE,
         scope: 0,
-        src: None,
+        extras: None,
     };
     Route { key: RouteKey { table: TABLE_MAIN, dst: subnet, tos: 0, metric: u32::MAX }, entries: Few::One(entry) }
 }

@@ -289,7 +289,7 @@ fn route_row(key: &RouteKey, entry: &RouteEntry) -> RouteRow {
         protocol,
         protocol_number: entry.protocol,
         scope: words::scope(entry.scope).into_owned(),
-        source: entry.src.as_deref().copied(),
+        source: entry.extras().src,
         table: words::table(key.table).into_owned(),
         metric: key.metric,
         tos: key.tos,
