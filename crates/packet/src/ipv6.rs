@@ -19,6 +19,9 @@ mod field {
 /// Bytes of the fixed header.
 pub const LEN: usize = 40;
 
+/// Every link carries packets of so many bytes (RFC 8200 section 5).
+pub const LEAST_MTU: usize = 1280;
+
 /// A packet with a whole fixed header.
 #[derive(Debug, Clone, Copy)]
 pub struct Packet<'a>(&'a [u8]);

@@ -7,6 +7,7 @@ use rustix::io::Errno;
 use twill_kernel::icmp::Icmp;
 use twill_kernel::tun::{HEADER, Tun};
 use twill_kernel::udp::{MAX_BYTES, MAX_SEGMENTS, Outgoing, Udp};
+use twill_packet::ipv6;
 use twill_packet::offload::{Inner, Trouble, Vnet, error_about, fragment, segment};
 
 use crate::counters::{Cause, add, work};
@@ -198,8 +199,8 @@ impl Out {
 
     /// The path takes less than the device: what may be cut is cut, and of the rest the sender is told.
     fn too_big(&mut self, shared: &Shared, number: usize, (udp, icmp): (&impl Udp, Option<&impl Icmp>)) {
-        let message = self.batch[number];
-        let counters = &self.peers.at(self.notes[number].peer).counters;
+        let (message, note) = (self.batch[number], self.notes[number]);
+        let counters = &self.peers.at(note.peer).counters;
         let outer = if message.to.is_ipv4() { 28 } else { 48 };
         let mtu = udp.path_mtu(message.to.ip()).map_or(0, |mtu| mtu.saturating_sub(outer));
         let (mut parts, mut lengths, mut told) = (Vec::new(), Vec::new(), false);
@@ -207,8 +208,9 @@ impl Out {
             let end = message.len.min(at + message.segment);
             let packet = &self.cut[message.start + at..message.start + end];
             let Ok(inner) = Inner::check(packet) else { continue };
+            let passes = if inner.src.is_ipv6() { mtu.max(ipv6::LEAST_MTU) } else { mtu };
             // The last one of a run may be short enough.
-            if packet.len() <= mtu {
+            if packet.len() <= passes {
                 parts.extend_from_slice(packet);
                 lengths.push(packet.len());
                 continue;
@@ -217,24 +219,35 @@ impl Out {
                 continue;
             }
             shared.counters.drop(Cause::TooBig, 1, Some(counters));
-            let trouble = Trouble::TooBig { mtu: mtu.min(usize::from(u16::MAX)) as u16 };
+            let trouble = Trouble::TooBig { mtu: passes.min(usize::from(u16::MAX)) as u16 };
             if let Some(icmp) = icmp.filter(|_| !told && mtu > 0 && self.answers.spend()) {
                 told =
                     error_about(packet, &inner, trouble, &mut self.error) && icmp.send(inner.src, &self.error).is_ok();
                 add(&shared.counters.answers, told.into());
             }
         }
-        let mut start = 0;
-        let batch: Vec<Outgoing> = lengths
-            .iter()
-            .map(|&len| {
-                start += len;
-                Outgoing { to: message.to, start: start - len, len, segment: len }
-            })
-            .collect();
-        let mut lost = 0;
-        let calls = udp.send(&parts, &batch, &mut |_, _| lost += 1);
+        let (mut start, mut batch) = (0, Vec::with_capacity(lengths.len()));
+        for &len in &lengths {
+            batch.push(Outgoing { to: message.to, start, len, segment: len });
+            start += len;
+        }
+        let (mut lost, mut lost_bytes) = (0, 0);
+        let mut failed = |n: usize, error: io::Error| {
+            // The path has become narrower still: behind that one nothing went.
+            let stops = error.raw_os_error() == Some(Errno::MSGSIZE.raw_os_error());
+            let these = if stops { &lengths[n..] } else { &lengths[n..=n] };
+            lost += these.len();
+            lost_bytes += these.iter().sum::<usize>();
+        };
+        // What IPv6 asks of each link, a narrower path carries in fragments of the outer packet (RFC 8200 section 5).
+        let calls = if lengths.iter().any(|&len| len > mtu) {
+            udp.send_cuttable(&parts, &batch, &mut failed)
+        } else {
+            udp.send(&parts, &batch, &mut failed)
+        };
         add(&shared.counters.calls.udp_sends, calls);
         shared.counters.drop(Cause::SendFailed, lost, Some(counters));
+        let sent = batch.len() - lost;
+        counters.out.add(sent, start - lost_bytes, if sent > 0 { note.super_packets } else { 0 }, sent);
     }
 }

@@ -66,6 +66,10 @@ impl Udp for Loops {
         1
     }
 
+    fn send_cuttable(&self, buffer: &[u8], batch: &[Outgoing], failed: &mut dyn FnMut(usize, io::Error)) -> usize {
+        self.send(buffer, batch, failed)
+    }
+
     fn recv(&self, buffer: &mut [u8], out: &mut Vec<Incoming>) -> io::Result<()> {
         let start = self.next.get().min(self.from_wire.len());
         let messages = self.from_wire[start..].iter().zip(buffer.chunks_exact_mut(SLOT)).enumerate();

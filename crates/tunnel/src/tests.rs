@@ -330,6 +330,30 @@ fn a_narrow_path_is_told_to_who_forbids_cutting_and_others_are_cut() {
     let sent = a.send(Vnet::default(), &may_be_cut);
     assert!(sent.len() == 2 && sent.iter().all(|d| d.bytes.len() <= 1200));
     assert_eq!(b.receive(a.address, &payloads(&sent)).len(), 2);
+    // Counted as they are on the wire.
+    let flow = FlowSnapshot { packets: 2, bytes: 1420 + 20, super_packets: 1, messages: 2 };
+    assert_eq!(a.counters().peers[0].sent, flow);
+}
+
+#[test]
+fn what_every_ipv6_link_carries_a_narrower_path_carries_in_fragments() {
+    let mut a = End::new(1, &[2], Offloads::ALL);
+    a.udp.set_path_mtu(Some(1228));
+    let packet = |len: usize| {
+        let mut packet = vec![0; len];
+        (packet[0], packet[6], packet[7]) = (0x60, 17, 64);
+        packet[4..6].copy_from_slice(&((len - 40) as u16).to_be_bytes());
+        for (at, ip) in [(8, "fd00:1::2"), (24, "fd00:2::2")] {
+            packet[at..at + 16].copy_from_slice(&ip.parse::<std::net::Ipv6Addr>().unwrap().octets());
+        }
+        packet
+    };
+    let sent = a.send(Vnet::default(), &packet(1280));
+    assert_eq!(payloads(&sent), [packet(1280)]);
+    assert!(a.drops().is_empty() && a.icmp.take().is_empty());
+    // Larger ones are not, and the sender is not told what it would not believe (RFC 8201 section 4).
+    assert!(a.send(Vnet::default(), &packet(1281)).is_empty());
+    assert_eq!((a.drops(), &a.icmp.take()[0].1[..8]), (vec![(Cause::TooBig, 1)], &[2, 0, 0, 0, 0, 0, 5, 0][..]));
 }
 
 #[test]

@@ -92,6 +92,13 @@ fn answers(peer: &str) {
     assert!(v4.contains(&format!("Frag needed and DF set (mtu = {inner})")), "{v4}");
     let v6 = said("ping -n -c 1 -W 5 -M do -s 1380 fd00:2::1");
     assert!(v6.contains(&format!("Packet too big: mtu={inner}")), "{v6}");
+    // Narrower than IPv6 allows: 1280 bytes pass all the same, for no IPv6 sender makes smaller ones.
+    run(&format!("ip {family} route replace {peer}/{host} dev {dev} mtu lock 1290"));
+    let v6 = said("ping -n -c 1 -W 5 -M do -s 1240 fd00:2::1");
+    assert!(v6.contains("Packet too big: mtu=1280"), "{v6}");
+    run("ping -n -c 1 -W 5 -M do -s 1232 fd00:2::1");
+    let v4 = said("ping -n -c 1 -W 5 -M do -s 1260 10.1.2.1");
+    assert!(v4.contains(&format!("Frag needed and DF set (mtu = {})", inner - 110)), "{v4}");
     run(&format!("ip {family} route del {peer}/{host} dev {dev}"));
 }
 

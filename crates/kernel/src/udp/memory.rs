@@ -84,6 +84,13 @@ impl Udp for MemoryUdp {
         1
     }
 
+    fn send_cuttable(&self, buffer: &[u8], batch: &[Outgoing], failed: &mut dyn FnMut(usize, io::Error)) -> usize {
+        let mtu = self.state().path_mtu.take();
+        let calls = self.send(buffer, batch, failed);
+        self.state().path_mtu = mtu;
+        calls
+    }
+
     fn recv(&self, buffer: &mut [u8], out: &mut Vec<Incoming>) -> io::Result<()> {
         let mut state = self.state();
         if let Some(errno) = state.broken {

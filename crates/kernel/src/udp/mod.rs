@@ -70,6 +70,8 @@ pub trait Udp {
     /// than its path takes (`EMSGSIZE`) ends it, so that nothing overtakes what is to be cut: it is the last that `failed` hears of, and
     /// what stands behind it was not sent. Gives the number of calls to the kernel.
     fn send(&self, buffer: &[u8], batch: &[Outgoing], failed: &mut dyn FnMut(usize, io::Error)) -> usize;
+    /// As [`Udp::send`], of what the underlay may cut into fragments where its path takes less. Only one thread sends.
+    fn send_cuttable(&self, buffer: &[u8], batch: &[Outgoing], failed: &mut dyn FnMut(usize, io::Error)) -> usize;
     /// Adds what is there to `out`, one message for each [`SLOT`] of the buffer at most; `WouldBlock` when there is nothing.
     fn recv(&self, buffer: &mut [u8], out: &mut Vec<Incoming>) -> io::Result<()>;
     /// The largest IP packet that the path to `to` is known to take.
@@ -78,7 +80,8 @@ pub trait Udp {
     fn segments(&self) -> bool;
 }
 
-/// A socket of the kernel that never lets an underlay fragment: what is too long fails with `EMSGSIZE`.
+/// A socket of the kernel that lets an underlay fragment nothing but what is said to be cuttable: else what is too long fails with
+/// `EMSGSIZE`.
 #[derive(Debug)]
 pub struct UdpSocket {
     fd: OwnedFd,
@@ -100,12 +103,10 @@ impl UdpSocket {
 
     /// Takes over a bound socket.
     pub fn adopt(fd: OwnedFd) -> io::Result<Self> {
-        let (level, option, never) = match rustix::net::getsockname(&fd)?.try_into() {
-            Ok(SocketAddr::V4(_)) => (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DO),
-            Ok(SocketAddr::V6(_)) => (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DO),
-            Err(_) => return Err(io::Error::new(io::ErrorKind::InvalidInput, "not an IP socket")),
+        let Ok(local) = SocketAddr::try_from(rustix::net::getsockname(&fd)?) else {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not an IP socket"));
         };
-        set(&fd, level, option, never)?;
+        set_cuttable(&fd, local.is_ipv4(), false)?;
         let merges = set(&fd, libc::SOL_UDP, libc::UDP_GRO, 1).is_ok();
         // Asking for no segmentation succeeds exactly where the kernel knows the option.
         let segments = AtomicBool::new(set(&fd, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok());
@@ -231,6 +232,15 @@ impl Udp for UdpSocket {
         calls
     }
 
+    fn send_cuttable(&self, buffer: &[u8], batch: &[Outgoing], failed: &mut dyn FnMut(usize, io::Error)) -> usize {
+        let v4 = batch.iter().all(|message| message.to.is_ipv4());
+        // Refused, both are without effect: what is too long fails as ever.
+        let _ = set_cuttable(&self.fd, v4, true);
+        let calls = self.send(buffer, batch, failed);
+        let _ = set_cuttable(&self.fd, v4, false);
+        calls
+    }
+
     fn recv(&self, buffer: &mut [u8], out: &mut Vec<Incoming>) -> io::Result<()> {
         let mut room = Room::new();
         let count = room.fill_slots(buffer);
@@ -282,6 +292,16 @@ impl AsFd for UdpSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// Whether the kernel may cut, and routers too over IPv4, what is longer than its path takes.
+fn set_cuttable(fd: &OwnedFd, v4: bool, may: bool) -> io::Result<()> {
+    let (level, option, [never, always]) = if v4 {
+        (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, [libc::IP_PMTUDISC_DO, libc::IP_PMTUDISC_DONT])
+    } else {
+        (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, [libc::IPV6_PMTUDISC_DO, libc::IPV6_PMTUDISC_DONT])
+    };
+    set(fd, level, option, if may { always } else { never })
 }
 
 fn is_too_long(error: &io::Error) -> bool {

@@ -8,7 +8,7 @@ use crate::{bytes, checksum, icmp, icmpv6, ipv4};
 /// Bytes of an ICMP error at most (RFC 1812 section 4.3.2.3), without the IP header that the kernel puts before it.
 const MOST_V4: usize = 576 - ipv4::LEN;
 /// As above (RFC 4443 section 2.4 c).
-const MOST_V6: usize = 1280 - crate::ipv6::LEN;
+const MOST_V6: usize = crate::ipv6::LEAST_MTU - crate::ipv6::LEN;
 /// Set on IPv4 options that every fragment carries (RFC 791 section 3.1).
 const COPIED: u8 = 0x80;
 
