@@ -190,9 +190,21 @@ impl Tunnel {
         !self.shared.lost.load(Ordering::Acquire)
     }
 
+    /// True once somebody renamed the device: whoever wants one by that name makes another.
+    pub fn is_renamed(&self) -> bool {
+        let name = self.ends.as_ref().map(|ends| ends.tun.name());
+        name.is_some_and(|name| name.is_ok_and(|name| name != self.shared.spec.device.as_str()))
+    }
+
     /// The device's and the socket's descriptor, for somebody who keeps them.
     pub fn descriptors(&self) -> Option<(BorrowedFd<'_>, BorrowedFd<'_>)> {
         self.ends.as_ref().map(|ends| (ends.tun.as_fd(), ends.udp.as_fd()))
+    }
+
+    /// Ends, and the device with its last descriptor, whatever it is called.
+    pub fn remove(self) -> io::Result<()> {
+        let ends = self.stop();
+        ends.map_or(Ok(()), |(tun, _)| tun.set_persistent(false))
     }
 
     /// Ends the pumps, waits for them, and gives the descriptors back: nobody reads them any more.

@@ -282,6 +282,35 @@ fn a_device_deleted_or_down_under_load_comes_back() {
     });
 }
 
+#[test]
+fn a_renamed_device_is_replaced_and_leaves_nothing_that_stands_in_the_next_agents_way() {
+    let Some((mut net, dir)) = running() else { return };
+    let replaced = |net: &Overlay, old: &str| {
+        let site = net.site(1);
+        eventually("one device, by its own name and up", || {
+            let links = site.host.json("link show type tun");
+            let names: Vec<_> = links.as_array().into_iter().flatten().map(|link| link["ifname"].clone()).collect();
+            let up = links[0]["flags"].to_string().contains("LOWER_UP");
+            if names == ["flannel0"] && up { Ok(()) } else { Err((old.to_owned(), links.to_string(), site.log())) }
+        });
+        net.await_both_ways();
+    };
+    net.site(1).host.ip("link set flannel0 name other0");
+    replaced(&net, "other0");
+    net.site_mut(1).stop(Signal::TERM);
+    net.site_mut(1).start("");
+    replaced(&net, "other0");
+    // While no agent runs, but the service manager has its descriptors.
+    net.site_mut(1).stop(Signal::TERM);
+    let mut manager = Manager::new(dir.path());
+    manager.start(net.site_mut(1));
+    net.await_both_ways();
+    net.site_mut(1).stop(Signal::TERM);
+    net.site(1).host.ip("link set flannel0 name other1");
+    manager.start(net.site_mut(1));
+    replaced(&net, "other1");
+}
+
 /// A ping every 10 ms from container 1 to container 2, counted.
 struct Beat(Ends);
 
@@ -385,6 +414,8 @@ impl Manager {
         } else {
             site.start_command(shell.stdin(Stdio::null()).stdout(Stdio::null()));
         }
+        // It holds what it handed on.
+        drop(shell);
         let (mut ready, mut stored) = (false, 0);
         while !ready || stored < 2 {
             let (text, fd) = self.hear();

@@ -107,7 +107,12 @@ impl TunnelHost {
     fn adopt(&self, spec: &TunnelSpec, tun: OwnedFd, udp: OwnedFd) -> io::Result<Tunnel> {
         let tun = TunDevice::adopt(tun, self.offloads())?;
         let udp = UdpSocket::adopt(udp)?;
-        if tun.name()? != spec.device.as_str() || udp.local()? != spec.local {
+        let renamed = tun.name()? != spec.device.as_str();
+        if renamed {
+            // It would keep the addresses of the one made in its place.
+            tun.set_persistent(false)?;
+        }
+        if renamed || udp.local()? != spec.local {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "these descriptors are another tunnel's"));
         }
         self.start(spec, tun, udp)
@@ -206,11 +211,12 @@ impl TunnelHost {
 
     /// Brings the running tunnel to what is wanted. When to look again, where only time helps.
     pub(crate) fn bring_up(&mut self, host: &HostState, now: Duration) -> Option<Duration> {
-        let keeps = |tunnel: &Tunnel| tunnel.is_alive() && Some(tunnel.spec()) == self.spec.as_ref();
-        if self.running.as_ref().is_some_and(|tunnel| !keeps(tunnel)) {
-            self.running = None;
+        let spec = self.spec.as_ref();
+        let keeps = |tunnel: &mut Tunnel| tunnel.is_alive() && Some(tunnel.spec()) == spec && !tunnel.is_renamed();
+        if let Some(tunnel) = self.running.take_if(|tunnel| !keeps(tunnel)) {
             self.show(None);
             release();
+            end(tunnel);
         }
         let Some(spec) = self.spec.clone().filter(|_| !self.given) else {
             self.fault = None;
@@ -279,6 +285,17 @@ impl TunnelHost {
 
     fn show(&self, gauge: Option<Gauge>) {
         *self.gauge.lock().unwrap_or_else(PoisonError::into_inner) = gauge;
+    }
+}
+
+/// Ends a tunnel. A renamed device still has the addresses that the one made in its place has: it goes too.
+fn end(tunnel: Tunnel) {
+    if tunnel.is_renamed() {
+        let device = tunnel.spec().device;
+        match tunnel.remove() {
+            Ok(()) => tracing::warn!(%device, "the device was renamed: it is removed, and made anew"),
+            Err(error) => tracing::warn!(%device, %error, "remove what the device was renamed to"),
+        }
     }
 }
 
