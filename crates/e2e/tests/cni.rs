@@ -662,6 +662,58 @@ fn a_device_that_refuses_to_go_is_told_and_remembered() {
     assert_eq!((runtime.held(), runtime.attachments(), runtime.links().len()), (vec![], vec![], 2));
 }
 
+/// An ADD that fails when the device is there, and cannot take the device back: nobody else gets its address.
+#[test]
+fn an_add_that_cannot_take_its_device_back_keeps_address_and_file_for_the_del() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    if !installed("strace") {
+        return;
+    }
+    let (a, b) = (runtime.container("a"), runtime.container("b"));
+    runtime.add(&runtime.conf("1.0.0", json!({})), "b", &b);
+    let before = runtime.everything();
+    let trace = runtime.file("trace");
+    // The container's route is refused.
+    let late = runtime.conf("1.0.0", json!({"ipam": {"routes": [{"dst": "10.99.0.0/16", "gw": "10.99.0.1"}]}}));
+    let fails = |more: &[&str]| {
+        let mut command = runtime.command(std::path::Path::new("strace"), &adds(&late, "a", &netns(&a)));
+        command.args(["-qq", "-e", "trace=sendto", "-o", trace.to_str().unwrap()]).args(more).arg(bin("twill-cni"));
+        let refused = runtime.finish(command, &late).unwrap_err();
+        assert!(refused["code"] == 100 && refused["msg"].as_str().unwrap().contains("10.99.0.1"), "{refused:#}");
+        (refused, std::fs::read_to_string(&trace).unwrap())
+    };
+    let (refused, sent) = fails(&[]);
+    assert_eq!(
+        (runtime.everything(), &refused["details"]),
+        (before.clone(), &json!("correct the cause and try again"))
+    );
+    let nth = 1 + sent.lines().position(|line| line.contains("RTM_DELLINK")).unwrap_or_else(|| panic!("{sent}"));
+    // This one request fails, and then all from there on, so that nobody can tell whether the device is there.
+    for (which, told) in
+        [(format!("{nth}"), "Operation not permitted"), (format!("{nth}+"), "read the network namespace")]
+    {
+        let earlier = runtime.held();
+        let (refused, sent) = fails(&["-e", &format!("inject=sendto:error=EPERM:when={which}")]);
+        assert!(sent.lines().nth(nth - 1).is_some_and(|line| line.contains("RTM_DELLINK")), "{sent}");
+        let held: Vec<String> = runtime.held().into_iter().filter(|ip| !earlier.contains(ip)).collect();
+        let (msg, details) = (refused["msg"].as_str().unwrap(), refused["details"].as_str().unwrap());
+        let stays = format!(" stays: {}", held.join(", "));
+        assert!(msg.contains("then delete link veth") && msg.contains(told) && msg.contains(&stays), "{refused:#}");
+        assert!(details.contains("the DEL of this container takes what is left"), "{refused:#}");
+        assert_eq!((held.len(), runtime.attachments()), (2, vec!["a:eth0.json".to_owned(), "b:eth0.json".into()]));
+        assert_eq!((runtime.links().len(), a.json("link").as_array().unwrap().len()), (4, 2), "lo, cni0 and two pairs");
+        // Nobody else gets it.
+        let c = runtime.container("c");
+        let conf = runtime.conf("1.0.0", json!({"runtimeConfig": {"ips": [held[0]]}}));
+        let taken = runtime.try_verb("ADD", &conf, "c", Some(&c)).unwrap_err();
+        assert!(taken["msg"].as_str().unwrap().contains("a:eth0 holds it"), "{taken:#}");
+        runtime.del(&late, "a", Some(&a));
+        assert_eq!(runtime.everything(), before);
+    }
+    runtime.add(&runtime.conf("1.0.0", json!({})), "a", &a);
+    reaches(&a, "10.1.15.1");
+}
+
 #[test]
 fn a_foreign_address_on_an_unused_bridge_is_repaired() {
     let Some((runtime, _dir)) = runtime() else { return };

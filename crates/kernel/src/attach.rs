@@ -252,7 +252,8 @@ impl Before {
     }
 }
 
-/// Attaches a container to the namespace of the calling thread, which was looked at. Whatever fails, nothing is left behind.
+/// Attaches a container to the namespace of the calling thread, which was looked at. Whatever fails, what was made goes again, or
+/// is told.
 pub fn attach(before: Before, container: &Netns, request: &Request, needed: Needed<'_>) -> Result<Attached, Failed> {
     let Before { mut host, home, inside } = before;
     // Of this container, and not written down: what a killed attach has left. Its other end goes with it.

@@ -178,8 +178,17 @@ pub(crate) fn switch_back(switched: &[Object], records: &Records, own: &Target) 
 
 /// Addresses and file go back, unless the device that has them refuses to go: then DEL finds the file.
 fn give_back(record: &Attachment, records: &Records) -> Result<(), CniError> {
-    let stands = kernel::has_device(record.request.host_device).map_err(|failed| refused(failed, records))?;
-    if stands { Ok(()) } else { undo(record, records) }
+    let Request { host_device, addresses, .. } = &record.request;
+    let held = |unknown: &str| {
+        let addresses: Vec<String> = addresses.iter().map(|inet| inet.addr.to_string()).collect();
+        let msg = format!("{unknown}what is written down of {host_device} stays: {}", addresses.join(", "));
+        CniError::new(Code::Kernel, msg, "the DEL of this container takes what is left")
+    };
+    match kernel::has_device(*host_device) {
+        Ok(false) => undo(record, records),
+        Ok(true) => Err(held("")),
+        Err(failed) => Err(held(&format!("{failed}; "))),
+    }
 }
 
 /// The container's rules, as its file says.

@@ -131,9 +131,7 @@ pub(crate) fn refused(failed: Failed, records: &Records) -> CniError {
         Failed::Step { cause: StepError::Refused { errno: libc::EPERM, .. }, .. } => {
             (Code::Kernel, "the plugin needs CAP_NET_ADMIN: run it as root".to_owned())
         }
-        Failed::Step { .. } | Failed::Kernel(_) => {
-            (Code::Kernel, "nothing is left behind: correct the cause and try again".to_owned())
-        }
+        Failed::Step { .. } | Failed::Kernel(_) => (Code::Kernel, "correct the cause and try again".to_owned()),
     };
     CniError::new(code, msg, details)
 }
