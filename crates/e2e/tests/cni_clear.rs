@@ -345,3 +345,37 @@ fn a_route_has_the_metrics_that_are_asked_for_and_check_names_others() {
         assert_eq!(runtime.everything(), before, "{key} {value}");
     }
 }
+
+/// The next ADD is for it.
+#[test]
+fn check_is_of_what_add_made_whatever_the_configuration_says_by_now() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let a = runtime.container("a");
+    let conf = runtime.conf("1.1.0", json!({}));
+    let said = runtime.add(&conf, "a", &a);
+    let edits = [
+        json!({"mtu": 1300}),
+        json!({"bridge": "cni9"}),
+        json!({"bridge": ""}),
+        json!({"promiscMode": true}),
+        json!({"hairpinMode": false, "portIsolation": true}),
+        json!({"isDefaultGateway": false, "isGateway": false}),
+        json!({"ipam": {"type": "host-local", "ranges": [[{"subnet": "10.8.0.0/24"}]], "dataDir": runtime.file("elsewhere")}}),
+        json!({"ipam": {"routes": [{"dst": "192.0.2.0/24", "mtu": 1400}]}}),
+        json!({"subnetFile": runtime.file("gone")}),
+    ];
+    for edit in edits {
+        let check = || {
+            let mut conf = conf.clone();
+            twill_e2e::cni::merge(&mut conf, edit.clone());
+            conf["prevResult"] = said.clone();
+            runtime.try_verb("CHECK", &conf, "a", Some(&a))
+        };
+        assert_eq!(check(), Ok(Value::Null), "{edit}");
+        // An alteration is named as ever.
+        sh(&a, "ip link set eth0 mtu 1300");
+        let refused = check().expect_err("another MTU");
+        assert!(refused["msg"].as_str().unwrap().contains("eth0: MTU is 1300, wanted: 1450"), "{edit}: {refused:#}");
+        sh(&a, "ip link set eth0 mtu 1450");
+    }
+}

@@ -91,7 +91,17 @@ fn check_of_addresses_alone_names_each_that_is_missing() {
         named(&conf, &format!("the address {ip} is held by other:eth0"));
         std::fs::write(&file, holder).unwrap();
     }
+    // Others by now.
+    let mut edited = conf.clone();
+    edited["ipam"]["ranges"] = json!([[{"subnet": "10.8.0.0/24"}]]);
+    edited["ipam"]["dataDir"] = json!(runtime.file("elsewhere"));
+    assert_eq!(check(&edited), Ok(Value::Null));
     conf["prevResult"]["ips"].as_array_mut().unwrap().pop();
+    named(&conf, "prevResult lacks the address fd00:9::2/64");
+    edited["prevResult"] = conf["prevResult"].clone();
+    named(&edited, "prevResult lacks the address fd00:9::2/64");
+    // Where nothing is written down the ranges say it.
+    std::fs::remove_file(runtime.file("state/attachments/a:eth0.json")).unwrap();
     named(&conf, "prevResult lacks an address of fd00:9::/64");
 }
 

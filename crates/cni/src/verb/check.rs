@@ -1,4 +1,7 @@
 //! CHECK: is the container attached as ADD left it? Every difference is named.
+//!
+//! A configuration that was edited since is no difference: CNI 1.1.0 expects what `prevResult` says, and lets a runtime take a failed CHECK
+//! for a container that is broken for good. (The reference bridge compares its name and `promiscMode` with the configuration, nothing else.)
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -6,7 +9,7 @@ use std::path::Path;
 use serde_json::Value;
 use twill_core::attach::{Attachment, Request, Way};
 use twill_core::host::{Link, Object};
-use twill_core::net::{LinkName, Mtu};
+use twill_core::net::{Inet, LinkName, Mtu};
 use twill_core::reconcile::{Desired, Op};
 use twill_kernel::{attach as kernel, files};
 
@@ -185,9 +188,18 @@ impl Told<'_> {
     }
 }
 
-/// The address files of what prevResult says, for somebody else's plugin: one address of each range.
+/// The address files of what prevResult says, for somebody else's plugin: what ADD wrote down, else one address of each range.
 fn alone(conf: &Conf, target: &Target, prev: &Answer) -> Result<Vec<String>, CniError> {
     let Some(ipam) = &conf.ipam else { return Ok(Vec::new()) };
+    let record = Records::new(conf.attachments()).get(&target.container_id, target.ifname)?;
+    let is_own = |record: &Attachment| record.network.as_ref().is_some_and(|network| network.name == conf.name);
+    if let Some(record) = record.filter(|record| record.alone.is_some() && is_own(record)) {
+        let is_told = |inet: &&Inet| prev.ips.iter().any(|ip| ip.address.addr == inet.addr);
+        let untold = record.request.addresses.iter().filter(|inet| !is_told(inet));
+        let mut found: Vec<String> = untold.map(|inet| format!("prevResult lacks the address {inet}")).collect();
+        found.extend(addresses(&record)?);
+        return Ok(found);
+    }
     let Some(folder) = Folder::find(&ipam.dir)? else { return Ok(vec![format!("{} is missing", ipam.dir.display())]) };
     let mut found = Vec::new();
     for set in &ipam.sets {
