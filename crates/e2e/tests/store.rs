@@ -191,7 +191,7 @@ fn any_step(dice: &mut Dice, revision: i64) -> Step {
     let (key, other) = (format!("/k{}", dice.below(4)), format!("/k{}", dice.below(4)));
     let value = format!("v{}", dice.below(3));
     let rev = 1 + dice.below(revision as u64 + 2) as i64;
-    match dice.below(24) {
+    match dice.below(28) {
         0..=3 => ctl(&format!("put {key} {value} --prev-kv"), ""),
         4 => ctl(&format!("put {key} {value} --lease=@{}", dice.below(3)), ""),
         5 => ctl(&format!("put {key} --ignore-value"), ""),
@@ -215,6 +215,16 @@ fn any_step(dice: &mut Dice, revision: i64) -> Step {
             "txn",
             &format!("mod(\"{key}\") > \"{rev}\"\n\nput {key} {value}\nget /k --prefix\n\ndel {other}\nget {key}\n\n"),
         ),
+        // What is refused leaves nothing behind, and what is not taken is not asked whether it could be done.
+        24 => ctl("txn", &format!("\nput {key} {value}\nput {other} --ignore-value\n\n\n")),
+        25 => ctl(
+            "txn",
+            &format!(
+                "ver(\"{key}\") > \"0\"\n\nput {key} {value}\n\nput {key} x --lease=77\nget {key} --rev=99999\n\n"
+            ),
+        ),
+        26 => ctl("txn", &format!("\ndel {key} --from-key --prev-kv\nput {key} {value}\nget /k --prefix\n\n\n")),
+        27 => ctl("txn", &format!("\nput {key} {value}\nget {other} --rev={}\n\n\n", revision + 1)),
         _ => ctl(
             "txn",
             &format!(
@@ -238,7 +248,7 @@ fn random_sequences_are_answered_as_debians_etcd_does() {
     // From revision 1 on, so that it does not matter when the watcher has arrived.
     let live =
         ["--prefix /k --prev-kv --rev=1", "/k /k2 --rev=1"].map(|w| [&ours, &etcds].map(|s| Watching::start(s, w)));
-    for n in 0..160 {
+    for n in 0..220 {
         let step = match n {
             90 => ctl(&format!("compaction {}", revision / 2), ""),
             91 => ctl(&format!("get /k0 --rev={}", revision / 2 - 1), ""),

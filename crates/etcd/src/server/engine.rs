@@ -13,13 +13,13 @@ use crate::mvccpb::Event;
 use crate::mvccpb::event::EventType;
 use crate::rpc::watch_create_request::FilterType;
 use crate::rpc::{
-    DeleteRangeRequest, LeaseTimeToLiveResponse, PutRequest, RequestOp, ResponseHeader, TxnRequest, TxnResponse,
+    DeleteRangeRequest, LeaseTimeToLiveResponse, RequestOp, ResponseHeader, TxnRequest, TxnResponse,
     WatchCreateRequest, WatchResponse, request_op,
 };
 
 use super::disk::{Batch, Disk, Loaded};
 use super::lease::Leases;
-use super::mvcc::{Mvcc, Record, Refused, check_put, check_txn, in_range};
+use super::mvcc::{Mvcc, Record, Refused, check_put, check_txn, in_range, taken};
 
 /// Commands that are taken into one batch.
 const LARGEST_BATCH: usize = 1024;
@@ -227,10 +227,12 @@ impl Engine {
     }
 
     fn txn(&mut self, request: &TxnRequest) -> Result<TxnResponse, Refused> {
-        self.check(&request.success)?;
-        self.check(&request.failure)?;
+        let path = self.mvcc.path(request);
+        for check in [Self::check_put, Self::check_range] {
+            self.check(request, &mut path.iter().copied(), check)?;
+        }
         let mut txn = self.mvcc.txn();
-        let response = txn.run(request);
+        let response = txn.run(request, &mut path.into_iter());
         let records = txn.commit();
         self.publish(&records);
         self.batch.records.extend(records);
@@ -239,33 +241,47 @@ impl Engine {
         Ok(response)
     }
 
-    /// What must hold before anything is written: leases exist, values can be kept, revisions can be read.
-    fn check(&self, ops: &[RequestOp]) -> Result<(), Refused> {
-        for op in ops {
+    /// What must hold before anything is written, of the lists that are taken: what is refused half way would stay written.
+    fn check(
+        &self,
+        request: &TxnRequest,
+        path: &mut impl Iterator<Item = bool>,
+        check: fn(&Self, &request_op::Request) -> Result<(), Refused>,
+    ) -> Result<(), Refused> {
+        for op in taken(request, path.next().unwrap_or_default()) {
             match op.request.as_ref() {
-                Some(request_op::Request::RequestPut(put)) => self.check_put(put)?,
-                Some(request_op::Request::RequestRange(range)) => {
-                    if range.revision > self.mvcc.rev() {
-                        return Err(Refused::Future);
-                    }
-                    if range.revision > 0 && range.revision < self.mvcc.compacted() {
-                        return Err(Refused::Compacted);
-                    }
-                }
-                Some(request_op::Request::RequestTxn(txn)) => {
-                    self.check(&txn.success)?;
-                    self.check(&txn.failure)?;
-                }
-                Some(request_op::Request::RequestDeleteRange(_)) | None => {}
+                Some(request_op::Request::RequestTxn(nested)) => self.check(nested, path, check)?,
+                Some(request) => check(self, request)?,
+                None => return Err(Refused::KeyNotFound),
             }
         }
         Ok(())
     }
 
-    fn check_put(&self, put: &PutRequest) -> Result<(), Refused> {
+    /// The lease exists, and what is to be kept.
+    fn check_put(&self, request: &request_op::Request) -> Result<(), Refused> {
+        let request_op::Request::RequestPut(put) = request else { return Ok(()) };
         check_put(put)?;
+        if (put.ignore_value || put.ignore_lease) && self.mvcc.last(&put.key).is_none() {
+            return Err(Refused::KeyNotFound);
+        }
         let known = put.lease == 0 || self.leases.get(put.lease).is_some();
         if known { Ok(()) } else { Err(Refused::LeaseNotFound) }
+    }
+
+    /// The revision can be read.
+    fn check_range(&self, request: &request_op::Request) -> Result<(), Refused> {
+        let request_op::Request::RequestRange(range) = request else { return Ok(()) };
+        if range.key.is_empty() {
+            return Err(Refused::EmptyKey);
+        }
+        if range.revision > self.mvcc.rev() {
+            return Err(Refused::Future);
+        }
+        if range.revision != 0 && self.mvcc.compacted() > 0 && range.revision < self.mvcc.compacted() {
+            return Err(Refused::Compacted);
+        }
+        Ok(())
     }
 
     fn compact(&mut self, rev: i64) -> Result<ResponseHeader, Refused> {
@@ -349,16 +365,18 @@ impl Engine {
     fn watch(&mut self, stream: u64, id: i64, request: WatchCreateRequest, sink: WatchSink) {
         let mut response =
             WatchResponse { header: Some(self.header()), watch_id: id, created: true, ..WatchResponse::default() };
-        if self.watchers.contains_key(&(stream, id)) {
+        let empty = !matches!(&request.range_end[..], [] | [0]) && request.key >= request.range_end;
+        if empty || self.watchers.contains_key(&(stream, id)) {
             response.watch_id = -1;
             response.canceled = true;
-            response.cancel_reason = "etcdserver: duplicate watch ID".into();
+            response.cancel_reason =
+                if empty { "mvcc: watcher range is empty" } else { "mvcc: duplicate watch ID provided" }.into();
             self.replies.push(Box::new(move || sink.send(response)));
             return;
         }
         let created = sink.clone();
         self.replies.push(Box::new(move || created.send(response)));
-        if request.start_revision > 0 && request.start_revision <= self.mvcc.compacted() {
+        if request.start_revision > 0 && request.start_revision < self.mvcc.compacted() {
             let response = WatchResponse {
                 header: Some(self.header()),
                 watch_id: id,
@@ -454,5 +472,54 @@ impl Engine {
 impl Watcher {
     fn wants(&self, event: &Event) -> bool {
         if event.r#type == EventType::Put as i32 { !self.no_put } else { !self.no_delete }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rpc::{Compare, PutRequest, RangeRequest, compare};
+
+    fn put(key: &'static str, value: &'static str) -> request_op::Request {
+        request_op::Request::RequestPut(PutRequest { key: key.into(), value: value.into(), ..PutRequest::default() })
+    }
+
+    fn nested(compare: Vec<Compare>, success: Vec<RequestOp>, failure: Vec<RequestOp>) -> request_op::Request {
+        request_op::Request::RequestTxn(TxnRequest { compare, success, failure })
+    }
+
+    fn ops(requests: impl IntoIterator<Item = request_op::Request>) -> Vec<RequestOp> {
+        requests.into_iter().map(|request| RequestOp { request: Some(request) }).collect()
+    }
+
+    /// A transaction's answer, and then the keys with their values.
+    fn run(engine: &mut Engine, success: Vec<RequestOp>) -> (Result<TxnResponse, Refused>, Vec<(Bytes, Bytes)>) {
+        let request = TxnRequest { success, ..TxnRequest::default() };
+        let answer = check_txn(&request).and_then(|()| engine.txn(&request));
+        let all = RangeRequest { key: "a".into(), range_end: vec![0].into(), ..RangeRequest::default() };
+        let kvs = engine.mvcc.range(&all).unwrap().kvs;
+        (answer, kvs.into_iter().map(|kv| (kv.key, kv.value)).collect())
+    }
+
+    #[test]
+    fn a_transaction_decides_and_checks_everything_before_it_writes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (disk, loaded) = Disk::open(dir.path(), (1, 2)).unwrap();
+        let mut engine = Engine::new(disk, loaded, 0);
+        let kept = request_op::Request::RequestPut(PutRequest {
+            key: "none".into(),
+            ignore_value: true,
+            ..PutRequest::default()
+        });
+        let (answer, keys) = run(&mut engine, ops([put("a", "1"), nested(vec![], ops([kept]), vec![])]));
+        assert_eq!((answer, keys), (Err(Refused::KeyNotFound), vec![]), "nothing of what is refused is written");
+        assert_eq!(engine.mvcc.rev(), 1);
+        let absent = Compare { key: "a".into(), target: compare::CompareTarget::Version as i32, ..Compare::default() };
+        let unknown =
+            request_op::Request::RequestPut(PutRequest { key: "c".into(), lease: 7, ..PutRequest::default() });
+        let choice = nested(vec![absent], ops([put("b", "absent")]), ops([unknown]));
+        let (answer, keys) = run(&mut engine, ops([put("a", "1"), choice]));
+        assert!(answer.is_ok(), "the list that is not taken may name what is not there: {answer:?}");
+        assert_eq!(keys, [("a".into(), "1".into()), ("b".into(), "absent".into())], "compared before the first write");
     }
 }

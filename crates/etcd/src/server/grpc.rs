@@ -134,7 +134,10 @@ fn status(refused: Refused) -> Status {
 #[tonic::async_trait]
 impl Kv for Server {
     async fn range(&self, request: Request<rpc::RangeRequest>) -> Result<Response<rpc::RangeResponse>, Status> {
-        match self.one(request_op::Request::RequestRange(request.into_inner())).await? {
+        let mut request = request.into_inner();
+        // "Now" for etcd, but in a transaction it is refused.
+        request.revision = request.revision.max(0);
+        match self.one(request_op::Request::RequestRange(request)).await? {
             (header, response_op::Response::ResponseRange(response)) => {
                 Ok(Response::new(rpc::RangeResponse { header, ..response }))
             }
@@ -232,9 +235,6 @@ fn watch_command(stream: u64, next_id: &mut i64, mut request: WatchCreateRequest
     // A range from the empty key is one from the first key, as etcd has it.
     if request.key.is_empty() {
         request.key = vec![0].into();
-        if request.range_end.is_empty() {
-            request.range_end = vec![0].into();
-        }
     }
     Command::Watch { stream, id, request, sink: sink.clone() }
 }

@@ -183,9 +183,9 @@ impl Mvcc {
         let keys: Vec<Bytes> = self.history.range(..=(rev, i64::MAX)).map(|(_, key)| key.clone()).collect();
         for key in keys {
             let Some(versions) = self.keys.get_mut(&key) else { continue };
-            // The last version at the compaction stays, unless it is a deletion.
+            // The last version at the compaction stays, unless it is a deletion that no watch from there on can miss.
             let upto = versions.partition_point(|v| v.rev <= rev);
-            let kept = versions.get(upto.wrapping_sub(1)).is_some_and(|v| v.count > 0);
+            let kept = versions.get(upto.wrapping_sub(1)).is_some_and(|v| v.count > 0 || v.rev == rev);
             gone.extend(versions.drain(..upto - usize::from(kept)).map(|v| (v.rev, v.sub)));
             if versions.is_empty() {
                 self.keys.remove(&key);
@@ -208,7 +208,8 @@ impl Mvcc {
         let versions = self.keys.get(key)?;
         let place = versions.binary_search_by(|v| (v.rev, v.sub).cmp(&(rev, sub))).ok()?;
         let version = &versions[place];
-        let before = place.checked_sub(1).map(|p| &versions[p]).filter(|v| v.count > 0);
+        // What stood before the revision: a transaction's own writes do not count, and what is created anew has none.
+        let before = versions[..place].iter().rfind(|v| v.rev < rev).filter(|v| v.count > 0 && version.count != 1);
         let prev_kv = before.filter(|_| prev_kv).map(|v| key_value(key, v));
         let (kind, kv) = if version.count > 0 {
             (EventType::Put, key_value(key, version))
@@ -250,8 +251,34 @@ impl Mvcc {
         self.keys.range(bounds).map(|(key, versions)| (key, versions.as_slice()))
     }
 
-    fn last(&self, key: &[u8]) -> Option<&Version> {
+    /// Which list a transaction takes, and then each nested one in it: all of it is decided before anything is written.
+    pub fn path(&self, request: &TxnRequest) -> Vec<bool> {
+        let succeeded = request.compare.iter().all(|c| self.holds(c));
+        let mut path = vec![succeeded];
+        for op in taken(request, succeeded) {
+            if let Some(request_op::Request::RequestTxn(nested)) = op.request.as_ref() {
+                path.extend(self.path(nested));
+            }
+        }
+        path
+    }
+
+    /// The version of a key that stands now.
+    pub fn last(&self, key: &[u8]) -> Option<&Version> {
         self.keys.get(key)?.last().filter(|v| v.count > 0)
+    }
+
+    /// One compare; over a range it must hold for every key, and for no key unless it compares a value.
+    fn holds(&self, compare: &Compare) -> bool {
+        let mut found = self
+            .select(&compare.key, &compare.range_end)
+            .filter_map(|(_, v)| v.last().filter(|v| v.count > 0))
+            .peekable();
+        if found.peek().is_none() {
+            let is_value = compare.target == compare::CompareTarget::Value as i32;
+            return !is_value && compares(compare, None);
+        }
+        found.all(|version| compares(compare, Some(version)))
     }
 }
 
@@ -289,10 +316,11 @@ impl Txn<'_> {
         Ok(DeleteRangeResponse { header: None, deleted, prev_kvs: if request.prev_kv { gone } else { Vec::new() } })
     }
 
-    /// A transaction: compares, then one of its two lists.
-    pub fn run(&mut self, request: &TxnRequest) -> Result<TxnResponse, Refused> {
-        let succeeded = request.compare.iter().all(|c| self.holds(c));
-        let ops = if succeeded { &request.success } else { &request.failure };
+    /// A transaction: of its two lists the one that [`Mvcc::path`] has decided on. What is refused has written before what
+    /// comes first, so whoever calls has checked all that can be.
+    pub fn run(&mut self, request: &TxnRequest, path: &mut impl Iterator<Item = bool>) -> Result<TxnResponse, Refused> {
+        let succeeded = path.next().unwrap_or_default();
+        let ops = taken(request, succeeded);
         let mut responses = Vec::with_capacity(ops.len());
         for op in ops {
             let response = match op.request.as_ref() {
@@ -313,7 +341,7 @@ impl Txn<'_> {
                     })
                 }
                 Some(request_op::Request::RequestTxn(r)) => {
-                    let response = self.run(r)?;
+                    let response = self.run(r, path)?;
                     response_op::Response::ResponseTxn(TxnResponse { header: at_revision(0), ..response })
                 }
                 None => return Err(Refused::KeyNotFound),
@@ -342,20 +370,11 @@ impl Txn<'_> {
         self.mvcc.insert(&record);
         self.records.push(record);
     }
+}
 
-    /// One compare; over a range it must hold for every key, and for no key unless it compares a value.
-    fn holds(&self, compare: &Compare) -> bool {
-        let mut found = self
-            .mvcc
-            .select(&compare.key, &compare.range_end)
-            .filter_map(|(_, v)| v.last().filter(|v| v.count > 0))
-            .peekable();
-        if found.peek().is_none() {
-            let is_value = compare.target == compare::CompareTarget::Value as i32;
-            return !is_value && compares(compare, None);
-        }
-        found.all(|version| compares(compare, Some(version)))
-    }
+/// The list that a transaction takes.
+pub fn taken(request: &TxnRequest, succeeded: bool) -> &[RequestOp] {
+    if succeeded { &request.success } else { &request.failure }
 }
 
 /// etcd's header of an answer inside a transaction: nothing but the revision.
@@ -365,23 +384,22 @@ fn at_revision(revision: i64) -> Option<ResponseHeader> {
 
 /// What etcd checks before it runs anything: empty keys, keys written twice.
 pub fn check_txn(request: &TxnRequest) -> Result<(), Refused> {
-    if request.compare.iter().any(|c| c.key.is_empty()) {
-        return Err(Refused::EmptyKey);
-    }
-    for ops in [&request.success, &request.failure] {
-        check_ops(ops)?;
-        written(ops)?;
-    }
+    check_shape(request)?;
+    written(&request.success)?;
+    written(&request.failure)?;
     Ok(())
 }
 
-fn check_ops(ops: &[RequestOp]) -> Result<(), Refused> {
-    for op in ops {
+fn check_shape(request: &TxnRequest) -> Result<(), Refused> {
+    if request.compare.iter().any(|c| c.key.is_empty()) {
+        return Err(Refused::EmptyKey);
+    }
+    for op in request.success.iter().chain(&request.failure) {
         match op.request.as_ref() {
             Some(request_op::Request::RequestRange(r)) if r.key.is_empty() => return Err(Refused::EmptyKey),
             Some(request_op::Request::RequestDeleteRange(r)) if r.key.is_empty() => return Err(Refused::EmptyKey),
             Some(request_op::Request::RequestPut(r)) => check_put(r)?,
-            Some(request_op::Request::RequestTxn(r)) => check_txn(r)?,
+            Some(request_op::Request::RequestTxn(r)) => check_shape(r)?,
             None => return Err(Refused::KeyNotFound),
             _ => {}
         }
@@ -405,10 +423,8 @@ fn written(ops: &[RequestOp]) -> Result<(Puts, Deletes), Refused> {
         let (then_puts, then_deletes) = written(&txn.success)?;
         let (else_puts, else_deletes) = written(&txn.failure)?;
         let both: Puts = then_puts.union(&else_puts).cloned().collect();
-        let clash = both.iter().any(|key| puts.contains(key) || deletes.iter().any(|(k, end)| in_range(key, k, end)));
-        let deletes_put =
-            then_deletes.iter().chain(&else_deletes).any(|(k, end)| puts.iter().any(|key| in_range(key, k, end)));
-        if clash || deletes_put {
+        let clash = both.iter().any(|key| puts.contains(key) || deletes.iter().any(|range| deleted(key, range)));
+        if clash {
             return Err(Refused::DuplicateKey);
         }
         puts.extend(both);
@@ -416,11 +432,16 @@ fn written(ops: &[RequestOp]) -> Result<(Puts, Deletes), Refused> {
     }
     for op in ops {
         let Some(request_op::Request::RequestPut(r)) = op.request.as_ref() else { continue };
-        if deletes.iter().any(|(k, end)| in_range(&r.key, k, end)) || !puts.insert(r.key.clone()) {
+        if deletes.iter().any(|range| deleted(&r.key, range)) || !puts.insert(r.key.clone()) {
             return Err(Refused::DuplicateKey);
         }
     }
     Ok((puts, deletes))
+}
+
+/// True when a list deletes what it puts; etcd does not see it of "all keys from here on".
+fn deleted(key: &[u8], (first, end): &(Bytes, Bytes)) -> bool {
+    *end != [0].as_slice() && in_range(key, first, end)
 }
 
 /// What etcd checks of a put before it runs it.
@@ -503,16 +524,19 @@ fn prune(kvs: &mut Vec<KeyValue>, request: &RangeRequest) {
 
 fn sort(kvs: &mut [KeyValue], request: &RangeRequest) {
     use range_request::{SortOrder, SortTarget};
-    // Keys come in ascending order; etcd sorts by another target in ascending order when none is asked for.
-    match request.sort_target() {
-        SortTarget::Key => {}
-        SortTarget::Version => kvs.sort_by_key(|kv| kv.version),
-        SortTarget::Create => kvs.sort_by_key(|kv| kv.create_revision),
-        SortTarget::Mod => kvs.sort_by_key(|kv| kv.mod_revision),
-        SortTarget::Value => kvs.sort_by(|a, b| a.value.cmp(&b.value)),
-    }
-    if request.sort_order() == SortOrder::Descend {
-        kvs.reverse();
+    // Keys come in ascending order, and stay in it where the target is the same; etcd sorts by another target than the key in
+    // ascending order when none is asked for.
+    let order = |a: &KeyValue, b: &KeyValue| match request.sort_target() {
+        SortTarget::Key => a.key.cmp(&b.key),
+        SortTarget::Version => a.version.cmp(&b.version),
+        SortTarget::Create => a.create_revision.cmp(&b.create_revision),
+        SortTarget::Mod => a.mod_revision.cmp(&b.mod_revision),
+        SortTarget::Value => a.value.cmp(&b.value),
+    };
+    match request.sort_order() {
+        SortOrder::Descend => kvs.sort_by(|a, b| order(b, a)),
+        SortOrder::Ascend | SortOrder::None if request.sort_target() == SortTarget::Key => {}
+        SortOrder::Ascend | SortOrder::None => kvs.sort_by(order),
     }
 }
 
