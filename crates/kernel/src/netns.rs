@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -65,6 +65,20 @@ impl Netns {
             thread.join()
         });
         ended.map_err(|_| io::Error::other("the thread in the namespace panicked"))?
+    }
+}
+
+impl From<OwnedFd> for Netns {
+    fn from(fd: OwnedFd) -> Self {
+        Self(fd.into())
+    }
+}
+
+/// The same namespace, however it was opened (namespaces(7)).
+impl PartialEq for Netns {
+    fn eq(&self, other: &Self) -> bool {
+        let number = |namespace: &Self| rustix::fs::fstat(&namespace.0).ok().map(|stat| (stat.st_dev, stat.st_ino));
+        number(self).is_some_and(|own| number(other) == Some(own))
     }
 }
 

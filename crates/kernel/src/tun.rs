@@ -4,10 +4,12 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{Mode, OFlags};
+
+use crate::netns::Netns;
 
 /// Bytes of the virtio-net header that stands before each packet.
 pub const HEADER: usize = 10;
@@ -125,6 +127,26 @@ impl TunDevice {
         interface(&self.fd, libc::TUNGETIFF, &mut request)?;
         let name = request.ifr_name.iter().map(|c| *c as u8).take_while(|c| *c != 0).collect();
         String::from_utf8(name).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+    }
+
+    /// Whether it still has this name, in the calling thread's network namespace: whoever may rename it or move it elsewhere.
+    pub fn is_here(&self, name: &str) -> io::Result<bool> {
+        Ok(self.name()? == name
+            && self.namespace()?.is_none_or(|there| Netns::current().is_ok_and(|here| here == there)))
+    }
+
+    /// The namespace that the device is in; `None` where the kernel does not tell (before Linux 5.8).
+    fn namespace(&self) -> io::Result<Option<Netns>> {
+        // SAFETY: TUNGETDEVNETNS takes no argument and touches no memory.
+        let answer = unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TUNGETDEVNETNS) };
+        match check(answer) {
+            // SAFETY: the kernel has just opened this descriptor for us, and nobody else knows it.
+            Ok(()) => Ok(Some(Netns::from(unsafe { OwnedFd::from_raw_fd(answer) }))),
+            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) || error.raw_os_error() == Some(libc::EINVAL) => {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Whether the device outlives its last descriptor.

@@ -190,10 +190,10 @@ impl Tunnel {
         !self.shared.lost.load(Ordering::Acquire)
     }
 
-    /// True once somebody renamed the device: whoever wants one by that name makes another.
-    pub fn is_renamed(&self) -> bool {
-        let name = self.ends.as_ref().map(|ends| ends.tun.name());
-        name.is_some_and(|name| name.is_ok_and(|name| name != self.shared.spec.device.as_str()))
+    /// True once somebody renamed the device, or moved it out of the calling thread's namespace: whoever wants it makes another.
+    pub fn is_displaced(&self) -> bool {
+        let name = self.shared.spec.device.as_str();
+        self.ends.as_ref().is_some_and(|ends| ends.tun.is_here(name).is_ok_and(|here| !here))
     }
 
     /// The device's and the socket's descriptor, for somebody who keeps them.
@@ -201,7 +201,7 @@ impl Tunnel {
         self.ends.as_ref().map(|ends| (ends.tun.as_fd(), ends.udp.as_fd()))
     }
 
-    /// Ends, and the device with its last descriptor, whatever it is called.
+    /// Ends, and the device with its last descriptor, whatever it is called and wherever it is.
     pub fn remove(self) -> io::Result<()> {
         let ends = self.stop();
         ends.map_or(Ok(()), |(tun, _)| tun.set_persistent(false))

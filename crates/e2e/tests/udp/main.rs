@@ -283,8 +283,9 @@ fn a_device_deleted_or_down_under_load_comes_back() {
 }
 
 #[test]
-fn a_renamed_device_is_replaced_and_leaves_nothing_that_stands_in_the_next_agents_way() {
-    let Some((mut net, dir)) = running() else { return };
+fn a_device_renamed_or_moved_away_is_replaced_and_stands_in_nobodys_way() {
+    let Some((bed, dir)) = place() else { return };
+    let (mut net, elsewhere) = Overlay::running_on(bed, dir.path(), |bed, _| bed.host("elsewhere"));
     let replaced = |net: &Overlay, old: &str| {
         let site = net.site(1);
         eventually("one device, by its own name and up", || {
@@ -300,6 +301,9 @@ fn a_renamed_device_is_replaced_and_leaves_nothing_that_stands_in_the_next_agent
     net.site_mut(1).stop(Signal::TERM);
     net.site_mut(1).start("");
     replaced(&net, "other0");
+    net.site(1).host.ip(&format!("link set flannel0 netns {}", elsewhere.pid()));
+    replaced(&net, "flannel0 elsewhere");
+    assert_eq!(elsewhere.json("link show type tun"), json!([]), "{}", net.site(1).log());
     // While no agent runs, but the service manager has its descriptors.
     net.site_mut(1).stop(Signal::TERM);
     let mut manager = Manager::new(dir.path());
@@ -309,6 +313,18 @@ fn a_renamed_device_is_replaced_and_leaves_nothing_that_stands_in_the_next_agent
     net.site(1).host.ip("link set flannel0 name other1");
     manager.start(net.site_mut(1));
     replaced(&net, "other1");
+    // Of another kind.
+    net.site_mut(1).stop(Signal::TERM);
+    manager.kept.clear();
+    net.site(1).host.ip("link del flannel0");
+    net.site(1).host.ip("tuntap add dev flannel0 mode tun multi_queue");
+    net.site_mut(1).start_at_once("");
+    eventually("what helps is said", || {
+        let status = net.site(1).status().to_string();
+        if status.contains("delete the device, which is of another kind") { Ok(()) } else { Err(status) }
+    });
+    net.site(1).host.ip("link del flannel0");
+    replaced(&net, "multi_queue");
 }
 
 /// A ping every 10 ms from container 1 to container 2, counted.

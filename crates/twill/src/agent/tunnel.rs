@@ -107,12 +107,12 @@ impl TunnelHost {
     fn adopt(&self, spec: &TunnelSpec, tun: OwnedFd, udp: OwnedFd) -> io::Result<Tunnel> {
         let tun = TunDevice::adopt(tun, self.offloads())?;
         let udp = UdpSocket::adopt(udp)?;
-        let renamed = tun.name()? != spec.device.as_str();
-        if renamed {
+        let displaced = !tun.is_here(spec.device.as_str())?;
+        if displaced {
             // It would keep the addresses of the one made in its place.
             tun.set_persistent(false)?;
         }
-        if renamed || udp.local()? != spec.local {
+        if displaced || udp.local()? != spec.local {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "these descriptors are another tunnel's"));
         }
         self.start(spec, tun, udp)
@@ -212,7 +212,7 @@ impl TunnelHost {
     /// Brings the running tunnel to what is wanted. When to look again, where only time helps.
     pub(crate) fn bring_up(&mut self, host: &HostState, now: Duration) -> Option<Duration> {
         let spec = self.spec.as_ref();
-        let keeps = |tunnel: &mut Tunnel| tunnel.is_alive() && Some(tunnel.spec()) == spec && !tunnel.is_renamed();
+        let keeps = |tunnel: &mut Tunnel| tunnel.is_alive() && Some(tunnel.spec()) == spec && !tunnel.is_displaced();
         if let Some(tunnel) = self.running.take_if(|tunnel| !keeps(tunnel)) {
             self.show(None);
             release();
@@ -251,7 +251,11 @@ impl TunnelHost {
     /// Device and socket with pumps between them, or what is wrong and what helps.
     fn open(&self, spec: &TunnelSpec) -> Result<Tunnel, (String, &'static str)> {
         let tun = TunDevice::open(spec.device.as_str(), self.offloads()).map_err(|e| {
-            let fix = "end the program that holds the device; it needs CAP_NET_ADMIN and /dev/net/tun";
+            let fix = match e.kind() {
+                // A TAP device, or one of several queues: no link of ours, though its kind is called tun as well.
+                io::ErrorKind::InvalidInput => "delete the device, which is of another kind: it is made anew",
+                _ => "end the program that holds the device; it needs CAP_NET_ADMIN and /dev/net/tun",
+            };
             (format!("open {}: {e}", spec.device), fix)
         })?;
         let udp = UdpSocket::bind(spec.local).map_err(|e| {
@@ -290,11 +294,11 @@ impl TunnelHost {
 
 /// Ends a tunnel. A renamed device still has the addresses that the one made in its place has: it goes too.
 fn end(tunnel: Tunnel) {
-    if tunnel.is_renamed() {
+    if tunnel.is_displaced() {
         let device = tunnel.spec().device;
         match tunnel.remove() {
-            Ok(()) => tracing::warn!(%device, "the device was renamed: it is removed, and made anew"),
-            Err(error) => tracing::warn!(%device, %error, "remove what the device was renamed to"),
+            Ok(()) => tracing::warn!(%device, "the device was renamed or moved: it is removed, and made anew"),
+            Err(error) => tracing::warn!(%device, %error, "remove the device that was renamed or moved"),
         }
     }
 }
