@@ -31,12 +31,39 @@ pub(crate) struct Out {
     /// For each message of the batch.
     notes: Vec<Note>,
     failed: Vec<(usize, Option<i32>)>,
-    error: Vec<u8>,
     peers: Arc<Peers>,
     version: u64,
-    answers: Budget,
+    answers: Answers,
     /// Bytes and packets carried so far, see [`work`].
     pub(crate) work: u64,
+}
+
+/// What senders are told.
+struct Answers {
+    left: Budget,
+    error: Vec<u8>,
+}
+
+impl Answers {
+    /// Tells the sender of a packet why it goes no further, where that may be and not too many were told.
+    fn tell(
+        &mut self,
+        shared: &Shared,
+        icmp: Option<&impl Icmp>,
+        (packet, inner): (&[u8], &Inner),
+        trouble: Trouble,
+    ) -> bool {
+        let told = icmp.filter(|_| self.left.spend()).is_some_and(|icmp| {
+            error_about(packet, inner, trouble, &mut self.error) && icmp.send(inner.src, &self.error).is_ok()
+        });
+        add(&shared.counters.answers, told.into());
+        told
+    }
+}
+
+/// This host has no way to the peer's.
+fn is_unreachable(errno: Option<i32>) -> bool {
+    [Errno::NETUNREACH, Errno::HOSTUNREACH].iter().any(|unreachable| errno == Some(unreachable.raw_os_error()))
 }
 
 /// What a message carries.
@@ -54,10 +81,9 @@ impl Out {
             batch: Vec::with_capacity(MESSAGES),
             notes: Vec::with_capacity(MESSAGES),
             failed: Vec::with_capacity(MESSAGES),
-            error: Vec::with_capacity(2048),
             peers: Arc::default(),
             version: 0,
-            answers: Budget::default(),
+            answers: Answers { left: Budget::default(), error: Vec::with_capacity(2048) },
             work: 0,
         }
     }
@@ -120,12 +146,7 @@ impl Out {
         let found = Inner::check(&self.cut[first.clone()]).map_err(Cause::from).and_then(|inner| {
             let peer = self.peers.position(inner.dst);
             peer.ok_or_else(|| {
-                if let Some(icmp) = icmp.filter(|_| self.answers.spend())
-                    && error_about(&self.cut[first.clone()], &inner, Trouble::NoRoute, &mut self.error)
-                    && icmp.send(inner.src, &self.error).is_ok()
-                {
-                    add(&shared.counters.answers, 1);
-                }
+                self.answers.tell(shared, icmp, (&self.cut[first.clone()], &inner), Trouble::NoRoute);
                 Cause::NoPeer
             })
         });
@@ -191,7 +212,15 @@ impl Out {
             match self.failed.iter().find(|(n, _)| *n == number) {
                 None => counters.out.add(message.count(), message.len, note.super_packets, 1),
                 Some((_, errno)) if *errno == too_long => {}
-                Some(_) => shared.counters.drop(Cause::SendFailed, message.count(), Some(counters)),
+                Some((_, errno)) => {
+                    shared.counters.drop(Cause::SendFailed, message.count(), Some(counters));
+                    let first = &self.cut[message.start..message.start + message.segment.min(message.len)];
+                    if is_unreachable(*errno)
+                        && let Ok(inner) = Inner::check(first)
+                    {
+                        self.answers.tell(shared, icmp, (first, &inner), Trouble::NoRoute);
+                    }
+                }
             }
         }
         shared.set_segments(udp.segments());
@@ -220,10 +249,8 @@ impl Out {
             }
             shared.counters.drop(Cause::TooBig, 1, Some(counters));
             let trouble = Trouble::TooBig { mtu: passes.min(usize::from(u16::MAX)) as u16 };
-            if let Some(icmp) = icmp.filter(|_| !told && mtu > 0 && self.answers.spend()) {
-                told =
-                    error_about(packet, &inner, trouble, &mut self.error) && icmp.send(inner.src, &self.error).is_ok();
-                add(&shared.counters.answers, told.into());
+            if !told && mtu > 0 {
+                told = self.answers.tell(shared, icmp, (packet, &inner), trouble);
             }
         }
         let (mut start, mut batch) = (0, Vec::with_capacity(lengths.len()));

@@ -391,6 +391,14 @@ fn errors_of_device_and_socket_are_counted_and_pass() {
         assert_eq!(a.send(Vnet::default(), &good).len(), 1);
     }
     assert_eq!(a.drops(), [(Cause::SendFailed, 6)]);
+    // Where this host has no way to the peer's, the sender need not wait to learn it.
+    let told = a.icmp.take();
+    assert_eq!(told.len(), 2);
+    for (to, message) in told {
+        let seen = icmp::Packet::new(&message).unwrap();
+        assert_eq!(to, IpAddr::from([10, 1, 1, 2]));
+        assert_eq!(icmp::Repr::parse(seen), icmp::Repr::Unreachable { code: 0, mtu: 0 });
+    }
     // The device is down, and comes up again.
     b.tun.fail(Some(Errno::IO.raw_os_error()));
     assert!(b.receive(a.address, std::slice::from_ref(&good)).is_empty());

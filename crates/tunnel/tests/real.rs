@@ -100,6 +100,15 @@ fn answers(peer: &str) {
     let v4 = said("ping -n -c 1 -W 5 -M do -s 1260 10.1.2.1");
     assert!(v4.contains(&format!("Frag needed and DF set (mtu = {})", inner - 110)), "{v4}");
     run(&format!("ip {family} route del {peer}/{host} dev {dev}"));
+    // No way to the peer's host.
+    run(&format!("ip {family} route add unreachable {peer}/{host} metric 1"));
+    for (other, word) in
+        [("10.1.2.1", "Destination Net Unreachable"), ("fd00:2::1", "Destination unreachable: No route")]
+    {
+        let text = said(&format!("ping -n -c 1 -W 5 {other}"));
+        assert!(text.contains(word), "{text}");
+    }
+    run(&format!("ip {family} route del unreachable {peer}/{host} metric 1"));
 }
 
 /// Whether a thread that helps has run for more than its start takes (proc_pid_schedstat(5)).
