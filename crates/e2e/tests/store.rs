@@ -500,3 +500,50 @@ fn is_in(call: &str) -> bool {
 fn is_out(call: &str) -> bool {
     ["write", "send"].iter().any(|name| call.contains(name))
 }
+
+#[test]
+fn a_store_whose_disk_was_full_serves_again_and_has_all_that_it_acknowledged() {
+    if !installed("etcdctl") {
+        return;
+    }
+    let Some(bed) = Bed::new() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().display().to_string();
+    let host = bed.host("store");
+    let mut command = host.command("unshare");
+    let serve = format!("mount -t tmpfs -o size=4m none {disk} && exec \"$0\" store serve --data {disk}/store");
+    command.args(["--mount", "sh", "-c", &serve]).arg(bin("twill"));
+    let server = Server::start(host, command);
+    let watching = Watching::start(&server, "--prefix /k --rev=1");
+    let value = "x".repeat(200_000);
+    let put = |n: usize| server.ctl(&["put", &format!("/k{n}"), "--command-timeout=2s"], &value);
+    let full = (0..60).find(|n| put(*n) != "OK\n").expect("4 MiB hold no 12 MB");
+    assert!(full > 2, "{full} fitted");
+    let mut grow = server.host.command("nsenter");
+    grow.arg(format!("--target={}", server.child.id())).args(["--mount", "mount", "-o", "remount,size=64m", &disk]);
+    assert!(grow.status().unwrap().success());
+    eventually("the store takes writes again", || {
+        let said = server.ctl(&["put", "/k-last", "x", "--command-timeout=2s"], "");
+        if said == "OK\n" { Ok(()) } else { Err(said) }
+    });
+    let keys = server.ctl(&["get", "/k", "--prefix", "--keys-only"], "");
+    (0..full).for_each(|n| assert!(keys.lines().any(|key| key == format!("/k{n}")), "/k{n} was acknowledged: {keys}"));
+    let told = watching.events(&server);
+    assert!(told.len() > full, "a watcher from before is told on: {} events", told.len());
+}
+
+#[test]
+fn a_store_that_is_stopped_ends_although_clients_watch() {
+    if !installed("etcdctl") {
+        return;
+    }
+    let Some(bed) = Bed::new() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::ours(&bed, dir.path());
+    let watching = Watching::start(&server, "--prefix /k --rev=1");
+    assert_eq!(server.ctl(&["put", "/k-last", "x"], ""), "OK\n");
+    watching.events(&server);
+    kill_process(Pid::from_child(&server.child), Signal::TERM).unwrap();
+    let ended = eventually("the store ends", || server.child.try_wait().unwrap().ok_or("it still runs"));
+    assert!(ended.success(), "{ended}");
+}

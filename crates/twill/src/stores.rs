@@ -8,13 +8,15 @@ use tokio::net::TcpListener;
 use twill_core::config::NetworkConfig;
 use twill_core::net::{BadValue, Prefix};
 use twill_core::reconcile::Finding;
-use twill_etcd::server::Server;
+use twill_etcd::server::{Server, ServerError};
 use twill_store::{EtcdStore, StoreConfig, StoreError, pem};
 
 use crate::output::Failure;
 
 /// flannel's default key prefix.
 pub(crate) const PREFIX: &str = "/coreos.com/network";
+/// How often a served store whose disk has failed is opened anew.
+const OPEN_AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
 /// Where a store is looked for.
 pub(crate) const ENDPOINT: &str = "http://127.0.0.1:2379";
 
@@ -210,6 +212,38 @@ pub(crate) fn ignored_network(asked: Option<Prefix>, config: &[u8]) -> Option<Fi
         evidence: format!("--network {asked} is ignored: the store has a config already, with {has}"),
         fix: "leave --network away, or change the config in the store with etcdctl put".into(),
     })
+}
+
+/// Serves until `shutdown` ends. Where the disk fails (full, read-only), it is opened again until that succeeds: nothing that was
+/// acknowledged is lost, and clients find the store at its place.
+pub(crate) async fn serve(
+    (mut server, mut listener): (Server, TcpListener),
+    listen: SocketAddr,
+    data: &Path,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), ServerError> {
+    let mut shutdown = std::pin::pin!(shutdown);
+    loop {
+        match server.serve(listener, shutdown.as_mut()).await {
+            Err(ServerError::Ended) => {}
+            ended => return ended,
+        }
+        let mut said = String::new();
+        (server, listener) = loop {
+            tokio::select! {
+                () = tokio::time::sleep(OPEN_AGAIN) => {}
+                () = shutdown.as_mut() => return Ok(()),
+            }
+            match open(listen, data).await {
+                Ok(open) => break open,
+                Err(failure) if said == failure.message => {}
+                Err(failure) => {
+                    tracing::warn!(error = %failure, "the store is not back yet, it is tried again");
+                    said = failure.message;
+                }
+            }
+        };
+    }
 }
 
 /// Opens the data and the port.

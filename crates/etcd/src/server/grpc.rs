@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::transport::server::TcpIncoming;
@@ -33,6 +33,8 @@ const VERSION: &str = "3.4.0";
 /// etcd's limit on a write, in bytes (server/embed/config.go `DefaultMaxRequestBytes`), and what gRPC takes in beyond it.
 const LARGEST_WRITE: usize = 3 << 19;
 const LARGEST_REQUEST: usize = LARGEST_WRITE + (512 << 10);
+/// How long clients may take to go when the store ends.
+const FAREWELL: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// The store could not be started, or has stopped.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +48,9 @@ pub enum ServerError {
     /// Its socket.
     #[error("serve the store")]
     Serve(#[source] tonic::transport::Error),
+    /// Its disk failed while it ran. What it acknowledged is there; opened anew, it may go on.
+    #[error("the store's disk failed")]
+    Ended,
 }
 
 /// A running store: its thread works, and [`Server::serve`] lets clients in.
@@ -54,6 +59,8 @@ pub struct Server {
     commands: Sender<Command>,
     streams: Arc<AtomicU64>,
     client_url: Arc<str>,
+    /// Closed when the thread has ended and let go of the data.
+    ended: watch::Receiver<()>,
 }
 
 impl Server {
@@ -65,24 +72,42 @@ impl Server {
         let engine = Engine::new(disk, loaded, member as i64);
         let (commands, receiver) = std::sync::mpsc::channel();
         let thread = std::thread::Builder::new().name("store".into());
-        thread.spawn(move || engine.run(&receiver)).map_err(ServerError::Thread)?;
-        Ok(Server { commands, streams: Arc::default(), client_url: client_url.into() })
+        let (alive, ended) = watch::channel(());
+        let work = move || {
+            engine.run(&receiver);
+            drop(alive);
+        };
+        thread.spawn(work).map_err(ServerError::Thread)?;
+        Ok(Server { commands, streams: Arc::default(), client_url: client_url.into(), ended })
     }
 
-    /// Serves clients until `shutdown` ends.
+    /// Serves clients until `shutdown` ends, or the disk fails: [`ServerError::Ended`], and no client is left on its connection.
     pub async fn serve(self, listener: TcpListener, shutdown: impl Future<Output = ()>) -> Result<(), ServerError> {
         // An answer of several frames would wait for the client's delayed acknowledgement (RFC 9293, section 3.7.4): 40 ms each time.
         let clients = TcpIncoming::from(listener).with_nodelay(Some(true));
-        tonic::transport::Server::builder()
+        let (mut ended, over) = (self.ended.clone(), self.ended.clone());
+        let (staying, mut leaving) = watch::channel(());
+        let stop = async move {
+            tokio::select! {
+                () = shutdown => {}
+                _ = ended.changed() => {}
+            }
+            drop(staying);
+        };
+        let serving = tonic::transport::Server::builder()
             .http2_keepalive_interval(Some(std::time::Duration::from_secs(30)))
             .add_service(KvServer::new(self.clone()).max_decoding_message_size(LARGEST_REQUEST))
             .add_service(WatchServer::new(self.clone()))
             .add_service(LeaseServer::new(self.clone()))
             .add_service(MaintenanceServer::new(self.clone()))
             .add_service(ClusterServer::new(self))
-            .serve_with_incoming_shutdown(clients, shutdown)
-            .await
-            .map_err(ServerError::Serve)
+            .serve_with_incoming_shutdown(clients, stop);
+        tokio::select! {
+            served = serving => served.map_err(ServerError::Serve)?,
+            // Told to go they are; a client that holds a stream open, as each watcher does, is not waited for.
+            () = async { let _ = leaving.changed().await; tokio::time::sleep(FAREWELL).await } => {}
+        }
+        if over.has_changed().is_err() { Err(ServerError::Ended) } else { Ok(()) }
     }
 
     /// Sends a command and waits for its answer.
@@ -199,7 +224,10 @@ impl Watch for Server {
             unread.fetch_sub(1, Ordering::Relaxed);
             Ok(response)
         });
-        Ok(Response::new(Box::pin(stream)))
+        // A client begins again elsewhere only where it is told so; the plain end of a stream ends its watch.
+        let ended = self.ended.clone();
+        let word = tokio_stream::once(()).filter_map(move |()| ended.has_changed().is_err().then(|| Err(stopped())));
+        Ok(Response::new(Box::pin(stream.chain(word))))
     }
 }
 
@@ -207,7 +235,13 @@ impl Watch for Server {
 async fn take_watch_requests(server: Server, mut requests: Streaming<rpc::WatchRequest>, sink: WatchSink) {
     let stream = server.streams.fetch_add(1, Ordering::Relaxed);
     let mut next_id = 0;
-    while let Ok(Some(request)) = requests.message().await {
+    let mut ended = server.ended.clone();
+    loop {
+        let request = tokio::select! {
+            request = requests.message() => request,
+            _ = ended.changed() => return,
+        };
+        let Ok(Some(request)) = request else { break };
         let command = match request.request_union {
             Some(watch_request::RequestUnion::CreateRequest(request)) => {
                 watch_command(stream, &mut next_id, request, &sink)

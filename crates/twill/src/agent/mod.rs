@@ -196,9 +196,10 @@ async fn serve_store(
 ) -> anyhow::Result<()> {
     stores::check_listen(address, settings.insecure)?;
     let (text, written) = stores::first_config(&[settings.network], "vxlan")?;
-    let (server, listener) = stores::open(address, &settings.state_dir.join("store")).await?;
+    let data = settings.state_dir.join("store");
+    let open = stores::open(address, &data).await?;
     tokio::spawn(async move {
-        if let Err(error) = server.serve(listener, std::future::pending()).await {
+        if let Err(error) = stores::serve(open, address, &data, std::future::pending()).await {
             tracing::error!(%error, "the store ended");
         }
     });

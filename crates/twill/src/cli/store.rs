@@ -8,7 +8,6 @@ use anyhow::Context;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use twill_core::net::Prefix;
-use twill_etcd::server::Server;
 
 use crate::output::{self, Failure, Output};
 use crate::stores::{self, StoreArgs};
@@ -86,18 +85,20 @@ impl Serve {
         };
         let data = self.data.unwrap_or_else(|| stores::state_dir().join("store"));
         crate::runtime()?.block_on(async {
-            let (server, listener) = stores::open(self.listen, &data).await?;
+            let listen = self.listen;
+            let open = stores::open(listen, &data).await?;
+            let served = async move { stores::serve(open, listen, &data, crate::terminated()).await };
             if let Some(config) = config {
                 let store = twill_store::EtcdStore::new(twill_store::StoreConfig {
                     endpoints: vec![format!("http://{}", self.listen)],
                     prefix: stores::PREFIX.into(),
                     ..Default::default()
                 })?;
-                let served = tokio::spawn(server.serve(listener, crate::terminated()));
+                let served = tokio::spawn(served);
                 store.create_config(config.as_bytes()).await?;
                 return served.await.context("the store's task ended")?.context("serve the store");
             }
-            Server::serve(server, listener, crate::terminated()).await.context("serve the store")
+            served.await.context("serve the store")
         })?;
         Ok(ExitCode::SUCCESS)
     }
