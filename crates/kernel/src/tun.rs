@@ -189,6 +189,16 @@ impl AsFd for TunDevice {
     }
 }
 
+/// Packets for a device of the calling thread's namespace that its queue had no room for, or nobody was there to read, since it was made
+/// (proc_pid_net(5): dev). `None`: there is no such device.
+pub fn queue_drops(name: &str) -> Option<u64> {
+    /// Eight numbers of what it received stand first, then bytes, packets and errors of what it sent.
+    const DROPPED: usize = 8 + 3;
+    let text = std::fs::read_to_string("/proc/thread-self/net/dev").ok()?;
+    let numbers = text.lines().find_map(|line| line.trim_start().strip_prefix(name)?.strip_prefix(':'))?;
+    numbers.split_whitespace().nth(DROPPED)?.parse().ok()
+}
+
 fn request() -> libc::ifreq {
     // SAFETY: ifreq is plain numbers and pointers that are only read where a request says so; all-zero is valid.
     unsafe { std::mem::zeroed() }

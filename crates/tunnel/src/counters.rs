@@ -47,11 +47,15 @@ pub enum Cause {
     DeviceRefused,
     /// From the socket: an error instead of a datagram.
     ReceiveFailed,
+    /// From the device: its queue was full.
+    DeviceFull,
+    /// From the wire: the socket's queue was full. Datagrams that the kernel had merged count as one.
+    SocketFull,
 }
 
 impl Cause {
     /// All, in order.
-    pub const ALL: [Cause; 14] = [
+    pub const ALL: [Cause; 16] = [
         Cause::NoPeer,
         Cause::BadOffload,
         Cause::TooBig,
@@ -66,6 +70,8 @@ impl Cause {
         Cause::NoHops,
         Cause::DeviceRefused,
         Cause::ReceiveFailed,
+        Cause::DeviceFull,
+        Cause::SocketFull,
     ];
 }
 
@@ -86,6 +92,8 @@ impl std::fmt::Display for Cause {
             Cause::NoHops => "no-hops",
             Cause::DeviceRefused => "device-refused",
             Cause::ReceiveFailed => "receive-failed",
+            Cause::DeviceFull => "device-full",
+            Cause::SocketFull => "socket-full",
         })
     }
 }

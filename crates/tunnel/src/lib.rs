@@ -6,6 +6,7 @@
 //! ```
 //! - [`peers`]: who stands for which inner addresses, looked up by longest prefix and replaced as a whole
 //! - [`counters`]: what passed, for each peer, and what was dropped, by cause
+//! - `queues`: what the kernel dropped before the pumps saw it
 //! - `out`, `into`: the two directions; `threads`: who runs them
 //!
 //! The payload is the bare inner packet, as flannel has it. TTL is never touched: the two hosts' kernels have done so.
@@ -14,6 +15,7 @@ pub mod counters;
 mod into;
 mod out;
 pub mod peers;
+mod queues;
 #[cfg(test)]
 mod steady;
 #[cfg(test)]
@@ -39,6 +41,7 @@ use crate::counters::{Counters, Snapshot};
 use crate::into::Into;
 use crate::out::Out;
 use crate::peers::Peers;
+use crate::queues::Queues;
 use crate::threads::Ground;
 
 /// A running tunnel. Dropped, it ends and closes its descriptors; the device stays where it is persistent.
@@ -106,6 +109,7 @@ pub(crate) struct Shared {
     tun: Offloads,
     merges: bool,
     answers: bool,
+    queues: Queues,
     segments: AtomicBool,
     peers: Mutex<Arc<Peers>>,
     /// Counts replacements: a pump takes the new peers where its number is not this one.
@@ -134,6 +138,7 @@ impl Tunnel {
         let icmp = IcmpSockets::open().ok();
         let counters = Counters::default();
         let shared = Arc::new(Shared {
+            queues: Queues::new(spec.device.as_str(), &udp),
             spec,
             peers: Mutex::new(Arc::new(peers.counted(&counters))),
             counters,
@@ -216,6 +221,7 @@ impl Tunnel {
 
     fn join(&mut self) {
         self.shared.stopped.store(true, Ordering::Release);
+        self.shared.queues.close();
         // A full counter is readable as well.
         let _ = rustix::io::write(&self.shared.stop, &1u64.to_ne_bytes());
         for thread in self.threads.drain(..) {
@@ -265,7 +271,9 @@ impl Shared {
 impl Gauge {
     /// What passed so far.
     pub fn counters(&self) -> Snapshot {
-        self.0.counters.snapshot(self.0.current().snapshots())
+        let mut all = self.0.counters.snapshot(self.0.current().snapshots());
+        self.0.queues.add_to(&mut all);
+        all
     }
 
     /// What the kernel grants.

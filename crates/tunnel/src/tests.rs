@@ -36,6 +36,7 @@ pub(crate) fn shared(local: SocketAddr, counters: Counters, peers: Peers, tun: O
         tun,
         merges: true,
         answers: true,
+        queues: Queues::default(),
         segments: AtomicBool::new(true),
         peers: Mutex::new(Arc::new(peers)),
         version: AtomicU64::new(1),

@@ -125,6 +125,43 @@ fn a_flood_of_broken_datagrams_from_a_peers_address_takes_no_memory_and_good_one
     net.await_both_ways();
 }
 
+#[test]
+fn what_overflows_the_queues_of_an_agent_that_does_not_keep_up_is_counted() {
+    let Some((net, _dir)) = running() else { return };
+    let (one, two) = (net.site(1), net.site(2));
+    let stand_still = |signal| {
+        let pid = rustix::process::Pid::from_raw(one.agent_pid().unwrap().try_into().unwrap()).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
+    };
+    for cause in ["socket-full", "device-full"] {
+        assert_eq!(one.dropped(cause), 0, "{}", one.status());
+    }
+    stand_still(Signal::STOP);
+    let payload = inner(PEER, OURS, |_| {});
+    let flood = |from: &Host, own: &str, to: &str| {
+        let mut flood = from.command(WIRE);
+        flood.args(["flood", own, to, &payload]);
+        until_ready(flood, "ready")
+    };
+    {
+        let _wire = flood(&two.host, "10.168.0.3:9999", "10.168.0.2:8285");
+        let _device = flood(&one.container, "100.96.1.2:9999", "100.96.2.2:9");
+        eventually("both queues overflow", || {
+            let sockets = one.host.run("cat /proc/net/udp");
+            let drops =
+                sockets.lines().find(|line| line.contains("0200A80A:205D")).and_then(|l| l.split_whitespace().last());
+            let link = &one.host.json("-s link show flannel0")[0]["stats64"]["tx"]["dropped"];
+            let both = drops.is_some_and(|drops| drops != "0") && *link != 0;
+            if both { Ok(()) } else { Err((sockets.clone(), link.to_string())) }
+        });
+    }
+    stand_still(Signal::CONT);
+    for cause in ["socket-full", "device-full"] {
+        assert!(one.dropped(cause) > 0, "{cause}: {}", one.status());
+    }
+    net.await_both_ways();
+}
+
 /// What the lab asks of an agent: to repair nothing for a while.
 fn post(site: &Site, what: &str) {
     let mut stream = std::os::unix::net::UnixStream::connect(site.file("run/twill.sock")).unwrap();

@@ -294,6 +294,17 @@ impl AsFd for UdpSocket {
     }
 }
 
+/// Datagrams that a socket's queue had no room for, since it was made (SO_MEMINFO: net/core/sock.c, `sk_get_meminfo`). What the kernel had
+/// merged counts as one.
+pub fn queue_drops(socket: impl AsFd) -> io::Result<u64> {
+    let mut all = [0u32; libc::SK_MEMINFO_DROPS as usize + 1];
+    let mut len = size_of_val(&all) as libc::socklen_t;
+    let (fd, value) = (socket.as_fd().as_raw_fd(), all.as_mut_ptr().cast());
+    // SAFETY: value and len describe one live array, and the kernel writes no more than len bytes.
+    let answer = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_MEMINFO, value, &raw mut len) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(all[libc::SK_MEMINFO_DROPS as usize].into()) }
+}
+
 /// Whether the kernel may cut, and routers too over IPv4, what is longer than its path takes.
 fn set_cuttable(fd: &OwnedFd, v4: bool, may: bool) -> io::Result<()> {
     let (level, option, [never, always]) = if v4 {
