@@ -4,7 +4,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use twill_core::firewall::{Base, ChainKind, Hook};
-use twill_kernel::legacy::entries::{chains, without};
+use twill_kernel::legacy::entries::{chains, without, without_commented};
 use twill_kernel::legacy::parse;
 
 fuzz_target!(|input: (bool, u16, u16, &[u8])| {
@@ -18,5 +18,9 @@ fuzz_target!(|input: (bool, u16, u16, &[u8])| {
     if let Some(rest) = without(v4, entries, chain) {
         assert!(rest.entries.len() < entries.len());
         assert_eq!(chains(v4, &rest.entries), names[1..]);
+    }
+    if let Some(rest) = without_commented(v4, entries, first..last, chain, "a") {
+        assert!(rest.entries.len() < entries.len());
+        assert!(chains(v4, &rest.entries).len() + 1 >= names.len());
     }
 });

@@ -19,6 +19,7 @@ pub mod conf;
 pub mod env;
 pub mod error;
 pub mod ipam;
+mod masquerade;
 pub mod ports;
 pub mod records;
 pub mod result;

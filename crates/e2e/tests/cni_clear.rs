@@ -1,11 +1,13 @@
 //! DEL, GC and CHECK of the CNI plugin where what they are told and what is there do not agree.
 
+use std::io::{BufRead, BufReader};
 use std::path::Path;
+use std::process::Stdio;
 
 use serde_json::{Value, json};
 use twill_e2e::cni::{Call, Runtime, merge, netns};
 use twill_e2e::net::{Bed, Host};
-use twill_e2e::{eventually, installed};
+use twill_e2e::{bin, eventually, installed};
 
 fn runtime() -> Option<(Runtime, tempfile::TempDir)> {
     let dir = tempfile::tempdir().unwrap();
@@ -148,38 +150,219 @@ fn check_leaves_the_mtu_that_a_chained_plugin_has_set_to_that_plugin() {
     assert!(refused["msg"].as_str().unwrap().contains("MTU is 1300, wanted: 1450"), "{refused:#}");
 }
 
-/// What the reference bridge has written with iptables goes by the guide's command, and nothing of anybody else.
+/// A host whose `iptables` is one of the two that a host can have.
+struct Iptables {
+    runtime: Runtime,
+    kind: &'static str,
+    dir: tempfile::TempDir,
+}
+
+impl Iptables {
+    /// Each kind that this machine has, together with the reference plugins.
+    fn each(mut test: impl FnMut(&Self)) {
+        let bridge = Path::new("/usr/lib/cni/bridge");
+        if !bridge.is_file() {
+            return println!("SKIP: {} is missing (containernetworking-plugins)", bridge.display());
+        }
+        for kind in ["nft", "legacy"] {
+            let programs = ["", "6"].map(|v6| (format!("ip{v6}tables"), format!("ip{v6}tables-{kind}")));
+            let Some((runtime, dir)) = runtime().filter(|_| programs.iter().all(|(_, program)| installed(program)))
+            else {
+                continue;
+            };
+            std::fs::create_dir(dir.path().join("bin")).unwrap();
+            for (name, program) in &programs {
+                let proof = runtime.host.try_run(&format!("{program} -w -t nat -S"));
+                if !proof.status.success() {
+                    return println!("SKIP: this kernel has no {program}: {}", String::from_utf8_lossy(&proof.stderr));
+                }
+                let path = std::env::var_os("PATH").unwrap();
+                let found = std::env::split_paths(&path).map(|dir| dir.join(program)).find(|file| file.is_file());
+                std::os::unix::fs::symlink(found.unwrap(), dir.path().join("bin").join(name)).unwrap();
+            }
+            test(&Self { runtime, kind, dir });
+        }
+    }
+
+    fn conf(&self, name: &str, net: u8) -> Value {
+        let (v4, v6) = (format!("10.{net}.0.0/24"), format!("fd{net}::/64"));
+        json!({"cniVersion": "1.0.0", "name": name, "type": "bridge", "bridge": format!("br-{name}"), "isGateway": true, "ipMasq": true,
+            "stateDir": self.runtime.file("state"), "ipam": {"type": "host-local", "dataDir": self.runtime.file("networks"),
+            "ranges": [[{"subnet": v4}], [{"subnet": v6}]]}})
+    }
+
+    /// ADD by the reference bridge.
+    fn add(&self, conf: &Value, id: &str, container: &Host, ifname: &str) {
+        let call = Call { verb: "ADD", conf, id, netns: Some(netns(container)), args: "" };
+        let mut command = self.runtime.command(Path::new("/usr/lib/cni/bridge"), &call);
+        let path = format!("{}:{}", self.dir.path().join("bin").display(), std::env::var("PATH").unwrap());
+        command.env("CNI_PATH", "/usr/lib/cni").env("PATH", path).env("CNI_IFNAME", ifname);
+        self.runtime.finish(command, conf).unwrap();
+    }
+
+    /// DEL by ours.
+    fn del(&self, conf: &Value, id: &str, container: &Host, ifname: &str) {
+        let call = Call { verb: "DEL", conf, id, netns: Some(netns(container)), args: "" };
+        let mut command = self.runtime.command(&bin("twill-cni"), &call);
+        command.env("CNI_IFNAME", ifname);
+        assert_eq!(self.runtime.finish(command, conf), Ok(Value::Null));
+    }
+
+    fn gc(&self, conf: &Value, valid: &[&str]) -> Result<Value, Value> {
+        let valid: Vec<Value> = valid.iter().map(|id| json!({"containerID": id, "ifname": "eth0"})).collect();
+        let mut conf = conf.clone();
+        merge(&mut conf, json!({"cniVersion": "1.1.0", "cni.dev/valid-attachments": valid}));
+        self.runtime.try_verb("GC", &conf, "", None)
+    }
+
+    /// All tables, of whichever kind.
+    fn rules(&self) -> String {
+        let kinds = ["nft list ruleset", "iptables-legacy-save", "ip6tables-legacy-save"];
+        let shown = kinds.into_iter().filter(|line| self.kind == "legacy" || !line.contains("legacy"));
+        shown.map(|line| self.runtime.host.run(line)).collect()
+    }
+
+    /// The rules of the reference bridge's for a container, of both families.
+    fn of(&self, network: &str, id: &str) -> Vec<String> {
+        let named = format!(r#"name: \"{network}\" id: \"{id}\""#);
+        let shown = ["", "6"].map(|v6| self.runtime.host.run(&format!("ip{v6}tables-{} -w -t nat -S", self.kind)));
+        let lines = shown.iter().flat_map(|shown| shown.lines());
+        lines.filter(|line| line.contains(&named)).map(str::to_owned).collect()
+    }
+
+    /// The chain of a container's.
+    fn chain(&self, network: &str, id: &str) -> String {
+        let rules = self.of(network, id);
+        assert_eq!(rules.len(), 6, "{rules:#?}");
+        rules.iter().find_map(|rule| rule.split_once("-A POSTROUTING ")?.1.rsplit_once(' ')).unwrap().1.to_owned()
+    }
+}
+
+/// With the container goes what the reference bridge has written with iptables for `ipMasq`, and nothing of anybody else.
 #[test]
-fn the_guides_command_removes_the_chain_that_the_reference_bridge_has_left() {
-    let bridge = Path::new("/usr/lib/cni/bridge");
-    if !bridge.is_file() {
-        println!("SKIP: {} is missing (containernetworking-plugins)", bridge.display());
-        return;
+fn what_the_reference_bridge_masquerades_by_goes_with_the_container() {
+    Iptables::each(|host| {
+        let (conf, other) = (host.conf("net", 78), host.conf("other", 79));
+        let runtime = &host.runtime;
+        let outside = runtime.container("outside");
+        runtime.wire_to(&outside);
+        let [a, b] = ["a", "ab"].map(|id| {
+            let container = runtime.container(id);
+            host.add(&conf, id, &container, "eth0");
+            container
+        });
+        for line in ["route add default via 10.78.0.1", "-6 route add default via fd78::1"] {
+            b.ip(line);
+        }
+        // Nobody outside knows the way back.
+        let leaves = || {
+            for ip in ["10.168.0.3", "fd00:168::3"] {
+                eventually("ab has the host's address outside", || {
+                    let out = b.try_run(&format!("ping -c 1 -W 1 {ip}"));
+                    if out.status.success() { Ok(()) } else { Err(out) }
+                });
+            }
+        };
+        leaves();
+        // The same container in another network, and twice in one.
+        host.add(&other, "a", &a, "eth1");
+        host.add(&conf, "a", &a, "eth2");
+        let rules = host.of("net", "a");
+        runtime.del(&conf, "a", Some(&a));
+        assert_eq!(host.of("net", "a"), rules, "eth2 masquerades by the same chain");
+        assert_eq!(runtime.held(), ["10.78.0.3", "10.78.0.4", "fd78::3", "fd78::4"]);
+        let chain = rules.iter().find_map(|rule| rule.split_once("-A POSTROUTING ")?.1.rsplit_once(' ')).unwrap().1;
+        assert!(host.rules().contains(chain));
+        for _ in 0..2 {
+            host.del(&conf, "a", &a, "eth2");
+            assert!(host.of("net", "a").is_empty() && !host.rules().contains(chain), "{}", host.rules());
+            assert_eq!((host.of("net", "ab").len(), host.of("other", "a").len()), (6, 6), "{}", host.rules());
+        }
+        leaves();
+        // GC: of this network, and nobody who is attached.
+        let chain = host.chain("other", "a");
+        assert_eq!(host.gc(&conf, &["ab"]), Ok(Value::Null));
+        assert_eq!((host.of("net", "ab").len(), host.of("other", "a").len()), (6, 6), "{}", host.rules());
+        leaves();
+        assert_eq!(host.gc(&other, &[]), Ok(Value::Null));
+        assert!(host.of("other", "a").is_empty() && !host.rules().contains(&chain), "{}", host.rules());
+        leaves();
+        // The last one: nothing is left, by whatever type the network has by now.
+        let mut ours = conf.clone();
+        merge(&mut ours, json!({"type": "twill-cni", "subnetFile": runtime.file("subnet.env")}));
+        runtime.del(&ours, "ab", Some(&b));
+        assert!(!host.rules().contains("CNI-"), "{}", host.rules());
+        assert_eq!(runtime.held(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_chain_of_the_reference_bridges_that_others_lead_to_stays_without_the_containers_rule() {
+    Iptables::each(|host| {
+        let conf = host.conf("net", 78);
+        let a = host.runtime.container("a");
+        host.add(&conf, "a", &a, "eth0");
+        let chain = host.chain("net", "a");
+        // By a jump, and by `goto`.
+        let [v4, v6] = ["", "6"].map(|v6| format!("ip{v6}tables-{} -w -t nat", host.kind));
+        for line in [
+            format!("{v4} -A POSTROUTING -s 192.0.2.1 -j {chain}"),
+            format!("{v6} -A POSTROUTING -s 2001:db8::1 -g {chain}"),
+        ] {
+            host.runtime.host.run(&line);
+        }
+        let rules = || [&v4, &v6].map(|program| host.runtime.host.run(&format!("{program} -S")));
+        let of_a = |rule: &str| rule.contains("-A POSTROUTING") && rule.contains("--comment");
+        let want = rules().map(|rules| rules.split_inclusive('\n').filter(|rule| !of_a(rule)).collect::<String>());
+        host.runtime.del(&conf, "a", Some(&a));
+        assert_eq!(rules(), want);
+        assert_eq!(want.concat().matches(&format!("-A {chain} ")).count(), 4, "{want:#?}");
+    });
+}
+
+/// A table that this program alone may change, with a rule whose comment has quotes, which `nft` takes as JSON only.
+const OWNER: &str = r#"
+import ctypes, json, sys
+nft = ctypes.CDLL("libnftables.so.1")
+nft.nft_ctx_new.restype = ctypes.c_void_p
+context, chain = ctypes.c_void_p(nft.nft_ctx_new(0)), sys.argv[1]
+def run(text): return nft.nft_run_cmd_from_buffer(context, text.encode())
+made = run("add table ip nat { flags owner; }\nadd chain ip nat " + chain +
+    "\nadd chain ip nat POSTROUTING { type nat hook postrouting priority 100; }\n")
+nft.nft_ctx_output_set_flags(context, 1 << 4)
+ruled = run(json.dumps({"nftables": [{"add": {"rule": {"family": "ip", "table": "nat", "chain": "POSTROUTING",
+    "comment": 'name: "net" id: "a"', "expr": [{"jump": {"target": chain}}]}}}]}))
+print(made, ruled, flush=True)
+sys.stdin.read()
+"#;
+
+/// The table is another program's alone: its chain cannot go, and so the address stays held until it can.
+#[test]
+fn a_chain_that_does_not_go_is_named_and_the_address_stays_held() {
+    let Some((runtime, _dir)) = runtime().filter(|_| installed("nft") && installed("python3")) else { return };
+    let chain = "CNI-0123456789abcdef01234567";
+    let mut owner = runtime.host.command("python3");
+    let mut owner = owner.args(["-c", OWNER, chain]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(owner.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "0 0\n");
+    let net = runtime.file("networks/net");
+    std::fs::create_dir_all(&net).unwrap();
+    std::fs::write(net.join("10.78.0.2"), "a\r\neth0").unwrap();
+    let conf =
+        runtime.conf("1.1.0", json!({"type": "bridge", "ipam": {"type": "host-local", "subnet": "10.78.0.0/24"}}));
+    let mut gc = conf.clone();
+    gc["cni.dev/valid-attachments"] = json!([]);
+    for (verb, conf, id) in [("DEL", &conf, "a"), ("GC", &gc, "")] {
+        let refused = runtime.try_verb(verb, conf, id, None).unwrap_err();
+        let msg = refused["msg"].as_str().unwrap();
+        assert!(msg.contains(chain) && msg.contains("Operation not permitted"), "{refused:#}");
+        assert_eq!(runtime.held(), ["10.78.0.2"]);
     }
-    let Some((runtime, _dir)) = runtime().filter(|_| installed("iptables")) else { return };
-    let conf = json!({"cniVersion": "1.0.0", "name": "net", "type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true,
-        "stateDir": runtime.file("state"),
-        "ipam": {"type": "host-local", "dataDir": runtime.file("networks"), "subnet": "10.78.0.0/24"}});
-    let (a, b) = (runtime.container("a"), runtime.container("b"));
-    for (id, container) in [("a", &a), ("ab", &b)] {
-        let call = Call { verb: "ADD", conf: &conf, id, netns: Some(netns(container)), args: "" };
-        let mut command = runtime.command(bridge, &call);
-        command.env("CNI_PATH", "/usr/lib/cni");
-        runtime.finish(command, &conf).unwrap();
-    }
-    let of = |id: &str| {
-        let rules = runtime.host.run("iptables -t nat -S");
-        rules.lines().filter(|line| line.contains(&format!(r#"id: \"{id}\""#))).count()
-    };
-    runtime.del(&conf, "a", Some(&a));
-    assert_eq!((runtime.held(), of("a"), of("ab")), (vec!["10.78.0.3".to_owned()], 3, 3));
-    let guide = include_str!("../../../docs/guide/containers.md");
-    let (_, command) = guide.split_once("    id=CONTAINER\n").unwrap();
-    let lines: Vec<&str> = command.lines().take_while(|line| line.starts_with("    ")).collect();
-    sh(&runtime.host, &format!("id=a\n{}", lines.join("\n")));
-    assert_eq!((of("a"), of("ab")), (0, 3));
-    let chains = runtime.host.run("iptables -t nat -S");
-    assert_eq!(chains.matches("-N CNI-").count(), 1, "{chains}");
+    drop(owner.stdin.take());
+    owner.wait().unwrap();
+    runtime.del(&conf, "a", None);
+    assert_eq!(runtime.held(), Vec::<String>::new());
 }
 
 /// Podman and docker ask for a port at every address of each family and at every address: it leads to one place.

@@ -434,7 +434,7 @@ pub fn settle_table(name: &TableName, want: Option<&Table>) -> Result<Option<Ste
 }
 
 /// A kernel that has no tables at all (net/netfilter/nfnetlink.c answers EINVAL for a subsystem that it does not have).
-fn lacks_nftables(error: &io::Error) -> bool {
+pub(crate) fn lacks_nftables(error: &io::Error) -> bool {
     [libc::EPROTONOSUPPORT, libc::EOPNOTSUPP, libc::EINVAL].map(Some).contains(&error.raw_os_error())
 }
 

@@ -5,7 +5,7 @@
 //! - [`tun`], [`udp`], [`icmp`]: the doors of a tunnel in user space, each with its twin
 //! - [`nft`]: nftables; [`legacy`]: what it does not show; [`conntrack`]: connections that are tracked
 //! - [`netns`]: namespaces; [`sysctl`], [`files`], [`capture`]: the rest of the host
-//! - [`attach`]: containers joined to a host
+//! - [`attach`]: containers joined to a host; [`left`]: what a reference plugin has left of one
 //! - [`netlink::wire`]: netlink's bytes
 
 pub mod attach;
@@ -13,6 +13,7 @@ pub mod capture;
 pub mod conntrack;
 pub mod files;
 pub mod icmp;
+pub mod left;
 pub mod legacy;
 mod linux;
 pub mod lookup;

@@ -11,6 +11,7 @@ use crate::clear::Clear;
 use crate::env::Target;
 use crate::error::{Act, CniError};
 use crate::ipam::{Folder, Held};
+use crate::masquerade;
 use crate::ports::Ports;
 use crate::records::Records;
 
@@ -30,6 +31,9 @@ pub fn run(conf: &Clear, target: &Target) -> Result<String, CniError> {
     }
     if record.is_none() {
         Ports::clear(&records)?;
+        // What the container's other device has goes with the last of them.
+        let is_stale = |id: &str| Ok(id == target.container_id && !has_another(conf, target, &records)?);
+        masquerade::clear(conf, &records, is_stale)?;
     }
     // The addresses are on no device any more.
     let mut changes = match (record, &conf.addresses) {
@@ -100,6 +104,21 @@ fn take_away_inside(conf: &Clear, target: &Target) -> Result<(), kernel::Failed>
 
 fn is_of(held: &Held, target: &Target) -> bool {
     held.holder.as_ref().is_some_and(|holder| holder.is(&target.container_id, target.ifname.as_str()))
+}
+
+/// Another device of the container's holds an address of the network, and another plugin has attached that one, too.
+fn has_another(conf: &Clear, target: &Target, records: &Records) -> Result<bool, CniError> {
+    let Some(folder) = conf.addresses.as_deref().map(Folder::find).transpose()?.flatten() else { return Ok(false) };
+    for held in folder.held()?.iter().filter(|held| !is_of(held, target)) {
+        let Some(holder) = held.holder.as_ref().filter(|holder| holder.container_id == target.container_id) else {
+            continue;
+        };
+        let ifname = holder.ifname.as_deref().and_then(|name| name.parse().ok());
+        if ifname.map(|ifname| records.get(&target.container_id, ifname)).transpose()?.flatten().is_none() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn release_by_search(dir: &Path, target: &Target) -> Result<Vec<Unsynced>, CniError> {

@@ -9,6 +9,7 @@ use super::{all, refused};
 use crate::clear::{Clear, Valid};
 use crate::error::{Act, CniError};
 use crate::ipam::Folder;
+use crate::masquerade;
 use crate::ports::Ports;
 use crate::records::Records;
 use crate::sweep;
@@ -47,7 +48,11 @@ fn stale_attachments(conf: &Clear, valid: &[Valid], records: &Records) -> Result
         }
         sweep::free(&locked, records)
     }))?;
-    if conf.has_device { Ports::clear(records) } else { Ok(()) }
+    if !conf.has_device {
+        return Ok(());
+    }
+    let cleared = Ports::clear(records);
+    all([cleared, masquerade::clear(conf, records, |id| Ok(!names(valid, id, None)))])
 }
 
 fn stale_addresses(conf: &Clear, valid: &[Valid], records: &Records) -> Result<(), CniError> {

@@ -25,6 +25,9 @@ pub const POSTROUTING: &str = "POSTROUTING";
 /// What flannel's chains in the tables of `iptables` begin with (`pkg/trafficmngr/iptables/iptables.go`).
 const FLANNEL_CHAINS: [&str; 2] = ["FLANNEL-POSTRTG", "FLANNEL-FWD"];
 
+/// What the reference plugins call the chain by which they masquerade a container, and the digits of a hash behind it (`pkg/utils/utils.go`).
+const PLUGINS_CHAIN: (&str, usize) = ("CNI-", 24);
+
 /// True for a table that flannel made for itself (`pkg/trafficmngr/nftables/nftables.go`).
 pub fn is_flannels(table: &TableName) -> bool {
     matches!((table.family, &*table.name), (Family::Ip, "flannel-ipv4") | (Family::Ip6, "flannel-ipv6"))
@@ -33,6 +36,19 @@ pub fn is_flannels(table: &TableName) -> bool {
 /// True for a chain that flannel made in a table of `iptables`, nftables' or legacy.
 pub fn is_flannels_chain(chain: &str) -> bool {
     FLANNEL_CHAINS.contains(&chain)
+}
+
+/// What a rule in `POSTROUTING` of a table that `iptables` made tells of a container of `network`, where the reference bridge masquerades it
+/// (`pkg/ip/ipmasq_linux.go`): the container's ID, and what was left for it.
+pub fn masqueraded(at: &TableName, legacy: bool, rule: &Rule, network: &str) -> Option<(Box<str>, Leftover)> {
+    let (comment, last) = (rule.comment.as_deref()?, rule.exprs.last()?);
+    let quoted = comment.strip_prefix("name: \"")?.strip_prefix(network)?;
+    let id = quoted.strip_prefix("\" id: \"")?.strip_suffix('"')?;
+    let Expr::Verdict(Verdict::Jump(chain)) = last else { return None };
+    let digits = chain.strip_prefix(PLUGINS_CHAIN.0)?;
+    let is_hash = digits.len() == PLUGINS_CHAIN.1 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+    let at = ChainName { table: at.clone(), chain: chain.clone() };
+    is_hash.then(|| (id.into(), Leftover { at, legacy, bare: None, comment: Some(comment.into()) }))
 }
 
 /// The network that a rule is for which flannel before 0.20 left in `POSTROUTING` itself (`network/iptables.go`): C → C, C → elsewhere, elsewhere
@@ -105,11 +121,16 @@ pub fn found_in(table: &Table) -> Vec<Object> {
             found.push(Object::Head(Box::new(Head { at: at.clone(), rules, first })));
         }
         if is_flannels_chain(name) {
-            found.push(Object::Leftover(Box::new(Leftover { at: at.clone(), legacy: false, bare: None })));
+            found.push(Object::Leftover(Box::new(Leftover {
+                at: at.clone(),
+                legacy: false,
+                bare: None,
+                comment: None,
+            })));
         }
         if &**name == POSTROUTING {
             let networks: BTreeSet<Prefix> = chain.rules.iter().filter_map(bare_rule).collect();
-            let left = |network| Leftover { at: at.clone(), legacy: false, bare: Some(network) };
+            let left = |network| Leftover { at: at.clone(), legacy: false, bare: Some(network), comment: None };
             found.extend(networks.into_iter().map(|network| Object::Leftover(Box::new(left(network)))));
         }
     }

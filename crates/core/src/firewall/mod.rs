@@ -100,7 +100,7 @@ pub struct ChainName {
     pub chain: Box<str>,
 }
 
-/// What flannel left in somebody else's table: a chain with the rules that lead to it, or rules without a chain.
+/// What flannel or a reference plugin left in somebody else's table: a chain with the rules that lead to it, or rules without a chain.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Leftover {
     /// The chain, in a table that `iptables` made.
@@ -110,6 +110,9 @@ pub struct Leftover {
     pub legacy: bool,
     /// Not the chain itself: the rules in it by which an old flannel masquerades for this network.
     pub bare: Option<Prefix>,
+    /// A reference plugin's: of the rules that lead to the chain those in `POSTROUTING` with this comment, and the chain where no others do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub comment: Option<Box<str>>,
 }
 
 /// Rules of ours in somebody else's chain.

@@ -42,7 +42,9 @@ impl Claim {
             }
             Object::Head(_) => self.firewall,
             Object::Leftover(left) => {
-                self.flannels_firewall && left.bare.is_none_or(|network| self.networks.contains(&network))
+                self.flannels_firewall
+                    && left.comment.is_none()
+                    && left.bare.is_none_or(|network| self.networks.contains(&network))
             }
             Object::Sysctl { .. } | Object::Rule(_) => false,
         }

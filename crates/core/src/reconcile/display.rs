@@ -38,9 +38,10 @@ impl fmt::Display for Object {
             Object::Table(table) => table.fmt(f),
             Object::Head(head) => head.fmt(f),
             Object::Leftover(left) => {
-                match left.bare {
-                    Some(network) => write!(f, "flannel's rules for {network} in chain {}", left.at)?,
-                    None => write!(f, "flannel's chain {}", left.at)?,
+                match (left.bare, &left.comment) {
+                    (Some(network), _) => write!(f, "flannel's rules for {network} in chain {}", left.at)?,
+                    (None, Some(comment)) => write!(f, "the reference bridge's chain {} of {comment}", left.at)?,
+                    (None, None) => write!(f, "flannel's chain {}", left.at)?,
                 }
                 f.write_str(if left.legacy { " of legacy iptables" } else { "" })
             }

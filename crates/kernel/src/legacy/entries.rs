@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::ops::Range;
 
 use twill_core::firewall::beside::bare;
 use twill_core::firewall::{Base, Chain, Cmp, Datum, Expr, Field, Load, PayloadBase, Rule, Verdict};
@@ -152,17 +153,14 @@ impl<'a> Entry<'a> {
             let mask = Some(Datum::Bytes([0x1f, 0xff].into()));
             exprs.push(Expr::Match { load: Load { field: load, mask }, op, value: Datum::Bytes([0, 0].into()) });
         }
-        let mut comment = None;
         self.matches(|name, revision, data| {
-            if name == "comment" {
-                comment = data.split(|byte| *byte == 0).next().and_then(|text| std::str::from_utf8(text).ok());
-            } else {
+            if name != "comment" {
                 let (name, data) = (name.into(), data.into());
                 exprs.push(Expr::Xt { target: false, name, revision, data });
             }
         })?;
         exprs.extend(self.does(flags & if self.v4 { GOTO_V4 } else { GOTO_V6 } != 0, chains)?);
-        Some(Rule { exprs, comment: comment.map(Into::into), handle: None })
+        Some(Rule { exprs, comment: self.comment(), handle: None })
     }
 
     /// Its target; a rule without one goes on with the next.
@@ -199,6 +197,21 @@ impl<'a> Entry<'a> {
             at += size;
         }
         Some(())
+    }
+
+    /// True for a jump to the chain with this first rule.
+    fn leads_to(&self, first_rule: usize) -> bool {
+        self.verdict().is_some_and(|(_, verdict)| verdict as usize == first_rule)
+    }
+
+    fn comment(&self) -> Option<Box<str>> {
+        let mut comment = None;
+        self.matches(|name, _, data| {
+            if name == "comment" {
+                comment = data.split(|byte| *byte == 0).next().and_then(|text| std::str::from_utf8(text).ok());
+            }
+        })?;
+        comment.map(Into::into)
     }
 
     /// See [`bare`].
@@ -293,12 +306,31 @@ pub fn without_bare(v4: bool, entries: &[u8], first: usize, last: usize, network
 /// The table without a user chain and without the rules that lead to it; `None`: it has no such chain, or is not whole.
 pub fn without(v4: bool, entries: &[u8], chain: &str) -> Option<Rest> {
     let all: Vec<Entry<'_>> = Entry::walk(v4, entries, 0).collect();
-    let end = all.last().filter(|last| last.at + last.bytes.len() == entries.len() && last.begins().is_some())?;
+    let own = numbers(&all, entries.len(), chain)?;
+    let first_rule = all[own.start + 1].at;
+    rest(&all, |n, entry| own.contains(&n) || entry.leads_to(first_rule))
+}
+
+/// The table without the rules within `hook` that have this comment and lead to a user chain, and without the chain where no others lead to
+/// it; `None`: it has no such rule, or is not whole.
+pub fn without_commented(v4: bool, entries: &[u8], hook: Range<usize>, chain: &str, comment: &str) -> Option<Rest> {
+    let all: Vec<Entry<'_>> = Entry::walk(v4, entries, 0).collect();
+    let own = numbers(&all, entries.len(), chain)?;
+    let first_rule = all[own.start + 1].at;
+    let leads_there = |entry: &Entry<'_>| entry.leads_to(first_rule);
+    let goes = |entry: &Entry<'_>| {
+        hook.contains(&entry.at) && leads_there(entry) && entry.comment().as_deref() == Some(comment)
+    };
+    all.iter().any(goes).then_some(())?;
+    let used = all.iter().any(|entry| leads_there(entry) && !goes(entry));
+    rest(&all, |n, entry| goes(entry) || !used && own.contains(&n))
+}
+
+/// The numbers of a user chain's entries in a table that is whole, its head first.
+fn numbers(all: &[Entry<'_>], len: usize, chain: &str) -> Option<Range<usize>> {
+    let end = all.last().filter(|last| last.at + last.bytes.len() == len && last.begins().is_some())?;
     let from = all.iter().position(|entry| entry.begins() == Some(chain) && entry.at != end.at)?;
-    let to = from + 1 + all[from + 1..].iter().position(|entry| entry.begins().is_some())?;
-    let first_rule = all[from + 1].at;
-    let leads_there = |entry: &Entry<'_>| entry.verdict().is_some_and(|(_, verdict)| verdict as usize == first_rule);
-    rest(&all, |n, entry| (from..to).contains(&n) || leads_there(entry))
+    Some(from..from + 1 + all[from + 1..].iter().position(|entry| entry.begins().is_some())?)
 }
 
 /// All entries but those that go.

@@ -1,4 +1,5 @@
-//! The tables of legacy iptables, which nftables does not show: read, and changed in one way only, when a chain of flannel's goes.
+//! The tables of legacy iptables, which nftables does not show: read, and changed in one way only, when a chain of flannel's, or of a
+//! reference plugin's, goes.
 //!
 //! - [`entries`]: the bytes of a table, without any socket; here: the socket options that read and replace them
 //!
@@ -16,10 +17,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{FlockOperation, flock};
 use rustix::net::{AddressFamily, Protocol, SocketType, ipproto, socket};
 use twill_core::firewall::beside::{POSTROUTING, is_flannels_chain, may_shut};
-use twill_core::firewall::{self, Base, ChainKind, ChainName, Family, Hook, Leftover, TableName};
+use twill_core::firewall::{self, Base, ChainKind, ChainName, Family, Hook, Leftover, Rule, TableName};
+use twill_core::reconcile::StepError;
 
 pub use self::entries::parse;
-use self::entries::{Rest, bare_networks, u32_at, without, without_bare};
+use self::entries::{Rest, bare_networks, u32_at, without, without_bare, without_commented};
 
 /// SOL_IP and SOL_IPV6.
 const LEVELS: (libc::c_int, libc::c_int) = (0, 41);
@@ -70,20 +72,40 @@ pub(crate) fn read() -> (Vec<firewall::Table>, Vec<Leftover>) {
     (tables, left)
 }
 
-/// Removes what flannel left, in one replacement of its table.
-pub(crate) fn remove(left: &Leftover) -> io::Result<()> {
+/// The rules of `POSTROUTING` in the table `nat`; none where there is no such table.
+pub(crate) fn leaving(v4: bool) -> io::Result<Vec<Rule>> {
+    let table = match Table::read(v4, "nat") {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        table => table?,
+    };
+    let chain = table.and_then(|table| table.model("nat", 0).chains.remove(POSTROUTING));
+    Ok(chain.map(|chain| chain.rules).unwrap_or_default())
+}
+
+/// Removes what was left, in one replacement of its table.
+pub(crate) fn remove(left: &Leftover) -> Result<(), StepError> {
+    take_out(left).map_err(|error| {
+        let errno = error.raw_os_error().unwrap_or(libc::EIO);
+        StepError::Refused { errno, text: format!("change a table of legacy iptables: {error}") }
+    })
+}
+
+fn take_out(left: &Leftover) -> io::Result<()> {
     let ChainName { table: TableName { family, name }, chain } = &left.at;
     let v4 = *family == Family::Ip;
     // Where there is no such file, nobody else holds it.
     let lock = File::options().create(true).truncate(false).write(true).open(LOCK).ok();
     if let Some(lock) = &lock {
-        flock(lock, FlockOperation::NonBlockingLockExclusive)?;
+        // The agent comes again; a runtime may not.
+        let wait = left.comment.is_some();
+        flock(lock, if wait { FlockOperation::LockExclusive } else { FlockOperation::NonBlockingLockExclusive })?;
     }
     let Some(table) = Table::read(v4, name)? else { return Ok(()) };
     let (first, last) = (table.hooks[LEAVING], table.policies[LEAVING]);
-    let rest = match left.bare {
-        Some(network) => without_bare(v4, &table.entries, first, last, network),
-        None => without(v4, &table.entries, chain),
+    let rest = match (left.bare, &left.comment) {
+        (Some(network), _) => without_bare(v4, &table.entries, first, last, network),
+        (None, Some(comment)) => without_commented(v4, &table.entries, first..last, chain, comment),
+        (None, None) => without(v4, &table.entries, chain),
     };
     rest.map_or(Ok(()), |rest| table.replace(name, &rest))
 }
@@ -132,6 +154,7 @@ impl Table {
             at: ChainName { table: self.name(name), chain: chain.into() },
             legacy: true,
             bare,
+            comment: None,
         };
         if !["nat", "filter"].contains(&name) {
             return Vec::new();

@@ -145,10 +145,7 @@ impl<'a> Applier<'a> {
         }
         let result = match &mut self.kernel.firewall {
             Firewall::Open(nft) => match op.object() {
-                Object::Leftover(left) if left.legacy => legacy::remove(left).map_err(|error| {
-                    let errno = error.raw_os_error().unwrap_or(libc::EIO);
-                    StepError::Refused { errno, text: format!("change a table of legacy iptables: {error}") }
-                }),
+                Object::Leftover(left) if left.legacy => legacy::remove(left),
                 _ => nft.apply(op),
             },
             Firewall::Ignored => {

@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::net::netlink;
 use twill_core::firewall::{
-    Base, Chain, ChainName, Expr, Family, Head, Keys, Rule, Set, Table, TableName, Verdict, beside, policy,
+    Base, Chain, ChainName, Expr, Family, Head, Keys, Leftover, Rule, Set, Table, TableName, Verdict, beside, policy,
 };
 use twill_core::host::Object;
 use twill_core::reconcile::{Op, StepError};
@@ -253,6 +253,17 @@ impl Nft {
         Ok(rules)
     }
 
+    /// The rules of one chain; none where it is not there.
+    pub(crate) fn rules_of(&mut self, table: &TableName, chain: &str) -> io::Result<Vec<Rule>> {
+        loop {
+            let mut whole = true;
+            let rules = self.rules(table, chain, &mut whole)?;
+            if whole {
+                return Ok(rules.into_iter().map(|(_, rule)| rule).collect());
+            }
+        }
+    }
+
     /// Handles of the rules of a table that `which` names, in the chains that `chains` names.
     fn handles(
         &mut self,
@@ -279,12 +290,38 @@ impl Nft {
 
     /// Carries out one step as one transaction.
     pub(crate) fn apply(&mut self, op: &Op) -> Result<(), StepError> {
-        let refused = match self.transact(op) {
+        let refused = match op {
+            Op::Delete(Object::Leftover(left)) if left.comment.is_some() => self.delete_commented(left),
+            op => self.transact(op),
+        };
+        let refused = match refused {
             Ok(None) => return Ok(()),
             Ok(Some(refusal)) => (refusal.errno, refusal.text),
             Err(error) => (error.raw_os_error().unwrap_or(libc::EIO), error.to_string()),
         };
         Err(StepError::Refused { errno: refused.0, text: refused.1 })
+    }
+
+    /// The rules of `POSTROUTING` with the comment, and the chain.
+    fn delete_commented(&mut self, left: &Leftover) -> io::Result<Option<Refusal>> {
+        let Leftover { at, comment, .. } = left;
+        let jump = Expr::Verdict(Verdict::Jump(at.chain.clone()));
+        let which = |rule: &Rule| rule.comment == *comment && rule.exprs.contains(&jump);
+        let gone = self.handles(&at.table, Some(beside::POSTROUTING), which)?;
+        if gone.is_empty() {
+            return Ok(None);
+        }
+        let mut batch = Batch::new(&mut self.requests);
+        batch.delete_rules(&at.table, &gone);
+        batch.delete_chain(at);
+        let refused = batch.commit()?;
+        if refused.as_ref().is_none_or(|refused| refused.errno != libc::EBUSY) {
+            return Ok(refused);
+        }
+        // Others lead to the chain, which the kernel knows without a look at every rule.
+        let mut batch = Batch::new(&mut self.requests);
+        batch.delete_rules(&at.table, &gone);
+        batch.commit()
     }
 
     fn transact(&mut self, op: &Op) -> io::Result<Option<Refusal>> {
