@@ -341,3 +341,26 @@ fn probes(a: &twill_e2e::net::Host, b: &twill_e2e::net::Host, dir: &Path) {
     b.ip("link set eth0 down");
     expect(false, false, "neither answers");
 }
+
+#[test]
+fn plan_asks_the_agent_that_runs_and_who_may_not_ask_it_is_told_so() {
+    let Some((mut node, _dir)) = node() else { return };
+    let _agent = node.agent("--serve-store 10.168.0.2:2379 --insecure");
+    // As on the first host of the README: no store on loopback, and nobody says where it is.
+    node.kill_store();
+    let run = node.file("run").display().to_string();
+    let out = node.host.command(bin("twill")).args(["plan", "--run-dir", &run]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&out.stdout), "nothing to change\n", "{out:?}");
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let mut nobody = node.host.command("setpriv");
+    nobody.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(bin("twill")).args([
+        "status",
+        "--run-dir",
+        &run,
+    ]);
+    let out = nobody.output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(said.contains("root") && !said.contains("no agent"), "{out:?}");
+}

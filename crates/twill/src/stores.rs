@@ -17,11 +17,13 @@ use crate::output::Failure;
 pub(crate) const PREFIX: &str = "/coreos.com/network";
 /// How often a served store whose disk has failed is opened anew.
 const OPEN_AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
+/// Where the agent that root runs listens.
+pub(crate) const RUN_DIR: &str = "/run/twill";
 /// Where a store is looked for.
 pub(crate) const ENDPOINT: &str = "http://127.0.0.1:2379";
 
 /// Where the store is, on every command that asks it.
-#[derive(Debug, Clone, Args, Default)]
+#[derive(Debug, Clone, Args, Default, PartialEq)]
 pub(crate) struct StoreArgs {
     /// Store endpoints, http:// or https://, separated by commas [default: http://127.0.0.1:2379]
     #[arg(long, value_name = "URLS", env = "TWILL_STORE", value_delimiter = ',')]
@@ -145,7 +147,7 @@ pub(crate) fn state_dir() -> PathBuf {
 
 /// `/run/twill`, or without root `$XDG_RUNTIME_DIR/twill`.
 pub(crate) fn run_dir() -> PathBuf {
-    user_dir("XDG_RUNTIME_DIR", ".cache").unwrap_or_else(|| PathBuf::from("/run/twill"))
+    user_dir("XDG_RUNTIME_DIR", ".cache").unwrap_or_else(|| PathBuf::from(RUN_DIR))
 }
 
 fn user_dir(variable: &str, below_home: &str) -> Option<PathBuf> {

@@ -149,6 +149,11 @@ async fn ask<T>(control: &Control, command: impl FnOnce(oneshot::Sender<T>) -> C
     tokio::time::timeout(patience, answer).await.map_err(|_| ended())?.map_err(|_| ended())
 }
 
+/// True when an agent listens there, or has.
+pub(crate) fn is_there(run_dir: &Path) -> bool {
+    socket(run_dir).exists()
+}
+
 fn socket(run_dir: &Path) -> PathBuf {
     run_dir.join("twill.sock")
 }
@@ -156,7 +161,14 @@ fn socket(run_dir: &Path) -> PathBuf {
 /// Asks a running agent. `Ok(None)`: there is none.
 pub(crate) async fn call<T: DeserializeOwned>(run_dir: &Path, method: &str, path: &str) -> Result<Option<T>, Failure> {
     let socket = socket(run_dir);
-    let Ok(stream) = UnixStream::connect(&socket).await else { return Ok(None) };
+    let stream = match UnixStream::connect(&socket).await {
+        Ok(stream) => stream,
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+            let message = format!("the agent at {} is for root and the socket's group", socket.display());
+            return Err(Failure::new("agent-forbidden", message).hint("type sudo in front"));
+        }
+        Err(_) => return Ok(None),
+    };
     let failed = |e: &dyn std::fmt::Display| {
         Failure::new("control-socket", format!("ask the agent at {}: {e}", socket.display()))
     };

@@ -15,7 +15,7 @@ use crate::stores::{self, StoreArgs};
 const FILE: &str = "/etc/twill/agent.toml";
 
 /// What can be said on the command line.
-#[derive(Debug, Clone, Default, Args)]
+#[derive(Debug, Clone, Default, PartialEq, Args)]
 pub(crate) struct AgentArgs {
     /// Settings file [default: /etc/twill/agent.toml, when it is there]
     #[arg(long, value_name = "FILE", env = "TWILL_CONFIG")]
@@ -126,6 +126,12 @@ pub(crate) struct WayOut {
 
 impl AgentArgs {
     /// Flags over environment over file over defaults.
+    /// Where the agent listens, when nothing is said of what it is to do: then a running one knows that best.
+    pub(crate) fn of_a_running_agent(&self) -> Option<Option<PathBuf>> {
+        let said = AgentArgs { run_dir: None, ..self.clone() };
+        (said == AgentArgs::default()).then(|| self.run_dir.clone())
+    }
+
     pub(crate) fn settings(self) -> Result<Settings, Failure> {
         let file = match &self.config {
             Some(path) => {

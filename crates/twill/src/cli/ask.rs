@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::folder::StateDir;
 use crate::agent::control;
-use crate::agent::view::{FamilyProbe, PeerView, Peers, Probe, TunnelView, View, WayView};
+use crate::agent::view::{FamilyProbe, PeerView, Peers, PlanView, Probe, TunnelView, View, WayView};
 use crate::output::{FINDINGS, Failure, Output, columns, on_a_line};
 use crate::{probe, stores};
 
@@ -27,8 +27,23 @@ pub(crate) struct Socket {
 const PATIENCE: Duration = Duration::from_secs(10);
 
 impl Socket {
+    pub(super) fn new(run_dir: Option<PathBuf>) -> Self {
+        Self { run_dir }
+    }
+
+    /// A user who runs no agent means the host's.
     fn dir(&self) -> PathBuf {
-        self.run_dir.clone().unwrap_or_else(stores::run_dir)
+        let own = || Some(stores::run_dir()).filter(|own| control::is_there(own));
+        self.run_dir.clone().or_else(own).unwrap_or_else(|| PathBuf::from(stores::RUN_DIR))
+    }
+
+    /// What a running agent would change; `None`: none runs, or it does not know yet.
+    pub(super) async fn plan(&self) -> Result<Option<PlanView>, Failure> {
+        let Some(view) = control::call::<View>(&self.dir(), "GET", "/v1/status").await? else { return Ok(None) };
+        match view.state.as_str() {
+            "running" | "held" => self.ask("GET", "/v1/plan").await.map(Some),
+            _ => Ok(None),
+        }
     }
 
     /// The agent's answer; without an agent the error that says how to start one. What is only looked at is not waited for without end.

@@ -21,6 +21,7 @@ use twill_core::state_file::State;
 use twill_kernel::{Interest, Kernel, LinuxKernel};
 use twill_store::{EtcdStore, Listing, RawConfig};
 
+use super::ask::Socket;
 use super::folder::StateDir;
 use crate::agent::compose::{self, Network};
 use crate::agent::session::listing::kept_at_start;
@@ -30,7 +31,8 @@ use crate::agent::{load_state, refuse_beside_flannel};
 use crate::output::{Failure, Output, columns, progress};
 use crate::stores::StoreArgs;
 
-/// Show what the agent would change right now; touches nothing, takes no lease, needs no agent.
+/// Show what the agent would change right now; touches nothing, takes no lease, needs no agent. One that runs is asked, unless
+/// another store or another setting is named.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  twill plan\n  twill plan --store http://192.0.2.11:2379 -o json")]
 pub(crate) struct PlanArgs {
@@ -45,22 +47,24 @@ pub(crate) struct PlanArgs {
 
 impl PlanArgs {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
-        let settings = self.args.settings()?;
-        let plan = compute(&settings)?;
-        let view = PlanView::from(&plan);
-        let line = |step: &twill_core::reconcile::Step| {
-            if self.diff {
-                step.to_string()
-            } else {
-                format!("{} {}: {}", step.op.verb(), step.op.object(), step.why.words())
+        let agent = self.args.of_a_running_agent().filter(|_| !self.diff).map(Socket::new);
+        let known = match agent {
+            // Who may not ask it still may look.
+            Some(agent) => crate::runtime()?.block_on(agent.plan()).unwrap_or_default(),
+            None => None,
+        };
+        let (view, lines) = match known {
+            Some(view) => (view, None),
+            None => {
+                let plan = compute(&self.args.settings()?)?;
+                let lines = self.diff.then(|| plan.steps.iter().map(ToString::to_string).collect::<Vec<_>>());
+                (PlanView::from(&plan), lines)
             }
         };
-        self.output.print(&view, || {
-            if plan.steps.is_empty() {
-                "nothing to change".into()
-            } else {
-                plan.steps.iter().map(line).collect::<Vec<_>>().join("\n")
-            }
+        let short = || view.steps.iter().map(|s| format!("{} {}: {}", s.op, s.object, s.why)).collect::<Vec<_>>();
+        self.output.print(&view, || match lines.clone().unwrap_or_else(short) {
+            lines if lines.is_empty() => "nothing to change".into(),
+            lines => lines.join("\n"),
         })?;
         Ok(ExitCode::SUCCESS)
     }
