@@ -399,6 +399,25 @@ fn the_service_manager_keeps_device_and_socket_through_a_restart() {
     assert_eq!(net.site(1).log().matches("the tunnel goes on").count(), 2, "{}", net.site(1).log());
 }
 
+#[test]
+fn a_takeover_that_fails_leaves_the_running_agent_its_tunnel() {
+    let Some((mut net, dir)) = running() else { return };
+    net.site_mut(1).stop(Signal::TERM);
+    let mut manager = Manager::new(dir.path());
+    manager.start(net.site_mut(1));
+    net.await_both_ways();
+    // The next agent asks, and goes away before it has said that it has the descriptors.
+    for times in 1..=2 {
+        drop(std::os::unix::net::UnixStream::connect(net.site(1).file("run/handover.sock")).unwrap());
+        eventually("the running one has seen it", || {
+            let log = net.site(1).log();
+            if log.matches("the tunnel goes on").count() >= times { Ok(()) } else { Err(log) }
+        });
+        net.await_both_ways();
+    }
+    assert_eq!(net.site(1).status()["findings"], json!([]));
+}
+
 /// The part of a service manager that keeps descriptors (sd_notify(3) FDSTORE, sd_listen_fds(3)).
 struct Manager {
     socket: std::os::unix::net::UnixDatagram,

@@ -74,8 +74,7 @@ fn listen(run_dir: &Path, orders: Sender<Order>, waker: Waker, gone: oneshot::Se
                 }
                 Err(error) => {
                     tracing::warn!(%error, "the next agent went away: this one goes on");
-                    drop(handed);
-                    let _ = orders.send(Order::TakeBack);
+                    let _ = orders.send(Order::TakeBack(handed));
                     waker.wake();
                 }
             }

@@ -62,7 +62,7 @@ pub(crate) enum Order {
     /// Stop the tunnel's pumps and give its descriptors away; `None`: no tunnel runs.
     HandOver(oneshot::Sender<Option<Handed>>),
     /// Whoever was to have them went away.
-    TakeBack,
+    TakeBack(Option<Handed>),
     /// The agent ends.
     End,
     /// Remove everything that is ours. Answered when applied.
@@ -307,12 +307,12 @@ impl Reconciler {
             }
             Order::Peers(peers) => self.on_peers(peers),
             Order::HandOver(reply) => {
-                if let Err(Some(handed)) = reply.send(self.tunnel.hand_over()) {
-                    drop(handed);
-                    self.tunnel.take_back();
+                if let Err(handed) = reply.send(self.tunnel.hand_over()) {
+                    self.tunnel.take_back(handed);
                 }
             }
-            Order::TakeBack | Order::End => self.tunnel.take_back(),
+            Order::TakeBack(handed) => self.tunnel.take_back(handed),
+            Order::End => self.tunnel.take_back(None),
             Order::Prune => {
                 self.tunnel.forget_remembered();
                 (self.prune, self.all, self.settled, self.members) = (true, true, false, true);

@@ -183,9 +183,18 @@ impl TunnelHost {
         Some(Handed { spec, tun: tun.into(), udp: udp.into() })
     }
 
-    /// The next agent went away.
-    pub(crate) fn take_back(&mut self) {
+    /// The next agent went away: the tunnel goes on with what it did not take. Opened anew, both would be busy where the service manager
+    /// keeps them.
+    pub(crate) fn take_back(&mut self, handed: Option<Handed>) {
         self.given = false;
+        let Some(Handed { spec, tun, udp }) = handed else { return };
+        match self.adopt(&spec, tun, udp) {
+            Ok(tunnel) => self.started(tunnel, "the tunnel goes on"),
+            Err(error) => {
+                tracing::warn!(%error, "take the tunnel back");
+                release();
+            }
+        }
     }
 
     /// Writes what changed.
