@@ -283,8 +283,13 @@ fn the_scenario_udp_has_the_tables_of_the_source() {
             assert!(source == 1.0 && packet > 0.01 && megabyte * bulk > 100.0, "{shown}");
             assert!(vxlan_packet < packet / 10.0 && vxlan_megabyte < megabyte / 10.0, "{shown}");
         }
-        let [source, _, megabyte, _, vxlan] = row("application → kernel")[..] else { panic!("{shown}") };
+        let [source, packet, megabyte, vxlan_packet, vxlan] = row("application → kernel")[..] else {
+            panic!("{shown}")
+        };
         assert!(source == 1.0 && megabyte > 5.0 && vxlan > 5.0, "{shown}");
+        // A packet is one on the wire for both: about as many of them are a megabyte.
+        let (udp, vxlan) = (megabyte / packet, vxlan / vxlan_packet);
+        assert!(udp < 2.0 * vxlan && vxlan < 2.0 * udp, "{udp} and {vxlan} packets in a megabyte: {shown}");
         let links = lab.run("exec node1 -- ip -br link");
         assert!(!links.contains("beside0"), "{links}");
         let status = lab.json("status");

@@ -95,6 +95,7 @@ struct Watch<'a> {
 struct Count {
     pumps: Snapshot,
     switches: u64,
+    /// TCP's segments on the host, and bytes of the device.
     device: [u64; 2],
 }
 
@@ -139,21 +140,36 @@ impl<'a> Watch<'a> {
         let device = match device {
             None => [0; 2],
             Some(name) => {
-                let read = self.host.run(|| fs::read_to_string("/proc/thread-self/net/dev"));
-                let text =
-                    read.and_then(|read| read).map_err(|e| failed(format!("read the devices' counters: {e}")))?;
-                device_counters(&text, name).ok_or_else(|| failed(format!("{name} has no counters")))?
+                // A device counts what is cut behind it as one packet: how many there are on the wire only TCP knows.
+                let read = |file: &str| {
+                    let text = self.host.run(|| fs::read_to_string(format!("/proc/thread-self/net/{file}")));
+                    text.and_then(|text| text).map_err(|e| failed(format!("read the kernel's counters: {e}")))
+                };
+                let segments = tcp_segments(&read("snmp")?).ok_or_else(|| failed("TCP has no counters".into()))?;
+                let bytes = device_bytes(&read("dev")?, name);
+                [segments, bytes.ok_or_else(|| failed(format!("{name} has no counters")))?]
             }
         };
         Ok(Count { pumps, switches: switches(self.daemon), device })
     }
 }
 
-/// Packets and bytes of a device, both ways (Documentation/filesystems/proc.rst, `net/dev`).
-fn device_counters(text: &str, name: &str) -> Option<[u64; 2]> {
+/// Bytes of a device, both ways (Documentation/filesystems/proc.rst, `net/dev`).
+fn device_bytes(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.trim_start().strip_prefix(name)?.strip_prefix(':'))?;
     let numbers: Vec<u64> = line.split_whitespace().map_while(|word| word.parse().ok()).collect();
-    Some([numbers.get(1)? + numbers.get(9)?, numbers.first()? + numbers.get(8)?])
+    Some(numbers.first()? + numbers.get(8)?)
+}
+
+/// Segments that TCP received and sent (RFC 4022, `net/snmp`).
+fn tcp_segments(text: &str) -> Option<u64> {
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix("Tcp:"));
+    let (names, numbers) = (lines.next()?, lines.next()?);
+    let of = |name: &str| {
+        let at = names.split_whitespace().position(|word| word == name)?;
+        numbers.split_whitespace().nth(at)?.parse::<u64>().ok()
+    };
+    Some(of("InSegs")? + of("OutSegs")?)
 }
 
 /// How often the threads of a process have left a processor, by the kernel's count.
@@ -254,7 +270,10 @@ mod tests {
     fn a_devices_counters_are_found_in_the_kernels_table() {
         let text = "Inter-|   Receive\n face |bytes    packets errs\n    lo: 1 2 0 0 0 0 0 0 3 4 0 0 0 0 0 0\n\
                     beside0: 100 20 0 0 0 0 0 0 3000 40 0 0 0 0 0 0\n";
-        assert_eq!(device_counters(text, "beside0"), Some([60, 3100]));
-        assert_eq!(device_counters(text, "beside"), None);
+        assert_eq!(device_bytes(text, "beside0"), Some(3100));
+        assert_eq!(device_bytes(text, "beside"), None);
+        let text = "Ip: Forwarding\nIp: 1\nTcp: MaxConn InSegs OutSegs RetransSegs\nTcp: -1 20 40 7\nUdp: In\nUdp: 3\n";
+        assert_eq!(tcp_segments(text), Some(60));
+        assert_eq!(tcp_segments("Tcp: InSegs\n"), None);
     }
 }
