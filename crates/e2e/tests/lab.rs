@@ -269,6 +269,11 @@ fn the_scenario_udp_has_the_tables_of_the_source() {
         for layer in layers {
             assert!(shown.contains(layer), "{layer}: {shown}");
         }
+        // In the order in which it passed them, there and back.
+        let passed = shown.lines().map(str::trim).filter(|line| line.contains("ICMP echo re"));
+        let passed: Vec<_> = passed.filter_map(|line| line.split_whitespace().next()).collect();
+        let order = ["docker0", "flannel0", "eth0", "eth0", "flannel0", "docker0"];
+        assert!(passed.windows(6).any(|six| six == order), "{shown}");
         // The crossings of both paths, as they were measured: for each packet and each megabyte.
         let row = |what: &str| -> Vec<f64> {
             let line = shown.lines().find_map(|line| line.trim_start().strip_prefix(what));

@@ -14,6 +14,9 @@ use twill_core::net::LinkName;
 /// Hardware type of a device that has no link layer (include/uapi/linux/if_arp.h).
 const ARPHRD_NONE: u16 = 0xfffe;
 
+/// Asks for the moment when the frame read last passed (socket(7): SIOCGSTAMPNS, as a `timespec` of the machine's own words).
+const SIOCGSTAMPNS: libc::c_int = 0x8907;
+
 /// Frames of one device, both directions.
 #[derive(Debug)]
 pub struct Capture {
@@ -54,7 +57,19 @@ impl Capture {
         let answer =
             unsafe { libc::getsockname(fd.as_raw_fd(), std::ptr::from_mut(&mut address).cast(), &raw mut len) };
         let frames = answer != 0 || address.sll_hatype != ARPHRD_NONE;
-        Ok(Self { fd, buf: vec![0; 65_536], frames })
+        let capture = Self { fd, buf: vec![0; 65_536], frames };
+        // To be asked is what makes the kernel note it: there is none yet.
+        let _ = capture.passed_at();
+        Ok(capture)
+    }
+
+    /// When the frame read last passed the device, by the wall clock: comparable with other devices', however late each was read.
+    pub fn passed_at(&self) -> Option<Duration> {
+        let mut at = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the kernel writes one timespec to the pointer, which is to a live one.
+        let answer = unsafe { libc::ioctl(self.fd.as_raw_fd(), SIOCGSTAMPNS as _, std::ptr::from_mut(&mut at)) };
+        let (seconds, nanoseconds) = (u64::try_from(at.tv_sec).ok()?, u32::try_from(at.tv_nsec).ok()?);
+        (answer == 0).then(|| Duration::new(seconds, nanoseconds))
     }
 
     /// False for a device without frames, such as TUN: bare IP packets pass it.

@@ -20,8 +20,8 @@ const QUIET: Duration = Duration::from_millis(500);
 pub struct Seen {
     /// Which.
     pub device: LinkName,
-    /// When.
-    pub at: Instant,
+    /// When, by the wall clock.
+    pub at: Duration,
     /// Its bytes, from the Ethernet header on; of a device without frames, from the IP header on.
     pub bytes: Vec<u8>,
     framed: bool,
@@ -103,7 +103,8 @@ fn keep(device: LinkName, mut capture: Capture, over: &AtomicBool) -> Vec<Seen> 
     loop {
         match capture.next(QUIET) {
             Ok(Some(frame)) => {
-                let seen = Seen { device, at: Instant::now(), bytes: frame.to_vec(), framed };
+                let bytes = frame.to_vec();
+                let seen = Seen { device, at: capture.passed_at().unwrap_or_default(), bytes, framed };
                 let last = seen.is_echo_reply();
                 kept.push(seen);
                 if last {
