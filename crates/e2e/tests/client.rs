@@ -142,7 +142,8 @@ fn user_and_password_open_the_store_and_a_prefix_is_kept_to() {
     let Some(bed) = Bed::new() else { return };
     let (host, _other) = host(&bed);
     let dir = tempfile::tempdir().unwrap();
-    let _etcd = etcd(&host, &dir.path().join("etcd"), "http://127.0.0.1:2379", &[]);
+    let serve = || etcd(&host, &dir.path().join("etcd"), "http://127.0.0.1:2379", &[]);
+    let server = serve();
     eventually("etcd answers", || etcdctl(&host, &["put", "/mine/config", CONFIG]));
     for words in [
         "user add root:secret",
@@ -180,6 +181,26 @@ fn user_and_password_open_the_store_and_a_prefix_is_kept_to() {
         assert!(code == 1 && err.contains("refuses") && err.contains(about) && !err.contains("wrong"), "{err}");
         assert!(err.contains("hint: check --user, --password-file"), "{err}");
     }
+    // Another password, and no token outlives it: the running agent is refused until its file has that password.
+    for words in ["user delete twill", "user add twill:next-word", "user grant-role twill network"] {
+        let words = words.split_whitespace();
+        etcdctl(&host, &["--user", "root:secret"].into_iter().chain(words).collect::<Vec<_>>()).unwrap();
+    }
+    drop(server);
+    let _server = serve();
+    let run = dir.path().join("run").display().to_string();
+    eventually("the agent is refused", || {
+        let (_, out, err) = twill(&host, &format!("status --run-dir {run}"));
+        if out.contains("store-denied") { Ok(()) } else { Err(out + &err) }
+    });
+    std::fs::write(&password, "next-word\n").unwrap();
+    let other = peer.replace(".9", ".10").replace(":09", ":0a");
+    let put = ["--user", "root:secret", "put", "/mine/subnets/10.1.201.0-24", other.as_str()];
+    eventually("etcd answers again", || etcdctl(&host, &put));
+    eventually("the agent reads its file again, and the next peer's route appears", || {
+        let routes = host.run("ip route show 10.1.201.0/24");
+        if routes.contains("dev flannel.1") { Ok(()) } else { Err(routes) }
+    });
 }
 
 #[test]

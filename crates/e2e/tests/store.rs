@@ -547,3 +547,30 @@ fn a_store_that_is_stopped_ends_although_clients_watch() {
     let ended = eventually("the store ends", || server.child.try_wait().unwrap().ok_or("it still runs"));
     assert!(ended.success(), "{ended}");
 }
+
+#[test]
+fn data_that_cannot_be_opened_is_told_from_data_that_another_store_holds() {
+    let Some(bed) = Bed::new() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("store.redb");
+    std::fs::write(&file, "no database").unwrap();
+    let host = bed.host("store");
+    let serve = || {
+        let mut command = host.command(bin("twill"));
+        command.args(["store", "serve", "--listen", "127.0.0.1:2380", "--data"]).arg(dir.path());
+        String::from_utf8(command.output().unwrap().stderr).unwrap()
+    };
+    let broken = serve();
+    assert!(broken.contains("error: open the store's data") && broken.contains("broken"), "{broken}");
+    assert_eq!(std::fs::read(&file).unwrap(), b"no database", "and it is left as it is");
+    if !installed("etcdctl") {
+        return;
+    }
+    std::fs::remove_file(&file).unwrap();
+    let first = bed.host("first");
+    let mut command = first.command(bin("twill"));
+    command.args(["store", "serve", "--data"]).arg(dir.path());
+    let _first = Server::start(first, command);
+    let held = serve();
+    assert!(held.contains("another store runs on") && !held.contains("broken"), "{held}");
+}

@@ -1,5 +1,6 @@
 //! The client: several endpoints, certificates, a user, deadlines; every write is a compare-and-swap.
 
+use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
@@ -43,8 +44,8 @@ pub struct StoreConfig {
     pub ca: Option<Vec<u8>>,
     /// Client certificate and key, PEM.
     pub identity: Option<(Vec<u8>, Vec<u8>)>,
-    /// User and password.
-    pub user: Option<(String, String)>,
+    /// User, and the file with the password: it is read for each token, since a password changes while an agent runs.
+    pub user: Option<(String, PathBuf)>,
 }
 
 impl std::fmt::Debug for StoreConfig {
@@ -409,13 +410,16 @@ impl EtcdStore {
 
     /// The token of our user, asked for when there is none.
     async fn token(&self, channel: &Channel) -> Result<Option<MetadataValue<tonic::metadata::Ascii>>, Status> {
-        let Some((name, password)) = &self.config.user else { return Ok(None) };
+        let Some((name, file)) = &self.config.user else { return Ok(None) };
         if let Ok(token) = self.token.lock()
             && token.is_some()
         {
             return Ok(token.clone());
         }
-        let request = AuthenticateRequest { name: name.clone(), password: password.clone() };
+        let password = std::fs::read_to_string(file)
+            .map_err(|e| Status::permission_denied(format!("read the password in {}: {e}", file.display())))?;
+        let password = password.trim_end_matches(['\n', '\r']).to_owned();
+        let request = AuthenticateRequest { name: name.clone(), password };
         let mut client = AuthClient::new(channel.clone());
         let answer = tokio::time::timeout(DEADLINE, client.authenticate(request)).await;
         let answer = answer.map_err(|_| Status::deadline_exceeded("no answer"))??.into_inner();

@@ -102,9 +102,8 @@ impl StoreArgs {
         }
         let user = match (&self.user, &self.password_file) {
             (Some(user), Some(file)) => {
-                let password =
-                    String::from_utf8_lossy(&read(file, "--password-file")?).trim_end_matches(['\n', '\r']).to_owned();
-                Some((user.clone(), password))
+                read(file, "--password-file")?;
+                Some((user.clone(), file.clone()))
             }
             _ => None,
         };
@@ -261,8 +260,13 @@ pub(crate) async fn open(listen: SocketAddr, data: &Path) -> Result<(Server, Tcp
     };
     let random = twill_kernel::files::random_bytes().map_err(|e| failed("no-randomness", &e))?;
     let server = Server::open(data, random, &format!("http://{listen}")).map_err(|e| {
+        let folder = data.display();
+        let hint = match &e {
+            ServerError::Disk(disk) if disk.is_in_use() => format!("another store runs on {folder}: stop that one, or"),
+            _ => format!("see whether {folder} is full, read-only or broken, or"),
+        };
         failed("store-data", &e)
-            .hint(format!("is another store running on {}? --data DIR names another folder", data.display()))
+            .hint(format!("{hint} name another folder: store serve --data DIR, agent --state-dir DIR"))
     })?;
     let listener = TcpListener::bind(listen).await.map_err(|e| {
         Failure::new("store-listen", format!("listen on {listen}: {e}"))

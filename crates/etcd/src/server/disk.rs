@@ -42,6 +42,13 @@ pub enum DiskError {
     Folder(#[source] std::io::Error),
 }
 
+impl DiskError {
+    /// True when another process holds the database.
+    pub fn is_in_use(&self) -> bool {
+        matches!(self, DiskError::Database { source, .. } if matches!(**source, redb::Error::DatabaseAlreadyOpen))
+    }
+}
+
 /// What changes with one batch.
 #[derive(Debug, Default)]
 pub struct Batch {
