@@ -416,6 +416,16 @@ fn a_takeover_that_fails_leaves_the_running_agent_its_tunnel() {
         net.await_both_ways();
     }
     assert_eq!(net.site(1).status()["findings"], json!([]));
+    // Nor does one that cannot run with what it is told.
+    let pid = net.site(1).agent_pid();
+    for flags in ["--ca /nonexistent.pem", "--password-file /nonexistent --user x"] {
+        let out = net.site(1).agent_command(&format!("--takeover {flags}")).output().unwrap();
+        assert!(!out.status.success(), "{flags}: {out:?}");
+        assert!(String::from_utf8_lossy(&out.stderr).contains("nonexistent"), "{flags}: {out:?}");
+        net.await_both_ways();
+    }
+    assert_eq!(net.site(1).agent_pid(), pid);
+    assert_eq!(net.site(1).log().matches("the tunnel goes on").count(), 2, "{}", net.site(1).log());
 }
 
 /// The part of a service manager that keeps descriptors (sd_notify(3) FDSTORE, sd_listen_fds(3)).

@@ -64,9 +64,10 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
     let tunnel = |waker| TunnelHost::new(waker, Arc::clone(&gauge), &settings.state_dir, !settings.tunnel_offloads);
     let mut reconciler = Reconciler::new(host_sender, Arc::clone(&view), Records::new(attachments.clone()), tunnel)
         .context("look at this host's network")?;
+    // What may be wrong with the settings is found before an agent that runs is made to end for this one.
+    let store = settings.store.connect()?;
     let _place = place::take(&settings, &mut reconciler)?;
     let state = load_state(&settings.state_dir)?;
-    let store = settings.store.connect()?;
     show(&view, &state, &store);
     let (waker, (orders, receiver)) = (reconciler.waker(), std::sync::mpsc::channel());
     let thread = std::thread::Builder::new().name("reconciler".into());

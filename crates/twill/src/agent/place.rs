@@ -28,7 +28,14 @@ pub(crate) fn take(settings: &Settings, reconciler: &mut Reconciler) -> anyhow::
     if let Some((_, failure)) = missing_capabilities().into_iter().find(|(name, _)| *name == NET_ADMIN) {
         return Err(failure.into());
     }
-    let before = if settings.takeover { handover::take(&settings.run_dir)? } else { None };
+    let before = if settings.takeover {
+        // The running agent has the lock, or it has another folder: either way this one can be written and read.
+        drop(try_state(settings)?);
+        super::load_state(&settings.state_dir)?;
+        handover::take(&settings.run_dir)?
+    } else {
+        None
+    };
     let Some(handed) = before else {
         let place = Place { _state: state(settings)?, _network: network()? };
         refuse_beside_flannel()?;
@@ -42,13 +49,18 @@ pub(crate) fn take(settings: &Settings, reconciler: &mut Reconciler) -> anyhow::
     Ok(Place { _state: state, _network: network })
 }
 
-fn state(settings: &Settings) -> anyhow::Result<Lock> {
+/// The lock on the agent's state; `None`: another agent has it.
+fn try_state(settings: &Settings) -> anyhow::Result<Option<Lock>> {
     let path = settings.state_dir.join("agent.lock");
-    let lock = Lock::try_exclusive(&path).map_err(|e| {
+    Lock::try_exclusive(&path).map_err(|e| {
         let message = format!("lock {}: {e}", path.display());
-        Failure::new("state-unwritable", message).hint("run as root, or name another folder with --state-dir")
-    })?;
-    lock.ok_or_else(|| {
+        let failure = Failure::new("state-unwritable", message);
+        failure.hint("run as root, or name another folder with --state-dir").into()
+    })
+}
+
+fn state(settings: &Settings) -> anyhow::Result<Lock> {
+    try_state(settings)?.ok_or_else(|| {
         Failure::new("agent-running", "another agent runs on this state")
             .hint("stop it first: systemctl stop twill; or take its place without loss: twill agent --takeover")
             .into()
