@@ -418,10 +418,15 @@ fn a_takeover_that_fails_leaves_the_running_agent_its_tunnel() {
     assert_eq!(net.site(1).status()["findings"], json!([]));
     // Nor does one that cannot run with what it is told.
     let pid = net.site(1).agent_pid();
-    for flags in ["--ca /nonexistent.pem", "--password-file /nonexistent --user x"] {
+    for (flags, word) in [
+        ("--ca /nonexistent.pem", "nonexistent"),
+        ("--password-file /nonexistent --user x", "nonexistent"),
+        ("--serve-store 10.168.0.2:2380", "add --insecure"),
+        ("--serve-store 192.0.2.7:2380 --insecure", "192.0.2.7"),
+    ] {
         let out = net.site(1).agent_command(&format!("--takeover {flags}")).output().unwrap();
         assert!(!out.status.success(), "{flags}: {out:?}");
-        assert!(String::from_utf8_lossy(&out.stderr).contains("nonexistent"), "{flags}: {out:?}");
+        assert!(String::from_utf8_lossy(&out.stderr).contains(word), "{flags}: {out:?}");
         net.await_both_ways();
     }
     assert_eq!(net.site(1).agent_pid(), pid);

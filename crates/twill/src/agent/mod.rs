@@ -66,6 +66,10 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
         .context("look at this host's network")?;
     // What may be wrong with the settings is found before an agent that runs is made to end for this one.
     let store = settings.store.connect()?;
+    if let Some(address) = settings.serve_store {
+        stores::check_listen(address, settings.insecure)?;
+        stores::check_is_ours(address)?;
+    }
     let _place = place::take(&settings, &mut reconciler)?;
     let state = load_state(&settings.state_dir)?;
     show(&view, &state, &store);
@@ -195,7 +199,6 @@ async fn serve_store(
     state: &State,
     view: &Mutex<View>,
 ) -> anyhow::Result<()> {
-    stores::check_listen(address, settings.insecure)?;
     let (text, written) = stores::first_config(&[settings.network], "vxlan")?;
     let data = settings.state_dir.join("store");
     let open = stores::open(address, &data).await?;
