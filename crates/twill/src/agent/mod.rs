@@ -64,12 +64,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
     let tunnel = |waker| TunnelHost::new(waker, Arc::clone(&gauge), &settings.state_dir, !settings.tunnel_offloads);
     let mut reconciler = Reconciler::new(host_sender, Arc::clone(&view), Records::new(attachments.clone()), tunnel)
         .context("look at this host's network")?;
-    // What may be wrong with the settings is found before an agent that runs is made to end for this one.
-    let store = settings.store.connect()?;
-    if let Some(address) = settings.serve_store {
-        stores::check_listen(address, settings.insecure)?;
-        stores::check_is_ours(address)?;
-    }
+    let store = store(&settings)?;
     let _place = place::take(&settings, &mut reconciler)?;
     let state = load_state(&settings.state_dir)?;
     show(&view, &state, &store);
@@ -122,6 +117,16 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
         let _ = std::fs::remove_file(settings.run_dir.join(socket));
     }
     result
+}
+
+/// The store. What may be wrong with it is found before an agent that runs is made to end for this one.
+fn store(settings: &Settings) -> anyhow::Result<twill_store::EtcdStore> {
+    let store = settings.store.connect()?;
+    if let Some(address) = settings.serve_store {
+        stores::check_listen(address, settings.insecure)?;
+        stores::check_is_ours(address)?;
+    }
+    Ok(store)
 }
 
 /// Who we are, before the store has answered.
