@@ -200,7 +200,14 @@ pub(crate) fn of_lease(fault: &PeerFault) -> Finding {
         code: fault.code.into(),
         object: format!("lease {}", fault.name),
         evidence: fault.reason.clone(),
-        fix: "correct or delete this key in the store; other peers are not disturbed".into(),
+        fix: match fault.code {
+            // Nodes behind one address of a NAT: others reach them, and they do not reach each other by it.
+            "duplicate-public-ip" => {
+                "give the node that holds it a --public-ip of its own; where no node does, delete this key"
+            }
+            _ => "correct or delete this key in the store; other peers are not disturbed",
+        }
+        .into(),
     }
 }
 

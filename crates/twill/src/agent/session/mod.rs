@@ -341,6 +341,7 @@ impl Session {
     }
 
     fn on_config(&mut self, raw: Option<RawConfig>, config: &NetworkConfig) -> Option<End> {
+        CONFIG_FINDINGS.iter().for_each(|code| self.unfind(code));
         let Some(raw) = raw else {
             self.find(
                 "config-missing",
@@ -352,7 +353,6 @@ impl Session {
         };
         match NetworkConfig::parse(&raw.value) {
             Ok((new, ignored)) => {
-                CONFIG_FINDINGS.iter().for_each(|code| self.unfind(code));
                 self.show_ignored(&ignored);
                 if new == *config {
                     return None;

@@ -16,6 +16,9 @@ use crate::output::Failure;
 /// Why a family that the config names is left out: of each what holds is shown, whatever is waited for.
 pub(super) const OF_FAMILIES: [&str; 2] = ["family-missing", "mtu-too-small"];
 
+/// Why the store is not read: one holds at a time.
+const OF_STORE: [&str; 3] = ["store-away", "store-denied", "store-compacted"];
+
 fn cannot_leave(code: &'static str, why: &str) -> Failure {
     Failure::new(code, format!("the lease cannot be given back now: {why}"))
         .hint("try again when this is cured, or remove everything here with: twill clean")
@@ -76,15 +79,14 @@ impl Session {
         if let Ok(mut view) = self.view.lock() {
             view.store.state = "away".into();
         }
+        OF_STORE.iter().for_each(|code| self.unfind(code));
         self.find(error.code(), "store", &message, error.hint());
     }
 
     /// The store has answered.
     pub(super) fn say_reached(&mut self) {
         self.last_away = "";
-        for code in ["store-away", "store-denied", "store-compacted"] {
-            self.unfind(code);
-        }
+        OF_STORE.iter().for_each(|code| self.unfind(code));
         if let Ok(mut view) = self.view.lock() {
             if view.store.state != "up" {
                 tracing::info!(endpoints = view.store.endpoints, "the store answers");
