@@ -125,13 +125,13 @@ pub(crate) struct WayOut {
 }
 
 impl AgentArgs {
-    /// Flags over environment over file over defaults.
     /// Where the agent listens, when nothing is said of what it is to do: then a running one knows that best.
     pub(crate) fn of_a_running_agent(&self) -> Option<Option<PathBuf>> {
         let said = AgentArgs { run_dir: None, ..self.clone() };
         (said == AgentArgs::default()).then(|| self.run_dir.clone())
     }
 
+    /// Flags over environment over file over defaults.
     pub(crate) fn settings(self) -> Result<Settings, Failure> {
         let file = match &self.config {
             Some(path) => {

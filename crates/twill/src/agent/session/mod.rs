@@ -341,9 +341,9 @@ impl Session {
     }
 
     fn on_config(&mut self, raw: Option<RawConfig>, config: &NetworkConfig) -> Option<End> {
-        CONFIG_FINDINGS.iter().for_each(|code| self.unfind(code));
         let Some(raw) = raw else {
-            self.find(
+            self.find_one_of(
+                &CONFIG_FINDINGS,
                 "config-missing",
                 "network config",
                 "it was deleted from the store",
@@ -353,6 +353,7 @@ impl Session {
         };
         match NetworkConfig::parse(&raw.value) {
             Ok((new, ignored)) => {
+                CONFIG_FINDINGS.iter().for_each(|code| self.unfind(code));
                 self.show_ignored(&ignored);
                 if new == *config {
                     return None;
@@ -367,7 +368,8 @@ impl Session {
             Err(fault) => {
                 let message = fault.at(&self.settings.store.config_key());
                 tracing::error!(code = "bad-config", "{message}: the last good config stays in force");
-                self.find(
+                self.find_one_of(
+                    &CONFIG_FINDINGS,
                     "bad-config",
                     "network config",
                     &message,

@@ -79,8 +79,7 @@ impl Session {
         if let Ok(mut view) = self.view.lock() {
             view.store.state = "away".into();
         }
-        OF_STORE.iter().for_each(|code| self.unfind(code));
-        self.find(error.code(), "store", &message, error.hint());
+        self.find_one_of(&OF_STORE, error.code(), "store", &message, error.hint());
     }
 
     /// The store has answered.
@@ -125,8 +124,13 @@ impl Session {
     }
 
     pub(super) fn find(&self, code: &str, object: &str, evidence: &str, fix: &str) {
+        self.find_one_of(&[], code, object, evidence, fix);
+    }
+
+    /// As [`Session::find`], in place of all others of a group.
+    pub(super) fn find_one_of(&self, group: &[&str], code: &str, object: &str, evidence: &str, fix: &str) {
         if let Ok(mut view) = self.view.lock() {
-            view.findings.retain(|f| f.code != code);
+            view.findings.retain(|f| f.code != code && !group.contains(&&*f.code));
             view.findings.push(Finding {
                 code: code.into(),
                 object: object.into(),
