@@ -16,7 +16,7 @@ use twill_core::net::LinkName;
 use twill_core::reconcile::{Claim, Desired, Op, Plan, Scope, Step, StepError, Why, plan};
 
 use crate::netns::Netns;
-use crate::nft::Nft;
+use crate::nft::{Nft, lacks_nftables};
 use crate::wires::{VethEnd, Wires};
 use crate::{Depth, Interest, Kernel, KernelError, LinuxKernel, sysctl};
 
@@ -431,11 +431,6 @@ pub fn settle_table(name: &TableName, want: Option<&Table>) -> Result<Option<Ste
         Ok(()) => Ok(Some(Step { op, needs: Vec::new(), why })),
         Err(cause) => Err(Failed::Step { act: format!("{} {}", op.verb(), op.object()), cause }),
     }
-}
-
-/// A kernel that has no tables at all (net/netfilter/nfnetlink.c answers EINVAL for a subsystem that it does not have).
-pub(crate) fn lacks_nftables(error: &io::Error) -> bool {
-    [libc::EPROTONOSUPPORT, libc::EOPNOTSUPP, libc::EINVAL].map(Some).contains(&error.raw_os_error())
 }
 
 fn tables(name: &TableName) -> Result<(Nft, Option<Table>), Failed> {

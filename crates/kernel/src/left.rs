@@ -7,16 +7,15 @@
 //! ```
 
 use std::collections::BTreeSet;
-use std::io;
 
 use twill_core::firewall::beside::{POSTROUTING, masqueraded};
 use twill_core::firewall::{Family, Leftover, TableName};
 use twill_core::host::Object;
-use twill_core::reconcile::{Op, StepError};
+use twill_core::reconcile::Op;
 
-use crate::attach::{Failed, lacks_nftables};
-use crate::nft::Nft;
-use crate::{KernelError, legacy};
+use crate::attach::Failed;
+use crate::nft::{Nft, lacks_nftables};
+use crate::{KernelError, legacy, refused};
 
 /// What was left for containers of a network, each with the container's ID. A kernel without such tables has nothing.
 pub fn masquerading(network: &str) -> Result<BTreeSet<(Box<str>, Leftover)>, Failed> {
@@ -45,7 +44,7 @@ pub fn remove(network: &str, what: (Box<str>, Leftover)) -> Result<(), Failed> {
     let op = Op::Delete(Object::Leftover(Box::new(what.1.clone())));
     let removed = match &what.1 {
         left if left.legacy => legacy::remove(left),
-        _ => Nft::open().map_err(refused).and_then(|mut nft| nft.apply(&op)),
+        _ => Nft::open().map_err(|e| refused(&e, e.to_string())).and_then(|mut nft| nft.apply(&op)),
     };
     match removed {
         Err(cause) if masquerading(network)?.contains(&what) => {
@@ -53,8 +52,4 @@ pub fn remove(network: &str, what: (Box<str>, Leftover)) -> Result<(), Failed> {
         }
         _ => Ok(()),
     }
-}
-
-fn refused(error: io::Error) -> StepError {
-    StepError::Refused { errno: error.raw_os_error().unwrap_or(libc::EIO), text: error.to_string() }
 }

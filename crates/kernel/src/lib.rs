@@ -30,7 +30,7 @@ pub mod wires;
 use std::time::Duration;
 
 use twill_core::host::HostState;
-use twill_core::reconcile::{Changes, Outcome, Plan, Scope};
+use twill_core::reconcile::{Changes, Outcome, Plan, Scope, StepError};
 
 pub use linux::{Depth, Interest, LinuxKernel, Waker};
 pub use memory::MemoryKernel;
@@ -63,4 +63,9 @@ impl KernelError {
     pub fn new(act: &str, source: std::io::Error) -> Self {
         Self { act: act.to_owned(), source }
     }
+}
+
+/// A step that failed outside of a netlink answer.
+pub(crate) fn refused(error: &std::io::Error, text: String) -> StepError {
+    StepError::Refused { errno: error.raw_os_error().unwrap_or(libc::EIO), text }
 }

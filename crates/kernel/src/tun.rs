@@ -195,8 +195,13 @@ pub fn queue_drops(name: &str) -> Option<u64> {
     /// Eight numbers of what it received stand first, then bytes, packets and errors of what it sent.
     const DROPPED: usize = 8 + 3;
     let text = std::fs::read_to_string("/proc/thread-self/net/dev").ok()?;
-    let numbers = text.lines().find_map(|line| line.trim_start().strip_prefix(name)?.strip_prefix(':'))?;
-    numbers.split_whitespace().nth(DROPPED)?.parse().ok()
+    device_counters(&text, name)?.get(DROPPED).copied()
+}
+
+/// The numbers of a device in `/proc/PID/net/dev`: eight of what it received, eight of what it sent (proc_pid_net(5)).
+pub fn device_counters(text: &str, name: &str) -> Option<Vec<u64>> {
+    let line = text.lines().find_map(|line| line.trim_start().strip_prefix(name)?.strip_prefix(':'))?;
+    Some(line.split_whitespace().map_while(|word| word.parse().ok()).collect())
 }
 
 fn request() -> libc::ifreq {

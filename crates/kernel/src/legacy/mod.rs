@@ -22,6 +22,7 @@ use twill_core::reconcile::StepError;
 
 pub use self::entries::parse;
 use self::entries::{Rest, bare_networks, u32_at, without, without_bare, without_commented};
+use crate::refused;
 
 /// SOL_IP and SOL_IPV6.
 const LEVELS: (libc::c_int, libc::c_int) = (0, 41);
@@ -84,10 +85,7 @@ pub(crate) fn leaving(v4: bool) -> io::Result<Vec<Rule>> {
 
 /// Removes what was left, in one replacement of its table.
 pub(crate) fn remove(left: &Leftover) -> Result<(), StepError> {
-    take_out(left).map_err(|error| {
-        let errno = error.raw_os_error().unwrap_or(libc::EIO);
-        StepError::Refused { errno, text: format!("change a table of legacy iptables: {error}") }
-    })
+    take_out(left).map_err(|error| refused(&error, format!("change a table of legacy iptables: {error}")))
 }
 
 fn take_out(left: &Leftover) -> io::Result<()> {

@@ -12,8 +12,8 @@ use crate::legacy;
 use crate::netlink::encode::Encoder;
 use crate::netlink::socket::{Refusal, Socket};
 use crate::netlink::wire::Writer;
-use crate::sysctl;
 use crate::tun::{Offloads, TunDevice};
+use crate::{refused, sysctl};
 
 /// Kernel memory that a small message takes in a receive buffer, rounded up.
 const TRUESIZE: usize = 2048;
@@ -85,14 +85,9 @@ impl<'a> Applier<'a> {
     /// Writes a step's requests into the batch; a sysctl and a table are done at once.
     fn write(&mut self, op: &Op) -> Result<(), StepError> {
         if let Object::Sysctl { path, value } = op.object() {
-            return sysctl::write(path, value)
-                .map_err(|e| StepError::Refused {
-                    errno: e.raw_os_error().unwrap_or(libc::EIO),
-                    text: format!("write {path}: {e}"),
-                })
-                .map(|()| {
-                    self.kernel.mirror.insert(op.object().clone());
-                });
+            return sysctl::write(path, value).map_err(|e| refused(&e, format!("write {path}: {e}"))).map(|()| {
+                self.kernel.mirror.insert(op.object().clone());
+            });
         }
         if is_firewalls(op.object()) {
             return self.table(op);
@@ -118,10 +113,7 @@ impl<'a> Applier<'a> {
 
     /// Netlink makes no TUN device: it comes by its own ioctl, outlives its descriptor, and is then brought to what is wanted.
     fn make_tun(&mut self, instead_of: Option<&Link>, link: &Link) -> Result<(), StepError> {
-        let refused = |e: std::io::Error, act: &str| StepError::Refused {
-            errno: e.raw_os_error().unwrap_or(libc::EIO),
-            text: format!("{act} {}: {e}", link.name),
-        };
+        let refused = |e: std::io::Error, act: &str| refused(&e, format!("{act} {}: {e}", link.name));
         self.flush();
         if let Some(old) = instead_of {
             self.encode(&Op::Delete(Object::Link(Box::new(old.clone()))))?;

@@ -52,6 +52,11 @@ pub(crate) struct Nft {
     monitor: Socket,
 }
 
+/// A kernel that has no tables at all (net/netfilter/nfnetlink.c answers EINVAL for a subsystem that it does not have).
+pub(crate) fn lacks_nftables(error: &io::Error) -> bool {
+    [libc::EPROTONOSUPPORT, libc::EOPNOTSUPP, libc::EINVAL].map(Some).contains(&error.raw_os_error())
+}
+
 impl Nft {
     /// Opens both sockets. Refused: a kernel without nfnetlink.
     pub(crate) fn open() -> io::Result<Self> {

@@ -10,6 +10,7 @@ use twill_core::host::{Addr, Fdb, Few, HostState, Link, LinkKind, Neigh, Object,
 use twill_core::net::{BadValue, Inet, LinkName, MacAddr};
 use twill_core::reconcile::{Claim, Desired, Scope, plan};
 use twill_kernel::netns::Netns;
+use twill_kernel::tun::device_counters;
 use twill_kernel::{Interest, Kernel, LinuxKernel};
 use twill_lab::{LabError, enter, stream};
 use twill_tunnel::counters::{FlowSnapshot, Snapshot};
@@ -156,8 +157,7 @@ impl<'a> Watch<'a> {
 
 /// Bytes of a device, both ways (Documentation/filesystems/proc.rst, `net/dev`).
 fn device_bytes(text: &str, name: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.trim_start().strip_prefix(name)?.strip_prefix(':'))?;
-    let numbers: Vec<u64> = line.split_whitespace().map_while(|word| word.parse().ok()).collect();
+    let numbers = device_counters(text, name)?;
     Some(numbers.first()? + numbers.get(8)?)
 }
 
