@@ -8,8 +8,8 @@
 //!
 //! ```text
 //!   ADD: lock ─ choose ─ write down ─ take ─ unlock ─▶ bridge, pair, routes ─▶ answer
-//!        (beside: look at both namespaces)             (beside: disk)
-//!                            └── its file is locked: nobody takes it for a leak ──┘
+//!   beside it: look at both namespaces ──────────────▶ disk ─────────────────────┘
+//!                            └── its file is locked: nobody takes it for a leak ─┘
 //!   DEL: pair away ─▶ rules away ─▶ lock ─ free ─ unlock ─▶ forget ─▶ disk ─▶ answer
 //! ```
 

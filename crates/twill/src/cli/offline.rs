@@ -53,19 +53,17 @@ impl PlanArgs {
             Some(agent) => crate::runtime()?.block_on(agent.plan()).unwrap_or_default(),
             None => None,
         };
-        let (view, lines) = match known {
+        let (view, diff) = match known {
             Some(view) => (view, None),
             None => {
                 let plan = compute(&self.args.settings()?)?;
-                let lines = self.diff.then(|| plan.steps.iter().map(ToString::to_string).collect::<Vec<_>>());
-                (PlanView::from(&plan), lines)
+                let diff = self.diff.then(|| plan.steps.iter().map(ToString::to_string).collect::<Vec<_>>());
+                (PlanView::from(&plan), diff)
             }
         };
-        let short = || view.steps.iter().map(|s| format!("{} {}: {}", s.op, s.object, s.why)).collect::<Vec<_>>();
-        self.output.print(&view, || match lines.clone().unwrap_or_else(short) {
-            lines if lines.is_empty() => "nothing to change".into(),
-            lines => lines.join("\n"),
-        })?;
+        let short = || view.steps.iter().map(|s| format!("{} {}: {}", s.op, s.object, s.why)).collect();
+        let lines = diff.unwrap_or_else(short);
+        self.output.print(&view, || if lines.is_empty() { "nothing to change".into() } else { lines.join("\n") })?;
         Ok(ExitCode::SUCCESS)
     }
 }
