@@ -9,12 +9,14 @@
 //! | `together` | 200 agents at once for 200 free subnets | | 200 distinct |
 //! | `cni` | ADD, DEL, 110 pods at once, an address beside 60,000 | Debian's bridge + host-local, a bare RTM_DELLINK | 0.25 ×; + 5 ms; 0.3 ×; 1.25 × |
 //! | `tcp` | TCP between containers of a lab | the same network by hand, without and with masquerading | 0.95 × |
+//! | `outage` | the store away for an hour (`--minutes N`): pings lost, repairs; by its name only | | 0; 200 ms |
 //! | `udp` | the udp backend: TCP, 64-byte UDP, RTT (parts: `udp-tcp`, `udp-streams`, `udp-cut`, `udp-packets`, `udp-rtt`, `udp-many`, `udp-flood`, `udp-restart`, `udp-flannel`) | kernel VXLAN, host routes, underlay, a naive tunnel, the real flannel | 0.7 ×; 1 × in frames of the MTU; 1.4 × received; 6 × RTT; 0.8 × under a flood; 50 and 300 ms |
 //!
 //! Needs root. The result is kept in `bench/runs/<date>-<n>/`: command, versions, raw numbers, verdicts.
 
 mod cni;
 mod drift;
+mod outage;
 mod peers;
 mod plot;
 mod report;
@@ -31,11 +33,11 @@ use report::Report;
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let mut wanted = words.clone();
-    let rounds = wanted.iter().position(|word| word == "--rounds").map(|at| wanted.drain(at..at + 2).nth(1).unwrap());
-    let rounds = rounds.map_or(10, |number| number.parse().unwrap());
+    let rounds = number_of("--rounds", &mut wanted).unwrap_or(10);
+    let minutes = number_of("--minutes", &mut wanted).unwrap_or(60);
     if wanted.iter().any(|w| w == "--help") {
         println!(
-            "cargo run --release -p twill-bench -- [cold] [small] [drift] [lab] [together] [cni] [tcp] [udp] [--rounds N]\nwithout a name: all of them; needs root"
+            "cargo run --release -p twill-bench -- [cold] [small] [drift] [lab] [together] [cni] [tcp] [udp] [outage] [--rounds N] [--minutes N]\nwithout a name: all but outage, which takes an hour; needs root"
         );
         return;
     }
@@ -64,10 +66,20 @@ fn main() {
         twill_e2e::use_binaries_in(twill.parent().unwrap().to_owned());
         udp::run(rounds, |part| wants("udp") || wants(part), &mut report);
     }
+    if wanted.iter().any(|w| w == "outage") {
+        twill_e2e::use_binaries_in(twill.parent().unwrap().to_owned());
+        outage::run(minutes, &mut report);
+    }
     if wants("cold") {
         peers::cold(&twill, &mut report);
     }
     report.keep(&words);
+}
+
+/// Takes a flag and its number out of the words.
+fn number_of<N: std::str::FromStr<Err: std::fmt::Debug>>(flag: &str, words: &mut Vec<String>) -> Option<N> {
+    let at = words.iter().position(|word| word == flag)?;
+    Some(words.drain(at..at + 2).nth(1).unwrap().parse().unwrap())
 }
 
 /// The product, built as it is shipped.
