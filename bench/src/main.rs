@@ -84,20 +84,21 @@ fn number_of<N: std::str::FromStr<Err: std::fmt::Debug>>(flag: &str, words: &mut
 
 /// The product, built as it is shipped.
 fn release_binary() -> PathBuf {
-    built("twill", &["--package", "twill"]).join("release/twill")
+    built("twill", &["--release", "--package", "twill"]).join("release/twill")
 }
 
 /// The plugin, static as it is shipped (docs/guide/containers.md); needs `rustup target add x86_64-unknown-linux-musl`.
 fn plugin() -> PathBuf {
     let musl = "x86_64-unknown-linux-musl";
-    built("twill-cni", &["--package", "twill-cni", "--target", musl]).join(musl).join("release/twill-cni")
+    let words = ["--profile", "plugin", "--package", "twill-cni", "--target", musl];
+    built("twill-cni", &words).join(musl).join("plugin/twill-cni")
 }
 
 /// The folder that it was built in.
 fn built(name: &str, words: &[&str]) -> PathBuf {
     let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
     let mut build = Command::new(env!("CARGO"));
-    let built = build.args(["build", "--release", "--locked"]).args(words).current_dir(root).status();
+    let built = build.args(["build", "--locked"]).args(words).current_dir(root).status();
     assert!(built.unwrap().success(), "the release build of {name} failed");
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| PathBuf::from(root).join("target"), PathBuf::from)
 }

@@ -180,12 +180,15 @@ impl Folder {
     }
 
     /// Takes what was chosen. Whatever fails, nothing is taken.
+    ///
+    /// Nobody waits until the disk has the circle's place: it keeps a container from the connections of an address's last holder, of
+    /// which no kernel knows any more when the machine comes back.
     pub fn take(&self, choice: &Choice, holder: &Holder) -> Result<Option<Unsynced>, CniError> {
         let mut changes = Vec::new();
         for (name, content) in &choice.marks {
             let file = self.dir.join(name);
             let put = files::put_over(&file, &self.dir.join(format!(".{name}")), content.as_bytes());
-            changes.push(put.act(|| format!("write {}", file.display()))?);
+            put.act(|| format!("write {}", file.display()))?;
         }
         for (n, given) in choice.given.iter().enumerate() {
             let file = self.file(given.inet.addr);

@@ -2,20 +2,20 @@
 //!
 //! - [`mod@env`], [`conf`]: what the runtime and the configuration say, checked once; [`clear`]: what of it concerns who leaves
 //! - [`ipam`]: which addresses are held; [`records`]: which attachments there are; [`ports`]: what they ask of the firewall
-//! - [`verb`]: one file for each verb; devices are made by `kernel::attach`, as in the lab; `beside`: what an ADD does meanwhile
+//! - [`verb`]: one file for each verb; devices are made by `kernel::attach`, as in the lab; `disk`: what an ADD waits for meanwhile
 //! - [`mod@sweep`]: what containers have left that are gone
 //! - [`result`], [`error`]: what is answered
 //!
 //! ```text
 //!   ADD: lock ─ choose ─ write down ─ take ─ unlock ─▶ bridge, pair, routes ─▶ answer
-//!   beside it: look at both namespaces ──────────────▶ disk ─────────────────────┘
+//!                                             └──────▶ disk ─────────────────────┘
 //!                            └── its file is locked: nobody takes it for a leak ─┘
 //!   DEL: pair away ─▶ rules away ─▶ lock ─ free ─ unlock ─▶ forget ─▶ disk ─▶ answer
 //! ```
 
-mod beside;
 pub mod clear;
 pub mod conf;
+mod disk;
 pub mod env;
 pub mod error;
 pub mod ipam;

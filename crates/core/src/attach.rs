@@ -142,12 +142,6 @@ const FORWARD: [&str; 2] = ["net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding
 /// The container's sysctls that an attach may switch, whatever addresses it gets.
 pub const SWITCHES_INSIDE: [&str; 2] = ["net/ipv6/conf/all/disable_ipv6", "net/ipv6/conf/default/disable_ipv6"];
 
-/// The host's sysctls that an attach may switch, whatever addresses the container gets. `device` leads to it: the bridge, or its own.
-pub fn switches(device: LinkName) -> [Box<str>; 3] {
-    let [v4, v6] = FORWARD.map(Box::from);
-    [v4, v6, route_localnet(device)]
-}
-
 fn route_localnet(device: LinkName) -> Box<str> {
     format!("net/ipv4/conf/{device}/route_localnet").into()
 }
@@ -229,12 +223,23 @@ impl Request {
         Desired { host, claim: Claim::default() }
     }
 
+    /// The container's end as it is made, down and with a MAC that nobody has asked for.
+    pub fn inner_end(&self) -> Link {
+        let kind = LinkKind::Veth { peer: None, peer_netns: None };
+        Link { mtu: self.mtu, up: false, ..Link::up(self.ifname, kind) }
+    }
+
+    /// A bridge with the MAC that it was made with keeps it; another takes that of some port.
+    pub fn keeps_mac(&self, bridge: &Link) -> bool {
+        bridge.mac.is_some() && bridge.mac == self.bridge_mac(bridge.name)
+    }
+
     /// What the container's namespace holds, once the pair is there: loopback, the device, its addresses, the ways out.
     pub fn container_side(&self) -> Desired {
         let mut host: HostState = loopback().into_iter().collect();
-        let (link, kind) = (self.ifname, LinkKind::Veth { peer: None, peer_netns: None });
+        let link = self.ifname;
         let mac = Some(self.mac.unwrap_or_else(|| self.derive("container")));
-        host.insert(Object::Link(Box::new(Link { mac, mtu: self.mtu, ..Link::up(link, kind) })));
+        host.insert(Object::Link(Box::new(Link { mac, up: true, ..self.inner_end() })));
         host.extend(self.addresses.iter().map(|&inet| Object::Addr(Addr::global(link, inet))));
         host.extend(self.routes.iter().map(|way| way.route(link)));
         Desired { host, claim: Claim::default() }

@@ -148,7 +148,8 @@ fn nothing_is_answered_before_it_is_on_the_disk() {
     let files = [
         ("networks/net/10.1.15.2>", 1),
         ("networks/net/fd00:0:0:15::2>", 1),
-        ("networks/net/last_reserved_ip.", 2),
+        // Of which address was the last one no connection is left when the machine comes back.
+        ("networks/net/last_reserved_ip.", 0),
         ("networks/net>", 1),
         ("attachments/a:eth0.json", 1),
         ("attachments>", 1),

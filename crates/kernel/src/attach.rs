@@ -9,7 +9,7 @@
 use std::collections::BTreeSet;
 use std::io;
 
-use twill_core::attach::{Clash, Request, SWITCHES_INSIDE, switches};
+use twill_core::attach::{Clash, Request, SWITCHES_INSIDE};
 use twill_core::firewall::{Table, TableName};
 use twill_core::host::{HostState, Key, Link, LinkKind, Object};
 use twill_core::net::LinkName;
@@ -228,39 +228,23 @@ pub struct Attached {
 /// True when somebody else needs a sysctl as it is by now.
 pub type Needed<'a> = &'a dyn Fn(&str) -> bool;
 
-/// Both namespaces as they are before an attach. They can be looked at while nobody knows yet which addresses the container gets.
-#[derive(Debug)]
-pub struct Before {
-    host: LinuxKernel,
-    home: Netns,
-    inside: LinuxKernel,
-}
-
-impl Before {
-    /// Looks at the calling thread's namespace and at the container's. `bridge` and `device` are all of the host that the attach is about.
-    pub fn look(container: &Netns, bridge: Option<LinkName>, device: LinkName) -> Result<Before, Failed> {
-        let switches = switches(bridge.unwrap_or(device));
-        // However many containers a host has. One that stands alone has routes on it.
-        let host = match bridge {
-            Some(bridge) => interest(switches, Depth::Links, &[bridge, device]),
-            None => interest(switches, Depth::Routes, &[]),
-        };
-        let host = LinuxKernel::open(host)?;
-        let home = Netns::current()?;
-        let inside = container.visit_from(&home, open_inside)??;
-        Ok(Before { host, home, inside })
-    }
-}
-
-/// Attaches a container to the namespace of the calling thread, which was looked at. Whatever fails, what was made goes again, or
-/// is told.
-pub fn attach(before: Before, container: &Netns, request: &Request, needed: Needed<'_>) -> Result<Attached, Failed> {
-    let Before { mut host, home, inside } = before;
+/// Attaches a container to the namespace of the calling thread, `home`. Whatever fails, what was made goes again, or is told.
+pub fn attach(home: &Netns, container: &Netns, request: &Request, needed: Needed<'_>) -> Result<Attached, Failed> {
+    let forwarding = request.forwarding();
+    let switches = sysctls(&forwarding);
+    let host = match request.bridge {
+        // However many containers a host has, and nothing of it but what the attach is about.
+        Some(bridge) => interest(switches, Depth::Links, &[bridge, request.host_device]),
+        // One that stands alone has routes on it.
+        None => interest(switches, Depth::Routes, &[]),
+    };
+    let mut host = LinuxKernel::open(host)?;
     // Of this container, and not written down: what a killed attach has left. Its other end goes with it.
     delete(&mut host, request.host_device)?;
+    let inside = container.visit_from(home, open_inside)??;
     let mut attached =
         Attached { host, on_host: Done::default(), inside: (inside, Done::default()), switched: Vec::new() };
-    match attached.make(container, &home, request) {
+    match attached.make(container, home, request) {
         Ok(()) => Ok(attached),
         Err(failed) => Err(attached.take_back(container, needed).err().into_iter().fold(failed, Failed::and)),
     }
@@ -278,12 +262,13 @@ impl Attached {
         settle(host, on_host, |have| request.host_side(have))?;
         let side = request.container_side();
         container.visit_from(home, || {
-            inside.read(Scope::Keys(&[Key::Link(request.ifname)].into()))?;
+            inside.take_as_made(request.inner_end())?;
             settle(inside, in_it, |_| Ok(side.clone()))
         })??;
-        // As the kernel has made them; a bridge may have its MAC from a port.
+        // What only the kernel knows.
+        let bridge = request.bridge.filter(|name| !host.mirror().link(*name).is_some_and(|is| request.keeps_mac(is)));
         let pair = Some(request.host_device).filter(|_| request.mtu.is_none());
-        let made = request.bridge.into_iter().chain(pair).map(Key::Link).collect();
+        let made = bridge.into_iter().chain(pair).map(Key::Link).collect();
         host.read(Scope::Keys(&made))?;
         let mut on = Done::default();
         let settled = settle(host, &mut on, |_| Ok(request.forwarding()));

@@ -73,6 +73,7 @@ pub fn put_locked(path: &Path, bytes: &[u8], mode: u32) -> io::Result<Unsynced> 
                 file.set_len(0)?;
             }
             file.write_all(bytes)?;
+            hurry(&file);
             fs::rename(&beside, path)?;
             File::open(dir)
         };
@@ -126,6 +127,7 @@ pub fn put_new(path: &Path, beside: &Path, bytes: &[u8]) -> io::Result<Unsynced>
     let write = || {
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(beside)?;
         file.write_all(bytes)?;
+        hurry(&file);
         match renameat_with(CWD, beside, CWD, path, RenameFlags::NOREPLACE) {
             // The file system cannot.
             Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
@@ -141,10 +143,10 @@ pub fn put_new(path: &Path, beside: &Path, bytes: &[u8]) -> io::Result<Unsynced>
     })
 }
 
-/// Puts `bytes` in place of what is at `path`; without waiting for the disk, and only under a lock of the folder. The two change places,
-/// and `spare` stays for the next time: nothing is made and nothing removed, and the disk is not hurried, as it is by a file that takes
-/// another one's place by `rename` (fs/ext4/namei.c `ext4_rename`).
-pub fn put_over(path: &Path, spare: &Path, bytes: &[u8]) -> io::Result<Unsynced> {
+/// Puts `bytes` in place of what is at `path`, for as long as the machine runs: after a crash either may be there, or nothing readable.
+/// Only under a lock of the folder. The two change places, and `spare` stays for the next time: nothing is made and nothing removed,
+/// and the disk is not hurried, as it is by a file that takes another one's place by `rename` (fs/ext4/namei.c `ext4_rename`).
+pub fn put_over(path: &Path, spare: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o644).open(spare)?;
     file.write_all(bytes)?;
     let length = bytes.len() as u64;
@@ -155,7 +157,7 @@ pub fn put_over(path: &Path, spare: &Path, bytes: &[u8]) -> io::Result<Unsynced>
     if renameat_with(CWD, spare, CWD, path, RenameFlags::EXCHANGE).is_err() {
         fs::rename(spare, path)?;
     }
-    Ok(Unsynced { files: vec![file], dir: File::open(folder(path)?)? })
+    Ok(())
 }
 
 fn folder(path: &Path) -> io::Result<&Path> {
@@ -211,14 +213,13 @@ impl Unsynced {
     }
 }
 
-/// Waits until the disk has them all. The waits are one: every file is on its way, with its place on the disk, before the first one is
-/// waited for, and a journal that writes that one down writes down the others too.
+/// Waits until the disk has them all. The waits are one: every file is on its way already, with its place on the disk, and a journal that
+/// writes one down writes down the others too.
 pub fn sync_all(changes: &[Unsynced]) -> io::Result<()> {
-    changes.iter().flat_map(|change| &change.files).for_each(hurry);
     changes.iter().try_for_each(Unsynced::sync)
 }
 
-/// Begins to write a file, without waiting. Where that fails the wait is longer, and says what is wrong.
+/// Begins to bring a file to the disk, without waiting. Where that fails the wait is longer, and says what is wrong.
 #[allow(unsafe_code, reason = "rustix does not have this call")]
 fn hurry(file: &File) {
     // SAFETY: the descriptor is open for as long as `file` is borrowed, and no memory is handed over.

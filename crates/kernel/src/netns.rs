@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
@@ -25,6 +25,11 @@ impl Netns {
         Self::open(Path::new("/proc/thread-self/ns/net"))
     }
 
+    /// The namespace of the process's first thread: its name is found sooner than that of [`Netns::current`].
+    pub fn of_first_thread() -> io::Result<Self> {
+        Self::open(Path::new("/proc/self/ns/net"))
+    }
+
     /// Makes a new, empty namespace; the caller stays where it is.
     pub fn create() -> io::Result<Self> {
         let made = std::thread::scope(|scope| {
@@ -35,6 +40,11 @@ impl Netns {
             thread.join()
         });
         made.map_err(|_| io::Error::other("the thread that makes a namespace panicked"))?
+    }
+
+    /// The number that it has for as long as it lives.
+    pub fn inode(&self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.ino())
     }
 
     /// Moves the calling thread into the namespace.
@@ -77,7 +87,7 @@ impl From<OwnedFd> for Netns {
 /// The same namespace, however it was opened (namespaces(7)).
 impl PartialEq for Netns {
     fn eq(&self, other: &Self) -> bool {
-        let number = |namespace: &Self| rustix::fs::fstat(&namespace.0).ok().map(|stat| (stat.st_dev, stat.st_ino));
+        let number = |namespace: &Self| namespace.0.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
         number(self).is_some_and(|own| number(other) == Some(own))
     }
 }

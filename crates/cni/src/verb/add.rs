@@ -3,7 +3,6 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::Arc;
 
 use serde_json::{Map, Value};
 use twill_core::attach::{self, Alone, Attachment, Network, Request, Way};
@@ -11,13 +10,13 @@ use twill_core::host::{Key, Object, PortFlags};
 use twill_core::ipam::{Given, Holder};
 use twill_core::net::{Inet, LinkName, Mtu, Prefix};
 use twill_core::ports::PortMap;
-use twill_kernel::attach::{self as kernel, Before};
+use twill_kernel::attach as kernel;
 use twill_kernel::files::{self, Unsynced};
 use twill_kernel::{Kernel, LinuxKernel};
 
 use super::{forget, lease, netns, refused, undo};
-use crate::beside::Beside;
 use crate::conf::{Conf, Device, Ipam, resolv_conf};
+use crate::disk::Disk;
 use crate::env::Target;
 use crate::error::{Act, CniError, Code};
 use crate::ipam::{Choice, Folder};
@@ -131,24 +130,18 @@ fn take_alone(
 fn attach(conf: &Conf, device: &Device, target: &Target) -> Result<(Answer, Vec<Object>), CniError> {
     let dns = dns(conf)?;
     let path = target.netns()?;
-    let (netns, inode) = netns(path)?;
-    let netns = Arc::new(netns);
-    let (container, bridge) = (Arc::clone(&netns), device.bridge);
-    let host_device = attach::host_device(&target.container_id, target.ifname);
-    let beside = Beside::start(move || Before::look(&container, bridge, host_device));
+    let (netns, home) = netns(path)?;
     let boot = files::boot_id().act(|| "read the boot's id".into())?;
     let records = Records::new(conf.attachments());
     settle_earlier(&records, target, &boot)?;
+    let inode = netns.inode().act(|| format!("look at {path}"))?;
     let plan = Plan { conf, device, target, records: &records, boot: &boot, inode };
-    let (record, given, changes) = plan.write_down()?;
+    let (record, given, disk) = plan.write_down()?;
     let request = &record.request;
     let needed = |path: &str| needs(&records, target, path);
-    let changes = Arc::new(changes);
-    beside.sync(&changes);
-    let attached = beside.looked().and_then(|before| kernel::attach(before, &netns, request, &needed));
-    let attached = attached.map_err(|failed| refused(failed, &records));
+    let attached = kernel::attach(&home, &netns, request, &needed).map_err(|failed| refused(failed, &records));
     let published = attached.as_ref().map_or(Ok(()), |_| publish(request, &records));
-    let synced = beside.synced();
+    let (synced, _held) = disk.wait();
     let synced = synced.act(|| format!("write {} to the disk", conf.state.display()));
     match (attached, all([published, synced])) {
         (Ok(attached), Ok(())) => Ok((answer(conf, device, (request, dns), &given, &attached.host), attached.switched)),
@@ -229,7 +222,7 @@ struct Plan<'a> {
 impl Plan<'_> {
     /// Chooses addresses, writes the attachment down, and takes them, in this order. When no address is free, or a host port is not,
     /// those of containers that are gone are.
-    fn write_down(&self) -> Result<(Attachment, Vec<Given>, Vec<Unsynced>), CniError> {
+    fn write_down(&self) -> Result<(Attachment, Vec<Given>, Disk), CniError> {
         match self.try_write_down() {
             Err(held) if [Code::Addresses, Code::Port].contains(&held.code) => {
                 let swept = sweep(self.records).err();
@@ -239,7 +232,7 @@ impl Plan<'_> {
         }
     }
 
-    fn try_write_down(&self) -> Result<(Attachment, Vec<Given>, Vec<Unsynced>), CniError> {
+    fn try_write_down(&self) -> Result<(Attachment, Vec<Given>, Disk), CniError> {
         let Self { conf, target, records, .. } = self;
         let has_rules = !self.device.ports.is_empty() || self.device.masquerade == Some(true);
         let ports = has_rules.then(|| Ports::lock(records)).transpose()?;
@@ -256,12 +249,12 @@ impl Plan<'_> {
             ports.refuse_clash(&record.request)?;
         }
         // With its rules once the addresses are held: they must not lead to the next holder's.
-        let mut changes = vec![records.put(&record.without_rules())?];
-        let mut take = || {
+        let disk = Disk::begin(records.put(&record.without_rules())?);
+        let take = || {
             let taken = folder.as_ref().map(|folder| folder.take(&choice, &holder(target))).transpose()?;
-            changes.extend(taken.flatten());
+            taken.flatten().into_iter().for_each(|taken| disk.add(taken));
             if record.request.has_rules() {
-                changes.push(records.put(&record)?);
+                disk.add(records.put(&record)?);
             }
             Ok(())
         };
@@ -272,7 +265,7 @@ impl Plan<'_> {
             let forgotten = records.remove(&target.container_id, target.ifname).err();
             return Err([freed, forgotten].into_iter().flatten().fold(error, CniError::and));
         }
-        Ok((record, choice.given, changes))
+        Ok((record, choice.given, disk))
     }
 }
 

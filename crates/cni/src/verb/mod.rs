@@ -8,8 +8,6 @@ pub mod status;
 
 pub(crate) use add::all;
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use twill_core::attach::{Attachment, Clash, Request};
@@ -53,20 +51,19 @@ fn lease(conf: &mut Conf) -> Result<(), CniError> {
     Ok(())
 }
 
-/// A container's namespace and its inode.
-fn netns(path: &str) -> Result<(Netns, u64), CniError> {
+/// A container's namespace, and the host's, in which the program runs.
+fn netns(path: &str) -> Result<(Netns, Netns), CniError> {
     let gone = |error: std::io::Error| {
         let msg = format!("open the network namespace {path}: {error}");
         CniError::new(Code::NoContainer, msg, "the container has ended, or the runtime names the wrong path")
     };
-    let netns = Netns::open(Path::new(path)).map_err(gone)?;
-    let inode = fs::metadata(path).map_err(gone)?.ino();
-    let own = fs::metadata("/proc/thread-self/ns/net").act(|| "look at the own network namespace".into())?.ino();
-    if inode == own {
+    let container = Netns::open(Path::new(path)).map_err(gone)?;
+    let home = Netns::of_first_thread().act(|| "open the own network namespace".into())?;
+    if container == home {
         let msg = format!("{path} is the host's own network namespace");
         return Err(CniError::new(Code::NoContainer, msg, "a container with the host's network needs no plugin"));
     }
-    Ok((netns, inode))
+    Ok((container, home))
 }
 
 /// Takes everything of an attachment but its device: its rules, then its addresses, then its file; each only when the one before is

@@ -5,16 +5,16 @@ use std::io;
 
 use rustix::net::netdevice::name_to_index;
 use twill_core::firewall::beside;
-use twill_core::host::{Fdb, HostState, Key, LinkKind, Object, PROTO_KERNEL, Route, TABLE_LOCAL};
+use twill_core::host::{Fdb, HostState, Key, Link, LinkKind, Object, PROTO_KERNEL, Route, TABLE_LOCAL};
 use twill_core::net::LinkName;
 use twill_core::reconcile::{Op, effect};
 
 use super::{Depth, Firewall, Interest, LinuxKernel};
-use crate::legacy;
 use crate::netlink::decode::{self, AF_BRIDGE, AF_INET, AF_INET6};
 use crate::netlink::encode::rtm;
 use crate::netlink::socket::Socket;
 use crate::netlink::wire::{Message, Writer};
+use crate::{KernelError, legacy};
 
 const FAMILIES: [u8; 2] = [AF_INET, AF_INET6];
 
@@ -204,6 +204,13 @@ impl LinuxKernel {
             _ => {}
         }
         Ok(())
+    }
+
+    /// A link was made here from another namespace, as the other end of a pair.
+    pub(crate) fn take_as_made(&mut self, link: Link) -> Result<(), KernelError> {
+        let name = link.name;
+        let made = Op::Create(Object::Link(Box::new(link)));
+        self.take_as_asked(&made).map_err(|error| KernelError::new(&format!("find {name}"), error))
     }
 
     fn dump_addrs(&mut self, fresh: &mut HostState) -> io::Result<bool> {
