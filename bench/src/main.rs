@@ -8,7 +8,7 @@
 //! | `drift` | 100 peers, every kind of drift, altered to repaired | | 200 ms |
 //! | `together` | 200 agents at once for 200 free subnets | | 200 distinct |
 //! | `cni` | ADD, DEL, 110 pods at once, an address beside 60,000 | Debian's bridge + host-local, a bare RTM_DELLINK | 0.25 ×; + 5 ms; 0.3 ×; 1.25 × |
-//! | `tcp` | TCP between containers of a lab | the same network by hand, without and with masquerading | 0.95 × |
+//! | `tcp` | TCP between containers over VXLAN, with masquerading and without | the same network by hand, with masquerading and without | 0.95 × |
 //! | `outage` | the store away for an hour (`--minutes N`): pings lost, repairs; by its name only | | 0; 200 ms |
 //! | `udp` | the udp backend: TCP, 64-byte UDP, RTT (parts: `udp-tcp`, `udp-streams`, `udp-cut`, `udp-packets`, `udp-rtt`, `udp-many`, `udp-flood`, `udp-restart`, `udp-flannel`) | kernel VXLAN, host routes, underlay, a naive tunnel, the real flannel | 0.7 ×; 1 × in frames of the MTU; 1.4 × received; 6 × RTT; 0.8 × under a flood; 50 and 300 ms |
 //!

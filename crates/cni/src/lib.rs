@@ -2,20 +2,20 @@
 //!
 //! - [`mod@env`], [`conf`]: what the runtime and the configuration say, checked once; [`clear`]: what of it concerns who leaves
 //! - [`ipam`]: which addresses are held; [`records`]: which attachments there are; [`ports`]: what they ask of the firewall
-//! - [`verb`]: one file for each verb; devices are made by `kernel::attach`, as in the lab; `disk`: what an ADD waits for meanwhile
+//! - [`verb`]: one file for each verb; devices are made by `kernel::attach`, as in the lab; [`beside`]: who takes the addresses meanwhile
 //! - [`mod@sweep`]: what containers have left that are gone
 //! - [`result`], [`error`]: what is answered
 //!
 //! ```text
-//!   ADD: lock ─ choose ─ write down ─ take ─ unlock ─▶ bridge, pair, routes ─▶ answer
-//!                                             └──────▶ disk ─────────────────────┘
-//!                            └── its file is locked: nobody takes it for a leak ─┘
+//!   ADD: look at both namespaces ────────────────────▶ bridge, pair, routes ─▶ answer
+//!   beside it: lock ─ choose ─ write down ─ take ─ unlock ─▶ disk ──────────────┘
+//!                                  └─ its file is locked: nobody takes it for a leak
 //!   DEL: pair away ─▶ rules away ─▶ lock ─ free ─ unlock ─▶ forget ─▶ disk ─▶ answer
 //! ```
 
+pub mod beside;
 pub mod clear;
 pub mod conf;
-mod disk;
 pub mod env;
 pub mod error;
 pub mod ipam;
@@ -26,6 +26,7 @@ pub mod result;
 pub mod sweep;
 pub mod verb;
 
+use beside::Beside;
 use clear::Clear;
 use conf::Conf;
 use env::{Target, Vars, Verb};
@@ -49,9 +50,9 @@ pub struct Done {
     switched: Vec<Object>,
 }
 
-/// Runs one call: the environment says which, stdin is the configuration.
-pub fn run(vars: Vars<'_>, stdin: &[u8]) -> Done {
-    match answer(vars, stdin) {
+/// Runs one call: the environment says which, stdin is the configuration. For an ADD there may be a thread that waits for work.
+pub fn run(vars: Vars<'_>, stdin: &[u8], beside: Option<Beside>) -> Done {
+    match answer(vars, stdin, beside) {
         Ok((said, switched)) => Done { said: Ok(said), switched },
         Err(error) => Done { said: Err(error.to_json(&conf::version_of(stdin))), switched: Vec::new() },
     }
@@ -70,11 +71,11 @@ pub fn take_back(done: Done, vars: Vars<'_>, stdin: &[u8]) -> Said {
     }
 }
 
-fn answer(vars: Vars<'_>, stdin: &[u8]) -> Result<verb::add::Added, CniError> {
+fn answer(vars: Vars<'_>, stdin: &[u8], beside: Option<Beside>) -> Result<verb::add::Added, CniError> {
     let verb = env::verb(vars)?;
     let conf = || Conf::parse(stdin);
     let said = match verb {
-        Verb::Add => return verb::add::run(conf()?, &Target::read(vars)?),
+        Verb::Add => return verb::add::run(conf()?, Target::read(vars)?, beside),
         Verb::Del => verb::del::run(&Clear::parse(stdin)?, &Target::leaving(vars)?),
         Verb::Check => verb::check::run(conf()?, &Target::read(vars)?),
         Verb::Status => verb::status::run(&conf()?),

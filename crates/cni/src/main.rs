@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::process::ExitCode;
 
+use twill_cni::beside::Beside;
 use twill_cni::result::Version;
 
 /// musl's own asks the kernel for every other page by itself: a tenth of an ADD.
@@ -14,9 +15,10 @@ fn main() -> ExitCode {
     if vars("CNI_COMMAND").is_none() && std::env::args().len() > 1 {
         return about();
     }
+    let beside = (vars("CNI_COMMAND").as_deref() == Some("ADD")).then(Beside::start);
     let mut stdin = Vec::with_capacity(8 << 10);
     let _ = std::io::stdin().read_to_end(&mut stdin);
-    let done = twill_cni::run(&vars, &stdin);
+    let done = twill_cni::run(&vars, &stdin, beside);
     let text = done.said.as_ref().unwrap_or_else(|text| text);
     let mut stdout = std::io::stdout();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {

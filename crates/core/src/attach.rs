@@ -142,6 +142,12 @@ const FORWARD: [&str; 2] = ["net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding
 /// The container's sysctls that an attach may switch, whatever addresses it gets.
 pub const SWITCHES_INSIDE: [&str; 2] = ["net/ipv6/conf/all/disable_ipv6", "net/ipv6/conf/default/disable_ipv6"];
 
+/// The host's sysctls that an attach may switch, whatever addresses the container gets. `device` leads to it: the bridge, or its own.
+pub fn switches(device: LinkName) -> [Box<str>; 3] {
+    let [v4, v6] = FORWARD.map(Box::from);
+    [v4, v6, route_localnet(device)]
+}
+
 fn route_localnet(device: LinkName) -> Box<str> {
     format!("net/ipv4/conf/{device}/route_localnet").into()
 }

@@ -9,7 +9,7 @@
 use std::collections::BTreeSet;
 use std::io;
 
-use twill_core::attach::{Clash, Request, SWITCHES_INSIDE};
+use twill_core::attach::{Clash, Request, SWITCHES_INSIDE, switches};
 use twill_core::firewall::{Table, TableName};
 use twill_core::host::{HostState, Key, Link, LinkKind, Object};
 use twill_core::net::LinkName;
@@ -228,20 +228,39 @@ pub struct Attached {
 /// True when somebody else needs a sysctl as it is by now.
 pub type Needed<'a> = &'a dyn Fn(&str) -> bool;
 
-/// Attaches a container to the namespace of the calling thread, `home`. Whatever fails, what was made goes again, or is told.
-pub fn attach(home: &Netns, container: &Netns, request: &Request, needed: Needed<'_>) -> Result<Attached, Failed> {
-    let forwarding = request.forwarding();
-    let switches = sysctls(&forwarding);
-    let host = match request.bridge {
-        // However many containers a host has, and nothing of it but what the attach is about.
-        Some(bridge) => interest(switches, Depth::Links, &[bridge, request.host_device]),
-        // One that stands alone has routes on it.
-        None => interest(switches, Depth::Routes, &[]),
-    };
-    let mut host = LinuxKernel::open(host)?;
+/// Both namespaces as they are before an attach. They can be looked at while nobody knows yet which addresses the container gets.
+#[derive(Debug)]
+pub struct Before {
+    host: LinuxKernel,
+    inside: LinuxKernel,
+}
+
+impl Before {
+    /// Looks at `home`, the calling thread's namespace, and at the container's. `bridge` and `device` are all of the host that the
+    /// attach is about.
+    pub fn look(home: &Netns, container: &Netns, bridge: Option<LinkName>, device: LinkName) -> Result<Before, Failed> {
+        let switches = switches(bridge.unwrap_or(device));
+        // However many containers a host has. One that stands alone has routes on it.
+        let host = match bridge {
+            Some(bridge) => interest(switches, Depth::Links, &[bridge, device]),
+            None => interest(switches, Depth::Routes, &[]),
+        };
+        Ok(Before { host: LinuxKernel::open(host)?, inside: container.visit_from(home, open_inside)?? })
+    }
+}
+
+/// Attaches a container to the namespace of the calling thread, `home`, which was looked at. Whatever fails, what was made goes again,
+/// or is told.
+pub fn attach(
+    before: Before,
+    home: &Netns,
+    container: &Netns,
+    request: &Request,
+    needed: Needed<'_>,
+) -> Result<Attached, Failed> {
+    let Before { mut host, inside } = before;
     // Of this container, and not written down: what a killed attach has left. Its other end goes with it.
     delete(&mut host, request.host_device)?;
-    let inside = container.visit_from(home, open_inside)??;
     let mut attached =
         Attached { host, on_host: Done::default(), inside: (inside, Done::default()), switched: Vec::new() };
     match attached.make(container, home, request) {

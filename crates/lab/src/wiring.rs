@@ -11,7 +11,7 @@ use twill_core::attach::{Request, Way, bridge as bridge_with, loopback};
 use twill_core::ipam::{Holder, Range, RangeSet};
 use twill_core::net::{Inet, LinkName, Mtu};
 use twill_core::reconcile::{Claim, Desired};
-use twill_kernel::attach;
+use twill_kernel::attach::{self, Before};
 use twill_kernel::files;
 use twill_kernel::netns::Netns;
 
@@ -126,7 +126,10 @@ fn hold(request: &Request, folder: &Path) -> Result<(), LabError> {
 }
 
 fn attach(host: &Place, guest: &Place, request: &Request) -> Result<(), LabError> {
-    let attached = host.netns.run(|| attach::attach(&host.netns, &guest.netns, request, &|_| true));
+    let attached = host.netns.run(|| {
+        let before = Before::look(&host.netns, &guest.netns, request.bridge, request.host_device)?;
+        attach::attach(before, &host.netns, &guest.netns, request, &|_| true)
+    });
     attached
         .act(|| format!("enter {}", host.name))?
         .map(|_| ())

@@ -3,6 +3,8 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
 
 use serde_json::{Map, Value};
 use twill_core::attach::{self, Alone, Attachment, Network, Request, Way};
@@ -10,13 +12,13 @@ use twill_core::host::{Key, Object, PortFlags};
 use twill_core::ipam::{Given, Holder};
 use twill_core::net::{Inet, LinkName, Mtu, Prefix};
 use twill_core::ports::PortMap;
-use twill_kernel::attach as kernel;
+use twill_kernel::attach::{self as kernel, Before};
 use twill_kernel::files::{self, Unsynced};
 use twill_kernel::{Kernel, LinuxKernel};
 
 use super::{forget, lease, netns, refused, undo};
+use crate::beside::{Beside, hear};
 use crate::conf::{Conf, Device, Ipam, resolv_conf};
-use crate::disk::Disk;
 use crate::env::Target;
 use crate::error::{Act, CniError, Code};
 use crate::ipam::{Choice, Folder};
@@ -38,16 +40,17 @@ const MOST_ADVMSS: u32 = 65_535 - 40;
 pub(crate) type Added = (String, Vec<Object>);
 
 /// Runs ADD.
-pub fn run(mut conf: Conf, target: &Target) -> Result<Added, CniError> {
+pub fn run(mut conf: Conf, target: Target, beside: Option<Beside>) -> Result<Added, CniError> {
     lease(&mut conf)?;
     if let Some(ipam) = &mut conf.ipam {
         ipam.asked.extend(&target.args.ips);
     }
+    let version = conf.version;
     let (answer, switched) = match conf.device.clone() {
-        Some(device) => attach(&conf, &device, target)?,
-        None => (addresses_alone(&conf, target)?, Vec::new()),
+        Some(device) => attach(conf, device, target, &beside.unwrap_or_else(Beside::start))?,
+        None => (addresses_alone(&conf, &target)?, Vec::new()),
     };
-    Ok((answer.to_json(conf.version), switched))
+    Ok((answer.to_json(version), switched))
 }
 
 fn holder(target: &Target) -> Holder {
@@ -127,28 +130,46 @@ fn take_alone(
     Ok((choice.given, changes))
 }
 
-fn attach(conf: &Conf, device: &Device, target: &Target) -> Result<(Answer, Vec<Object>), CniError> {
-    let dns = dns(conf)?;
+fn attach(conf: Conf, device: Device, target: Target, beside: &Beside) -> Result<(Answer, Vec<Object>), CniError> {
+    let dns = dns(&conf)?;
     let path = target.netns()?;
     let (netns, home) = netns(path)?;
-    let boot = files::boot_id().act(|| "read the boot's id".into())?;
-    let records = Records::new(conf.attachments());
-    settle_earlier(&records, target, &boot)?;
     let inode = netns.inode().act(|| format!("look at {path}"))?;
-    let plan = Plan { conf, device, target, records: &records, boot: &boot, inode };
-    let (record, given, disk) = plan.write_down()?;
+    let boot = files::boot_id().act(|| "read the boot's id".into())?;
+    let host_device = attach::host_device(&target.container_id, target.ifname);
+    let records = Records::new(conf.attachments());
+    let plan = Arc::new(Plan { conf, device, target, records, boot, inode });
+
+    let (tell_written, written) = channel();
+    let (tell_synced, synced) = channel();
+    let writer = Arc::clone(&plan);
+    beside.begin(move || {
+        let written = settle_earlier(&writer).and_then(|()| writer.write_down());
+        let (record, given, changes) = match written {
+            Ok(written) => written,
+            Err(error) => return drop(tell_written.send(Err(error))),
+        };
+        let _ = tell_written.send(Ok((record, given)));
+        let done = files::sync_all(&changes);
+        // Locked until it is answered.
+        let _ = tell_synced.send((done, changes));
+    });
+    let Plan { conf, device, target, records, .. } = &*plan;
+    let before = Before::look(&home, &netns, device.bridge, host_device);
+    let (record, given) = hear(&written).act(|| "take an address".into())??;
     let request = &record.request;
-    let needed = |path: &str| needs(&records, target, path);
-    let attached = kernel::attach(&home, &netns, request, &needed).map_err(|failed| refused(failed, &records));
-    let published = attached.as_ref().map_or(Ok(()), |_| publish(request, &records));
-    let (synced, _held) = disk.wait();
-    let synced = synced.act(|| format!("write {} to the disk", conf.state.display()));
-    match (attached, all([published, synced])) {
+    let needed = |path: &str| needs(records, target, path);
+    let attached = before.and_then(|before| kernel::attach(before, &home, &netns, request, &needed));
+    let attached = attached.map_err(|failed| refused(failed, records));
+    let published = attached.as_ref().map_or(Ok(()), |_| publish(request, records));
+    let act = || format!("write {} to the disk", conf.state.display());
+    let (synced, _held) = hear(&synced).unwrap_or_else(|error| (Err(error), Vec::new()));
+    match (attached, all([published, synced.act(act)])) {
         (Ok(attached), Ok(())) => Ok((answer(conf, device, (request, dns), &given, &attached.host), attached.switched)),
         (attached, rest) => {
             let attached = attached
-                .and_then(|attached| attached.take_back(&netns, &needed).map_err(|failed| refused(failed, &records)));
-            all([attached, rest, give_back(&record, &records)]).map(|()| (Answer::default(), Vec::new()))
+                .and_then(|attached| attached.take_back(&netns, &needed).map_err(|failed| refused(failed, records)));
+            all([attached, rest, give_back(&record, records)]).map(|()| (Answer::default(), Vec::new()))
         }
     }
 }
@@ -198,11 +219,11 @@ pub(crate) fn all(results: impl IntoIterator<Item = Result<(), CniError>>) -> Re
 }
 
 /// A second ADD is refused; what an ADD of an earlier boot, or one that was killed, has left is freed.
-fn settle_earlier(records: &Records, target: &Target, boot: &str) -> Result<(), CniError> {
+fn settle_earlier(Plan { target, records, boot, .. }: &Plan) -> Result<(), CniError> {
     let Some(earlier) = records.lock(&target.container_id, target.ifname)? else { return Ok(()) };
     let device = earlier.record.request.host_device;
     let stands = kernel::has_device(device).map_err(|failed| refused(failed, records))?;
-    if earlier.record.boot_id == boot && stands {
+    if earlier.record.boot_id == *boot && stands {
         let msg = format!("container {} has its {} already, joined to {device}", target.container_id, target.ifname);
         return Err(CniError::new(Code::Attached, msg, "the runtime has to DEL it before it ADDs it again"));
     }
@@ -210,31 +231,31 @@ fn settle_earlier(records: &Records, target: &Target, boot: &str) -> Result<(), 
 }
 
 /// What an ADD knows before it begins.
-struct Plan<'a> {
-    conf: &'a Conf,
-    device: &'a Device,
-    target: &'a Target,
-    records: &'a Records,
-    boot: &'a str,
+struct Plan {
+    conf: Conf,
+    device: Device,
+    target: Target,
+    records: Records,
+    boot: String,
     inode: u64,
 }
 
-impl Plan<'_> {
+impl Plan {
     /// Chooses addresses, writes the attachment down, and takes them, in this order. When no address is free, or a host port is not,
     /// those of containers that are gone are.
-    fn write_down(&self) -> Result<(Attachment, Vec<Given>, Disk), CniError> {
+    fn write_down(&self) -> Result<(Attachment, Vec<Given>, Vec<Unsynced>), CniError> {
         match self.try_write_down() {
             Err(held) if [Code::Addresses, Code::Port].contains(&held.code) => {
-                let swept = sweep(self.records).err();
+                let swept = sweep(&self.records).err();
                 self.try_write_down().map_err(|error| swept.into_iter().fold(error, CniError::and))
             }
             written => written,
         }
     }
 
-    fn try_write_down(&self) -> Result<(Attachment, Vec<Given>, Disk), CniError> {
-        let Self { conf, target, records, .. } = self;
-        let has_rules = !self.device.ports.is_empty() || self.device.masquerade == Some(true);
+    fn try_write_down(&self) -> Result<(Attachment, Vec<Given>, Vec<Unsynced>), CniError> {
+        let Self { conf, device, target, records, .. } = self;
+        let has_rules = !device.ports.is_empty() || device.masquerade == Some(true);
         let ports = has_rules.then(|| Ports::lock(records)).transpose()?;
         ports.as_ref().map_or(Ok(()), Ports::refuse_foreign)?;
         let folder = conf.ipam.as_ref().map(|ipam| Folder::open(&ipam.dir)).transpose()?;
@@ -242,19 +263,19 @@ impl Plan<'_> {
             (Some(ipam), Some(folder)) => folder.choose(&ipam.sets, &ipam.asked)?,
             _ => Choice::default(),
         };
-        let mut record = request(conf, self.device, target, &choice.given)?.record(self.boot, self.inode);
+        let mut record = request(conf, device, target, &choice.given)?.record(&self.boot, self.inode);
         let dir = conf.ipam.as_ref().map(|ipam| ipam.dir.to_string_lossy().into()).unwrap_or_default();
         record.network = Some(Network { name: conf.name.clone(), dir });
         if let Some(ports) = &ports {
             ports.refuse_clash(&record.request)?;
         }
         // With its rules once the addresses are held: they must not lead to the next holder's.
-        let disk = Disk::begin(records.put(&record.without_rules())?);
-        let take = || {
+        let mut changes = vec![records.put(&record.without_rules())?];
+        let mut take = || {
             let taken = folder.as_ref().map(|folder| folder.take(&choice, &holder(target))).transpose()?;
-            taken.flatten().into_iter().for_each(|taken| disk.add(taken));
+            changes.extend(taken.flatten());
             if record.request.has_rules() {
-                disk.add(records.put(&record)?);
+                changes.push(records.put(&record)?);
             }
             Ok(())
         };
@@ -265,7 +286,7 @@ impl Plan<'_> {
             let forgotten = records.remove(&target.container_id, target.ifname).err();
             return Err([freed, forgotten].into_iter().flatten().fold(error, CniError::and));
         }
-        Ok((record, choice.given, disk))
+        Ok((record, choice.given, changes))
     }
 }
 

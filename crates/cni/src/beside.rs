@@ -1,0 +1,47 @@
+//! A thread beside the program's own: it takes addresses and waits for the disk while the other one looks at the kernel.
+//!
+//! It is started before the configuration is read. A new thread may stand behind its maker on one processor until that one sleeps; one
+//! that sleeps already is woken on a processor that is free. And a processor that sleeps takes longer to come back than either of these
+//! waits: both threads wait awake, for a while.
+
+use std::io;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long a thread waits without sleeping.
+const AWAKE: Duration = Duration::from_millis(1);
+
+type Work = Box<dyn FnOnce() + Send>;
+
+/// The other thread; it ends when this is dropped and its work is done.
+#[derive(Debug)]
+pub struct Beside(Sender<Work>);
+
+impl Beside {
+    /// Starts it, in the caller's namespace.
+    pub fn start() -> Self {
+        let (give, work) = channel::<Work>();
+        thread::spawn(move || work.into_iter().for_each(|work| work()));
+        thread::yield_now();
+        Self(give)
+    }
+
+    /// Has it do something.
+    pub(crate) fn begin(&self, work: impl FnOnce() + Send + 'static) {
+        // A thread that has ended drops the work, and with it what somebody waits for.
+        let _ = self.0.send(Box::new(work));
+    }
+}
+
+/// Waits for what the other thread tells.
+pub(crate) fn hear<T>(from: &Receiver<T>) -> io::Result<T> {
+    let until = Instant::now() + AWAKE;
+    while Instant::now() < until {
+        match from.try_recv() {
+            Err(TryRecvError::Empty) => thread::yield_now(),
+            heard => return heard.map_err(io::Error::other),
+        }
+    }
+    from.recv().map_err(io::Error::other)
+}
