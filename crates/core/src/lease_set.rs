@@ -221,6 +221,11 @@ impl LeaseSet {
         self.entries.keys()
     }
 
+    /// Everything as it stands in the store, in key order: name, create revision and value.
+    pub fn raw(&self) -> impl Iterator<Item = (&str, i64, &[u8])> {
+        self.entries.iter().map(|(name, entry)| (&**name, entry.create_rev, &*entry.value))
+    }
+
     /// What is not free for a subnet of this length, in order: what the winners hold, and every key that is no wider than that,
     /// since the store has no place for a second one. A wide key that loses, or does not count, takes the place of nobody.
     pub fn held(&self, len: u8) -> impl Iterator<Item = Prefix> + '_ {

@@ -1,14 +1,17 @@
-//! What a node keeps on disk: who it is, what it had, and whom its tunnel reached.
+//! What a node keeps on disk: who it is, what it had, whom its tunnel reached, and what the store said last.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{TunnelPeer, TunnelSpec};
+use crate::config::NetworkConfig;
+use crate::lease::RawLease;
 use crate::net::{LinkName, MacAddr, NodeId, Prefix};
 
 const FORMAT: &str = "twill-state";
 const TUNNEL_FORMAT: &str = "twill-tunnel";
+const CACHE_FORMAT: &str = "twill-cache";
 const VERSION: u32 = 1;
 /// So many former subnets are remembered.
 const FORMER: usize = 16;
@@ -113,6 +116,100 @@ impl TunnelMemory {
     }
 }
 
+/// What the store said last, as it stands there: an agent that starts while the store is away goes by it (docs/decisions/0018).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreCache {
+    format: String,
+    version: u32,
+    /// Where the store was reached, and where its keys are.
+    pub source: StoreSource,
+    /// The store by its cluster's identity.
+    pub store: u64,
+    /// When this was written down, in seconds since 1970.
+    pub at: u64,
+    /// The value of `<prefix>/config`.
+    pub config: String,
+    /// Everything below `<prefix>/subnets/`, in key order.
+    pub leases: Vec<CachedLease>,
+}
+
+/// Where a store is, as the settings say.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreSource {
+    /// Endpoints, separated by commas.
+    pub endpoints: String,
+    /// Key prefix.
+    pub prefix: String,
+}
+
+/// A lease with what tells which one wins a collision. It has no revision to compare with: nothing is written to the store by it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CachedLease {
+    /// As in [`RawLease`].
+    pub name: String,
+    /// As in [`RawLease`].
+    pub create_rev: i64,
+    /// The value; one that is no UTF-8 can be no lease's, and is left out.
+    pub value: String,
+}
+
+impl StoreCache {
+    /// This listing of a store. `leases`: name, create revision and value.
+    pub fn new<'a>(
+        source: StoreSource,
+        store: u64,
+        at: u64,
+        config: &str,
+        leases: impl Iterator<Item = (&'a str, i64, &'a [u8])>,
+    ) -> Self {
+        let lease = |(name, create_rev, value): (&str, i64, &[u8])| {
+            let value = str::from_utf8(value).ok()?.to_owned();
+            Some(CachedLease { name: name.to_owned(), create_rev, value })
+        };
+        let (format, version, leases) = (CACHE_FORMAT.into(), VERSION, leases.filter_map(lease).collect());
+        Self { format, version, source, store, at, config: config.to_owned(), leases }
+    }
+
+    /// The network config, or why this is not what this node's store said last.
+    pub fn trusted(&self, source: &StoreSource, state: &State) -> Result<NetworkConfig, String> {
+        let shared = |endpoint: &str| source.endpoints.split(',').any(|other| other == endpoint);
+        if self.source.prefix != source.prefix {
+            return Err(format!("it is of the prefix {:?}", self.source.prefix));
+        }
+        if !self.source.endpoints.split(',').any(shared) || state.store != Some(self.store) {
+            return Err(format!("it is of another store, {:?}", self.source.endpoints));
+        }
+        let config = NetworkConfig::parse(self.config.as_bytes()).map_err(|fault| fault.to_string())?.0;
+        let networks = config.networks();
+        match state.networks.iter().find(|network| !networks.contains(network)) {
+            Some(network) => Err(format!("it is of another network than {network}")),
+            None => Ok(config),
+        }
+    }
+
+    /// The leases as the store gives them, without what a write to it would need.
+    pub fn into_leases(self) -> impl Iterator<Item = RawLease> {
+        let raw = |CachedLease { name, create_rev, value }| RawLease {
+            name,
+            value: value.into_bytes(),
+            create_rev,
+            mod_rev: 0,
+            etcd_lease: 0,
+        };
+        self.leases.into_iter().map(raw)
+    }
+
+    /// Reads the file.
+    pub fn parse(bytes: &[u8]) -> Result<Self, BadState> {
+        parse(bytes, CACHE_FORMAT)
+    }
+
+    /// The file's bytes.
+    pub fn to_json(&self) -> Result<Vec<u8>, serde_json::Error> {
+        serde_json::to_vec(self)
+    }
+}
+
 /// Reads a file of ours: first what it is, then all of it.
 fn parse<T: serde::de::DeserializeOwned>(bytes: &[u8], format: &str) -> Result<T, BadState> {
     #[derive(Deserialize)]
@@ -156,5 +253,34 @@ mod tests {
         let state = State::new(NodeId([0; 16]), String::new()).to_json().unwrap();
         assert!(matches!(TunnelMemory::parse(&state), Err(BadState::Broken(_))));
         assert!(matches!(TunnelMemory::parse(b"{"), Err(BadState::Broken(_))));
+    }
+
+    #[test]
+    fn a_cache_is_trusted_where_store_prefix_and_network_are_this_nodes() {
+        let source = |endpoints: &str, prefix: &str| StoreSource { endpoints: endpoints.into(), prefix: prefix.into() };
+        let here = source("http://10.0.0.1:2379,http://10.0.0.2:2379", "/coreos.com/network");
+        let config = r#"{"Network":"10.1.0.0/16","Backend":{"Type":"vxlan"}}"#;
+        let leases: [(&str, i64, &[u8]); 2] = [("10.1.40.0-24", 7, b"{}"), ("10.1.41.0-24", 8, b"\xff")];
+        let cache = StoreCache::new(here.clone(), 5, 1_000, config, leases.into_iter());
+        assert_eq!(StoreCache::parse(&cache.to_json().unwrap()).as_ref(), Ok(&cache));
+        let mut state = State::new(NodeId([0; 16]), String::new());
+        (state.store, state.networks) = (Some(5), vec!["10.1.0.0/16".parse().unwrap()]);
+        assert!(cache.trusted(&here, &state).is_ok());
+        // A cluster that has grown or moved in part is the same.
+        assert!(cache.trusted(&source("http://10.0.0.3:2379,http://10.0.0.2:2379", &here.prefix), &state).is_ok());
+        let refused = |source: &StoreSource, state: &State| cache.trusted(source, state).unwrap_err();
+        assert_eq!(refused(&source(&here.endpoints, "/other"), &state), "it is of the prefix \"/coreos.com/network\"");
+        assert!(refused(&source("http://10.0.0.3:2379", &here.prefix), &state).contains("another store"));
+        for store in [None, Some(6)] {
+            assert!(refused(&here, &State { store, ..state.clone() }).contains("another store"));
+        }
+        let moved = State { networks: vec!["10.2.0.0/16".parse().unwrap()], ..state.clone() };
+        assert_eq!(refused(&here, &moved), "it is of another network than 10.2.0.0/16");
+        let broken = StoreCache { config: "{".into(), ..cache.clone() }.trusted(&here, &state).unwrap_err();
+        assert!(broken.contains("network config"), "{broken}");
+        // What cannot be a lease is none, and what can writes nothing.
+        let raw =
+            RawLease { name: "10.1.40.0-24".into(), value: b"{}".to_vec(), create_rev: 7, mod_rev: 0, etcd_lease: 0 };
+        assert_eq!(cache.into_leases().collect::<Vec<_>>(), [raw]);
     }
 }
