@@ -113,6 +113,16 @@ pub(crate) fn columns<R: IntoIterator<Item = String>>(header: &[&str], rows: imp
     text.collect::<Vec<_>>().join("\n")
 }
 
+/// How long something is past.
+pub(crate) fn ago(seconds: u64) -> String {
+    match seconds {
+        0 => "now".into(),
+        s @ 1..=119 => format!("{s} s ago"),
+        s @ 120..=7199 => format!("{} min ago", s / 60),
+        s => format!("{} h ago", s / 3600),
+    }
+}
+
 /// What others chose, on one line.
 pub(crate) fn on_a_line(text: &str) -> String {
     written_out(text, &[])

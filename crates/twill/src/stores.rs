@@ -64,7 +64,12 @@ impl StoreArgs {
 
     /// The key of the network config.
     pub(crate) fn config_key(&self) -> String {
-        format!("{}/config", self.prefix.as_deref().unwrap_or(PREFIX))
+        format!("{}/config", self.prefix())
+    }
+
+    /// The prefix of the store's keys.
+    pub(crate) fn prefix(&self) -> &str {
+        self.prefix.as_deref().unwrap_or(PREFIX)
     }
 
     /// A client; it connects when it is first asked.

@@ -24,6 +24,7 @@ use twill_store::{EtcdStore, Listing, RawConfig};
 use super::ask::Socket;
 use super::folder::StateDir;
 use crate::agent::compose::{self, Network};
+use crate::agent::session::cache;
 use crate::agent::session::listing::kept_at_start;
 use crate::agent::settings::{AgentArgs, Settings};
 use crate::agent::view::PlanView;
@@ -287,8 +288,10 @@ impl Clean {
         let todo = plan(&desired, kernel.mirror(), Scope::All);
         let mut steps: Vec<String> = todo.steps.iter().map(|s| s.op.to_string()).collect();
         let env = self.subnet_file.clone().unwrap_or_else(|| PathBuf::from("/run/flannel/subnet.env"));
-        // The tunnel that used it is not to come back.
-        let files = [env, crate::agent::tunnel::path(&state_dir)].into_iter().filter(|file| file.exists());
+        // The tunnel that used it is not to come back, nor is what a store said.
+        let files = [env, crate::agent::tunnel::path(&state_dir), cache::path(&state_dir)]
+            .into_iter()
+            .filter(|file| file.exists());
         let files: Vec<PathBuf> = files.collect();
         steps.extend(files.iter().map(|file| format!("delete file {}", file.display())));
         if !state.devices.is_empty() {

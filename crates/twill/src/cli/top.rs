@@ -7,7 +7,7 @@ use clap::Args;
 use twill_tunnel::counters::{Dropped, FlowSnapshot, PeerSnapshot, Snapshot};
 
 use super::ask::Socket;
-use crate::output::{Format, Output, columns, print_text, to_terminal};
+use crate::output::{Format, Output, ago, columns, print_text, to_terminal};
 
 /// Peers that fit on a screen.
 const SHOWN: usize = 40;
@@ -164,12 +164,7 @@ fn ratio(many: u64, few: u64) -> String {
 fn seen(unix_ms: Option<u64>) -> String {
     let Some(at) = unix_ms else { return "never".into() };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
-    match now.saturating_sub(at) / 1000 {
-        0 => "now".into(),
-        s @ 1..=119 => format!("{s} s ago"),
-        s @ 120..=7199 => format!("{} min ago", s / 60),
-        s => format!("{} h ago", s / 3600),
-    }
+    ago(now.saturating_sub(at) / 1000)
 }
 
 #[cfg(test)]

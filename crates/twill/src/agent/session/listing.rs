@@ -21,12 +21,15 @@ const MISSING: usize = 10;
 impl Session {
     /// Takes a listing in. One that is strange withdraws nothing until it is accepted.
     pub(super) fn take_listing(&mut self, listing: Listing, network: &Network) -> BTreeSet<LeaseName> {
+        // The store alone says whether our own lease is there.
+        if let Some(own) = self.cache.take_own() {
+            self.leases.delete(&own);
+        }
         let listed: BTreeSet<&str> = listing.entries.iter().map(|e| e.name.as_str()).collect();
-        let known: Vec<LeaseName> = if self.seen.is_some() {
-            self.leases.names().chain(self.kept.keys()).cloned().collect()
-        } else {
-            left_behind(network, &self.settings.state_dir)
-        };
+        let mut known: BTreeSet<LeaseName> = self.leases.names().chain(self.kept.keys()).cloned().collect();
+        if self.seen.is_none() {
+            known.extend(left_behind(network, &self.settings.state_dir));
+        }
         let lacking: Vec<LeaseName> = known.iter().filter(|name| !listed.contains(&***name)).cloned().collect();
         let other = |cluster| cluster != listing.cluster_id;
         let backwards = match self.seen {
@@ -50,7 +53,8 @@ impl Session {
             self.find("strange-listing", "leases", &evidence, "if this is right: twill resync --accept");
             self.prune &= !first;
             if first {
-                self.kept = in_kernel(&lacking, &tunnels(network));
+                let names = lacking.iter().filter(|name| self.leases.lease(name).is_none()).cloned();
+                self.kept = in_kernel(&Vec::from_iter(names), &tunnels(network));
             }
             // What has come back since is withheld no more.
             self.withheld.retain(|name| !listed.contains(&**name));
@@ -62,6 +66,9 @@ impl Session {
         self.prune = true;
         self.believe(listing.cluster_id);
         let mut concerned = self.leases.reset(listing.entries);
+        if !concerned.is_empty() {
+            self.cache.touch();
+        }
         concerned.extend(std::mem::take(&mut self.kept).into_keys());
         concerned
     }
@@ -77,6 +84,7 @@ impl Session {
     pub(super) fn accepted(&mut self) {
         self.unfind("strange-listing");
         self.prune = true;
+        self.cache.touch();
         if let Some((cluster, _)) = self.seen {
             self.believe(cluster);
         }
@@ -88,6 +96,7 @@ impl Session {
         if self.state.store != Some(cluster) {
             self.state.store = Some(cluster);
             self.save();
+            self.cache.touch();
         }
     }
 }

@@ -6,8 +6,10 @@
 //!      └───────────┴── waits and tries again, the data path stays ───┘
 //! ```
 //!
-//! [`underlay`]: what the node stands on; [`listing`]: which listings are believed; [`own`]: the own lease and what stands on it; [`say`]: waiting, and what `status` shows.
+//! [`underlay`]: what the node stands on; [`listing`]: which listings are believed; [`cache`]: what the store said last, for a start without
+//! it; [`own`]: the own lease and what stands on it; [`say`]: waiting, and what `status` shows.
 
+pub(crate) mod cache;
 pub(crate) mod listing;
 mod own;
 mod say;
@@ -32,6 +34,7 @@ use twill_core::state_file::State;
 use twill_kernel::Waker;
 use twill_store::{EtcdStore, RawConfig, StoreError, Swap, WatchEvent};
 
+use self::cache::Cache;
 use super::compose::{self, Network};
 use super::reconciler::Order;
 use super::settings::Settings;
@@ -82,6 +85,7 @@ pub(crate) struct Session {
     commands: mpsc::Receiver<Command>,
     state: State,
     leases: LeaseSet,
+    cache: Cache,
     faults: BTreeMap<LeaseName, Finding>,
     /// Leases that a strange listing lacked: kept until it is accepted.
     withheld: BTreeSet<LeaseName>,
@@ -114,6 +118,7 @@ impl Session {
         state: State,
     ) -> Self {
         Self {
+            cache: Cache::new(&settings.state_dir),
             settings,
             store,
             orders,
@@ -146,6 +151,8 @@ impl Session {
                 Ok(End::Left) => return,
                 Ok(End::Away(error)) | Err(error) => {
                     self.say_away(&error);
+                    self.keep_what_changed().await;
+                    self.go_by_cache().await;
                     if started.elapsed() > WAIT.1 {
                         wait = WAIT.0;
                     }
@@ -250,6 +257,7 @@ impl Session {
                         None => return Ok(End::Again),
                     }
                 }
+                told = self.cache.turn() => self.on_cache(told),
                 changed = self.host.changed() => {
                     if changed.is_err() {
                         return Ok(End::Left);
@@ -297,6 +305,7 @@ impl Session {
                 concerned
             }
         };
+        self.cache.touch();
         if concerned.contains(own_name.as_str()) {
             match self.leases.standing(&own_name) {
                 Some(Ok(lease)) if self.still_mine(&lease, network) => {
@@ -406,7 +415,8 @@ impl Session {
                 self.order(Order::PlanClear(plan));
                 let steps = steps.await.unwrap_or_default();
                 let tunnel = super::tunnel::path(&self.settings.state_dir);
-                let files = [&self.settings.subnet_file, &tunnel].into_iter().filter(|file| file.exists());
+                let files = [&self.settings.subnet_file, &tunnel].into_iter().filter(|file| file.exists()).cloned();
+                let files = files.chain(self.cache.announced());
                 let files = files.map(|file| format!("delete file {}", file.display()));
                 let lease = format!("delete lease {} from the store", own.key);
                 let forget =
@@ -428,6 +438,7 @@ impl Session {
                 let _ = cleared.await;
                 self.state.devices.clear();
                 self.save();
+                self.cache.forget().await;
                 let _ = std::fs::remove_file(&self.settings.subnet_file);
                 let _ = reply.send(Ok(()));
                 return Ok(Some(End::Left));

@@ -25,17 +25,7 @@ impl Session {
     ) -> Result<Option<Lease>, StoreError> {
         let mut seed = files::random_bytes().map_or(u64::from(std::process::id()), u64::from_ne_bytes);
         loop {
-            let host = self.host.borrow().clone();
-            let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
-            let me = compose::me(
-                &self.state,
-                &network.cx.underlay,
-                &host,
-                &self.subnet_env(),
-                &devices,
-                &self.settings.subnet,
-            );
-            match alloc::choose(config, &self.leases, &me, seed) {
+            match self.choose(network, config, seed) {
                 Choice::Keep(lease) => {
                     network.take(&lease.key, Some(&lease));
                     return self.refresh(network, *lease).await;
@@ -71,6 +61,15 @@ impl Session {
             }
             seed = seed.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
         }
+    }
+
+    /// Which lease is ours, or is to be, by what the store has told.
+    pub(super) fn choose(&self, network: &Network, config: &NetworkConfig, seed: u64) -> Choice {
+        let host = self.host.borrow().clone();
+        let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
+        let (underlay, env) = (&network.cx.underlay, self.subnet_env());
+        let me = compose::me(&self.state, underlay, &host, &env, &devices, &self.settings.subnet);
+        alloc::choose(config, &self.leases, &me, seed)
     }
 
     /// Takes a free subnet by compare-and-swap; `None`: somebody was faster.
@@ -140,6 +139,7 @@ impl Session {
         let (name, value) = (lease.key.to_string(), lease.attrs.to_json());
         let (create_rev, mod_rev, etcd_lease) = (lease.create_rev, lease.mod_rev, lease.etcd_lease);
         self.leases.put(RawLease { name, value, create_rev, mod_rev, etcd_lease });
+        self.cache.touch();
     }
 
     /// Device, address, sysctls; then the files that say so.

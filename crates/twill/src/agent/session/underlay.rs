@@ -29,7 +29,7 @@ impl Session {
             };
             self.show_underlay(&chosen);
             self.has_moved(&chosen.underlay);
-            let raw = self.store.config().await?;
+            let raw = self.ask_config().await?;
             self.say_reached();
             let Some(raw) = raw else {
                 let value = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
@@ -47,26 +47,35 @@ impl Session {
             };
             self.show_ignored(&ignored);
             let carried = chosen.underlay.mtu;
-            let mut network = match Network::new(&config, chosen.underlay, &host, &self.state, self.settings.way_out) {
-                Ok(network) => network,
-                Err(refusals) => {
-                    self.on_refusals(refusals, &config, carried).await;
-                    continue;
+            match self.carry(&config, chosen.underlay, &host) {
+                Ok(network) => {
+                    self.cache.follow(raw);
+                    return Ok((Some(network), config));
                 }
-            };
-            let clashes = self.clashes(&network, &host);
-            let overlapping: Vec<Prefix> = clashes.iter().map(|(prefix, _)| *prefix).collect();
-            if !network.leave_out(&overlapping) {
-                let message = clashes.first().map_or("", |(_, message)| message);
-                self.wait_for("network-overlap", message, CLASH_FIX).await;
-                continue;
+                Err(refusals) => self.on_refusals(refusals, &config, carried).await,
             }
-            for (_, message) in &clashes {
-                tracing::warn!(code = "network-overlap", hint = CLASH_FIX, "{message}: the other family goes on");
-            }
-            self.show_clashes(&clashes);
-            return Ok((Some(network), config));
         }
+    }
+
+    /// What this host carries of a network; refused where that is nothing.
+    pub(super) fn carry(
+        &self,
+        config: &NetworkConfig,
+        underlay: Underlay,
+        host: &HostState,
+    ) -> Result<Network, Vec<Refusal>> {
+        let mut network = Network::new(config, underlay, host, &self.state, self.settings.way_out)?;
+        let clashes = self.clashes(&network, host);
+        let overlapping: Vec<Prefix> = clashes.iter().map(|(prefix, _)| *prefix).collect();
+        if !network.leave_out(&overlapping) {
+            let message = clashes.into_iter().next().map_or_else(String::new, |(_, message)| message);
+            return Err(vec![Refusal { code: "network-overlap", message, hint: CLASH_FIX.into() }]);
+        }
+        for (_, message) in clashes.iter().filter(|(_, message)| !self.has_found("network-overlap", message)) {
+            tracing::warn!(code = "network-overlap", hint = CLASH_FIX, "{message}: the other family goes on");
+        }
+        self.show_clashes(&clashes);
+        Ok(network)
     }
 
     /// This host carries no family: says why, for each, and waits.
