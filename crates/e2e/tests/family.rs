@@ -5,6 +5,7 @@
 //!                                                 └ flannel.1, flannel-v6.1 ····· flannel-v6.1 fd00:1:0:28::
 //! ```
 
+use rustix::process::Signal;
 use serde_json::json;
 use twill_e2e::net::Bed;
 use twill_e2e::site::Site;
@@ -106,6 +107,35 @@ fn both_families_and_a_change_of_one_alone() {
     for words in ["ip saddr 10.1.0.0/16 ip daddr != 224.0.0.0/4", "ip6 saddr fd00:1::/48 ip6 daddr != ff00::/8"] {
         assert!(table.contains(words), "{table}");
     }
+}
+
+#[test]
+fn peers_with_both_families_are_known_again_after_a_restart() {
+    let Some((site, _dir)) = site() else { return };
+    site.node.put("config", DUAL);
+    for n in 40..46 {
+        let data = |family: u8| format!(r#"{{"VNI":1,"VtepMAC":"02:00:00:00:{family:02}:{n}"}}"#);
+        let (v4, v6) = (data(4), data(6));
+        let value = format!(
+            r#"{{"PublicIP":"10.168.0.{n}","PublicIPv6":"fd00:168::{n}","BackendType":"vxlan","BackendData":{v4},"BackendV6Data":{v6}}}"#
+        );
+        site.node.put(&format!("subnets/10.1.{n}.0-24&fd00:1:0:{n}::-64"), &value);
+    }
+    let programmed = || {
+        eventually("routes of both families lead to all", || {
+            let count = |words: &str| site.node.host.json(words).as_array().unwrap().len();
+            let (v4, v6) = (count("-4 route show via 10.1.45.0"), count("-6 route show via fd00:1:0:45::"));
+            let status = site.node.status();
+            let right = (v4, v6) == (1, 1) && status["state"] == "running" && status["peers"] == 6;
+            if right { Ok(status) } else { Err((v4, v6, status)) }
+        })
+    };
+    let agent = site.node.agent("--subnet 10.1.15.0/24,fd00:1:0:f::/64");
+    programmed();
+    agent.end(Signal::TERM);
+    let _agent = site.node.agent("");
+    let status = programmed();
+    assert_eq!(status["findings"], json!([]), "{status}");
 }
 
 #[test]

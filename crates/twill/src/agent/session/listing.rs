@@ -28,7 +28,8 @@ impl Session {
         let listed: BTreeSet<&str> = listing.entries.iter().map(|e| e.name.as_str()).collect();
         let mut known: BTreeSet<LeaseName> = self.leases.names().chain(self.kept.keys()).cloned().collect();
         if self.seen.is_none() {
-            known.extend(left_behind(network, &self.settings.state_dir));
+            let told = self.leases.names().map(|name| &**name).chain(listed.iter().copied());
+            known.extend(left_behind(network, &self.settings.state_dir, told));
         }
         let lacking: Vec<LeaseName> = known.iter().filter(|name| !listed.contains(&***name)).cloned().collect();
         let other = |cluster| cluster != listing.cluster_id;
@@ -117,17 +118,18 @@ pub(crate) fn kept_at_start(
     state_dir: &Path,
 ) -> Option<BTreeMap<LeaseName, Vec<Object>>> {
     let listed: BTreeSet<&str> = listing.entries.iter().map(|e| e.name.as_str()).collect();
-    let known = left_behind(network, state_dir);
+    let known = left_behind(network, state_dir, listed.iter().copied());
     let lacking: Vec<LeaseName> = known.iter().filter(|name| !listed.contains(&***name)).cloned().collect();
     let other = state.store.is_some_and(|cluster| cluster != listing.cluster_id);
     is_strange(listed.len(), known.len(), lacking.len(), other).then(|| in_kernel(&lacking, &tunnels(network)))
 }
 
-/// Lease names of the peers that an earlier run left in the kernel and in its tunnel.
-fn left_behind(network: &Network, state_dir: &Path) -> Vec<LeaseName> {
+/// Lease names of the peers that an earlier run left in the kernel and in its tunnel. A subnet tells its lease's whole name where that
+/// is among those told, the last of them; else it stands for itself.
+fn left_behind<'a>(network: &Network, state_dir: &Path, told: impl Iterator<Item = &'a str>) -> BTreeSet<LeaseName> {
     let devices = tunnels(network);
     let Ok(kernel) = LinuxKernel::open(Interest { devices: Some(BTreeSet::new()), ..Default::default() }) else {
-        return Vec::new();
+        return BTreeSet::new();
     };
     let on_ours = |dst: &Route| {
         dst.entries.first().is_some_and(|e| e.via.is_some() && e.dev.is_some_and(|d| devices.contains(&d)))
@@ -136,9 +138,19 @@ fn left_behind(network: &Network, state_dir: &Path) -> Vec<LeaseName> {
         Object::Route(r) if on_ours(r) => Some(r.key.dst),
         _ => None,
     });
+    let names: BTreeMap<Prefix, &str> = told.flat_map(|name| subnets(name).map(move |subnet| (subnet, name))).collect();
+    let name = |subnet: Prefix| {
+        let [v4, v6] = [true, false].map(|v4| Some(subnet).filter(|subnet| subnet.is_v4() == v4));
+        names.get(&subnet).map_or_else(|| LeaseKey { v4, v6 }.to_string(), |name| (*name).to_owned())
+    };
     let tunnel = super::super::tunnel::remembered(&super::super::tunnel::path(state_dir));
     let tunnel = tunnel.into_iter().flat_map(|memory| memory.peers).map(|peer| peer.name);
-    routes.map(|dst| format!("{}-{}", dst.addr(), dst.len())).chain(tunnel).map(LeaseName::from).collect()
+    routes.map(name).chain(tunnel).map(LeaseName::from).collect()
+}
+
+/// The subnets that a lease's name tells.
+fn subnets(name: &str) -> impl Iterator<Item = Prefix> + use<> {
+    name.parse().into_iter().flat_map(|key: LeaseKey| key.subnets())
 }
 
 /// The tunnel devices of all families in use; the own subnets need not be known yet.
@@ -151,7 +163,6 @@ fn in_kernel(names: &[LeaseName], devices: &[LinkName]) -> BTreeMap<LeaseName, V
     let interest = Interest { devices: Some(devices.iter().copied().collect()), ..Interest::default() };
     let Ok(kernel) = LinuxKernel::open(interest) else { return BTreeMap::new() };
     let have = kernel.mirror();
-    let subnets = |name: &LeaseName| name.parse().map_or_else(|_| Vec::new(), |key: LeaseKey| key.subnets().collect());
     let mut by_subnet = BTreeMap::<Prefix, Vec<Object>>::new();
     for (_, object) in have.iter() {
         let Object::Route(route) = object else { continue };
@@ -168,7 +179,7 @@ fn in_kernel(names: &[LeaseName], devices: &[LinkName]) -> BTreeMap<LeaseName, V
         }
     }
     let kept = |name: &LeaseName| {
-        let objects = subnets(name).into_iter().flat_map(|subnet| by_subnet.remove(&subnet)).flatten().collect();
+        let objects = subnets(name).flat_map(|subnet| by_subnet.remove(&subnet)).flatten().collect();
         (name.clone(), objects)
     };
     names.iter().map(kept).collect()
