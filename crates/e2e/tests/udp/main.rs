@@ -533,6 +533,36 @@ fn killed_and_started_again_the_tunnel_needs_no_store() {
 }
 
 #[test]
+fn a_listing_that_lacks_everybody_takes_no_peer_from_the_tunnel() {
+    let Some((mut net, dir)) = running() else { return };
+    eventually("the tunnel is remembered", || {
+        let text = std::fs::read_to_string(net.site(1).file("state/tunnel.json")).unwrap_or_default();
+        if text.contains("100.96.2.0-24") { Ok(()) } else { Err(text) }
+    });
+    net.kill_store();
+    for number in [1, 2] {
+        net.site_mut(number).stop(Signal::KILL);
+    }
+    // Another store under the same address: other cluster, nothing in it.
+    std::fs::rename(dir.path().join("store"), dir.path().join("store.lost")).unwrap();
+    net.start_store();
+    assert!(net.etcdctl(&["put", "/coreos.com/network/config", twill_e2e::overlay::CONFIG]).status.success());
+    net.site_mut(1).start("");
+    let await_peers = |count: u64| {
+        eventually(&format!("the tunnel reaches {count} peers"), || {
+            let status = net.site(1).status();
+            let strange = status["findings"].to_string().contains("strange-listing");
+            let right = status["state"] == "running" && status["peers"] == count && strange == (count > 0);
+            if right { Ok(()) } else { Err((status.to_string(), net.site(1).log())) }
+        });
+    };
+    await_peers(1);
+    assert!(std::fs::read_to_string(net.site(1).file("state/tunnel.json")).unwrap().contains("100.96.2.0-24"));
+    net.site(1).twill("resync --accept").1.unwrap();
+    await_peers(0);
+}
+
+#[test]
 fn what_the_pumps_count_is_what_strace_counts() {
     let Some((bed, dir)) = place().filter(|_| installed("strace")) else { return };
     let mut net = Overlay::new(bed, dir.path());

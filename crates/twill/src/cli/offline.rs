@@ -107,8 +107,9 @@ fn compute(settings: &Settings) -> anyhow::Result<Plan> {
             wanted.set_peer(name, reach.objects);
         }
     }
-    for (name, objects) in kept.iter().flatten() {
-        wanted.set_peer(name, objects.clone());
+    for (name, reach) in kept.iter().flatten() {
+        members.extend(reach.tunnel.iter().map(|peer| peer.host));
+        wanted.set_peer(name, reach.objects.clone());
     }
     wanted.set_members(members);
     let mut plan = against_kernel(wanted, &network)?;

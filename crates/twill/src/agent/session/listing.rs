@@ -1,8 +1,9 @@
-//! Which listings are believed. One that is strange withdraws nothing: what an earlier run knew is kept as it stands in the kernel.
+//! Which listings are believed. One that is strange withdraws nothing: what an earlier run knew is kept as it stands.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use twill_core::backend::{Reach, TunnelPeer};
 use twill_core::host::{Few, Key, Object, Route};
 use twill_core::lease::LeaseKey;
 use twill_core::lease_set::LeaseName;
@@ -13,6 +14,7 @@ use twill_store::Listing;
 
 use super::super::compose::Network;
 use super::super::reconciler::Order;
+use super::super::tunnel;
 use super::Session;
 
 /// A listing that lacks so many known peers, and more than half of them, withdraws nothing.
@@ -55,7 +57,7 @@ impl Session {
             self.prune &= !first;
             if first {
                 let names = lacking.iter().filter(|name| self.leases.lease(name).is_none()).cloned();
-                self.kept = in_kernel(&Vec::from_iter(names), &tunnels(network));
+                self.kept = as_it_stands(&Vec::from_iter(names), network, &self.settings.state_dir);
             }
             // What has come back since is withheld no more.
             self.withheld.retain(|name| !listed.contains(&**name));
@@ -116,12 +118,12 @@ pub(crate) fn kept_at_start(
     network: &Network,
     state: &State,
     state_dir: &Path,
-) -> Option<BTreeMap<LeaseName, Vec<Object>>> {
+) -> Option<BTreeMap<LeaseName, Reach>> {
     let listed: BTreeSet<&str> = listing.entries.iter().map(|e| e.name.as_str()).collect();
     let known = left_behind(network, state_dir, listed.iter().copied());
     let lacking: Vec<LeaseName> = known.iter().filter(|name| !listed.contains(&***name)).cloned().collect();
     let other = state.store.is_some_and(|cluster| cluster != listing.cluster_id);
-    is_strange(listed.len(), known.len(), lacking.len(), other).then(|| in_kernel(&lacking, &tunnels(network)))
+    is_strange(listed.len(), known.len(), lacking.len(), other).then(|| as_it_stands(&lacking, network, state_dir))
 }
 
 /// Lease names of the peers that an earlier run left in the kernel and in its tunnel. A subnet tells its lease's whole name where that
@@ -143,9 +145,12 @@ fn left_behind<'a>(network: &Network, state_dir: &Path, told: impl Iterator<Item
         let [v4, v6] = [true, false].map(|v4| Some(subnet).filter(|subnet| subnet.is_v4() == v4));
         names.get(&subnet).map_or_else(|| LeaseKey { v4, v6 }.to_string(), |name| (*name).to_owned())
     };
-    let tunnel = super::super::tunnel::remembered(&super::super::tunnel::path(state_dir));
-    let tunnel = tunnel.into_iter().flat_map(|memory| memory.peers).map(|peer| peer.name);
-    routes.map(name).chain(tunnel).map(LeaseName::from).collect()
+    routes.map(name).chain(in_tunnel(state_dir).map(|peer| peer.name)).map(LeaseName::from).collect()
+}
+
+/// The peers of the tunnel that ran last.
+fn in_tunnel(state_dir: &Path) -> impl Iterator<Item = TunnelPeer> + use<> {
+    tunnel::remembered(&tunnel::path(state_dir)).into_iter().flat_map(|memory| memory.peers)
 }
 
 /// The subnets that a lease's name tells.
@@ -158,12 +163,23 @@ fn tunnels(network: &Network) -> Vec<LinkName> {
     network.cx.networks.iter().flat_map(|n| network.backend.devices(&[*n])).collect()
 }
 
-/// What stands in the kernel for these leases on these devices: routes with their neighbours and forwarding entries.
-fn in_kernel(names: &[LeaseName], devices: &[LinkName]) -> BTreeMap<LeaseName, Vec<Object>> {
-    let interest = Interest { devices: Some(devices.iter().copied().collect()), ..Interest::default() };
-    let Ok(kernel) = LinuxKernel::open(interest) else { return BTreeMap::new() };
-    let have = kernel.mirror();
+/// What stands for these leases, in the kernel and in the tunnel.
+fn as_it_stands(names: &[LeaseName], network: &Network, state_dir: &Path) -> BTreeMap<LeaseName, Reach> {
+    let mut by_subnet = in_kernel(&tunnels(network));
+    let mut peers: BTreeMap<String, TunnelPeer> = in_tunnel(state_dir).map(|peer| (peer.name.clone(), peer)).collect();
+    let mut kept = |name: &LeaseName| {
+        let objects = subnets(name).flat_map(|subnet| by_subnet.remove(&subnet)).flatten().collect();
+        (name.clone(), Reach { objects, tunnel: peers.remove(&**name), fault: None })
+    };
+    names.iter().map(&mut kept).collect()
+}
+
+/// Routes on these devices with their neighbours and forwarding entries.
+fn in_kernel(devices: &[LinkName]) -> BTreeMap<Prefix, Vec<Object>> {
     let mut by_subnet = BTreeMap::<Prefix, Vec<Object>>::new();
+    let interest = Interest { devices: Some(devices.iter().copied().collect()), ..Interest::default() };
+    let Ok(kernel) = LinuxKernel::open(interest) else { return by_subnet };
+    let have = kernel.mirror();
     for (_, object) in have.iter() {
         let Object::Route(route) = object else { continue };
         let Some(entry) = route.entries.as_slice().iter().find(|e| e.dev.is_some_and(|dev| devices.contains(&dev)))
@@ -178,9 +194,5 @@ fn in_kernel(names: &[LeaseName], devices: &[LinkName]) -> BTreeMap<LeaseName, V
             objects.extend(neigh.mac.and_then(|mac| have.get(&Key::Fdb(dev, mac))).cloned());
         }
     }
-    let kept = |name: &LeaseName| {
-        let objects = subnets(name).flat_map(|subnet| by_subnet.remove(&subnet)).flatten().collect();
-        (name.clone(), objects)
-    };
-    names.iter().map(kept).collect()
+    by_subnet
 }

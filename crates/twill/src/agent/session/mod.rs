@@ -25,7 +25,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use twill_core::backend::{Reach, Rule};
 use twill_core::config::NetworkConfig;
-use twill_core::host::{HostState, Object};
+use twill_core::host::HostState;
 use twill_core::lease::Lease;
 use twill_core::lease_set::{LeaseName, LeaseSet};
 use twill_core::net::{Inet, Prefix};
@@ -89,8 +89,8 @@ pub(crate) struct Session {
     faults: BTreeMap<LeaseName, Finding>,
     /// Leases that a strange listing lacked: kept until it is accepted.
     withheld: BTreeSet<LeaseName>,
-    /// Those of them that an earlier run knew: what stands in the kernel for them, kept as if their leases said so.
-    kept: BTreeMap<LeaseName, Vec<Object>>,
+    /// Those of them that an earlier run knew: what stands for them in the kernel and the tunnel, kept as if their leases said so.
+    kept: BTreeMap<LeaseName, Reach>,
     seen: Option<(u64, i64)>,
     /// The underlay's addresses when the store was last asked.
     asked_from: [Option<Inet>; 2],
@@ -198,10 +198,8 @@ impl Session {
             if *name == *own_name {
                 continue;
             }
-            let mut reach = network.reach(&self.leases, &name).unwrap_or_else(|| Reach {
-                objects: self.kept.get(&name).cloned().unwrap_or_default(),
-                ..Reach::default()
-            });
+            let reach = network.reach(&self.leases, &name).or_else(|| self.kept.get(&name).cloned());
+            let mut reach = reach.unwrap_or_default();
             match reach.fault.take() {
                 Some(fault) => {
                     let finding = compose::of_lease(&fault);
