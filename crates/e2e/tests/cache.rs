@@ -95,7 +95,7 @@ fn what_a_reboot_takes_away_is_back_before_the_store_is() {
     node.finding("store-away");
     let finding = node.finding("listing-cached");
     let evidence = finding["evidence"].as_str().unwrap();
-    assert!(evidence.contains("2 leases") && evidence.contains("2 h ago"), "{finding}");
+    assert!(evidence.contains("came 2 h ago, with 2 leases"), "{finding}");
     assert_ne!(finding["fix"], "");
     // What is altered meanwhile is repaired, as ever.
     node.host.ip("route del 10.1.40.0/24");

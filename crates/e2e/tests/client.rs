@@ -252,3 +252,57 @@ fn the_next_endpoint_is_asked_when_one_is_dead_or_dies() {
     let status: Value = serde_json::from_str(&out).unwrap();
     assert_eq!((code, &status["store"]["state"]), (0, &Value::from("up")), "{status:#} {err}");
 }
+
+#[test]
+fn a_store_that_lists_and_takes_nothing_keeps_no_node_from_its_repairs() {
+    if !installed("etcd") || !installed("etcdctl") {
+        return;
+    }
+    let Some(bed) = Bed::new() else { return };
+    let (host, _other) = host(&bed);
+    let dir = tempfile::tempdir().unwrap();
+    let _server = etcd(&host, &dir.path().join("etcd"), "http://127.0.0.1:2379", &[]);
+    eventually("etcd answers", || etcdctl(&host, &["put", "/mine/config", CONFIG]));
+    let peer =
+        r#"{"PublicIP":"10.168.0.9","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:09"}}"#;
+    etcdctl(&host, &["put", "/mine/subnets/10.1.200.0-24", peer]).unwrap();
+    drop(agent(&host, dir.path(), "--prefix /mine"));
+    for words in [
+        "user add root:secret",
+        "role add root",
+        "user grant-role root root",
+        "user add twill:pass-word",
+        "role add network",
+        "role grant-permission --prefix network read /mine/",
+        "user grant-role twill network",
+        "auth enable",
+    ] {
+        etcdctl(&host, &words.split_whitespace().collect::<Vec<_>>()).unwrap();
+    }
+    let leases = || etcdctl(&host, &["--user", "root:secret", "get", "--prefix", "/mine/subnets/"]).unwrap();
+    let before = leases();
+    let password = dir.path().join("password");
+    std::fs::write(&password, "pass-word\n").unwrap();
+    host.ip("link del flannel.1");
+    std::fs::remove_file(dir.path().join("subnet.env")).unwrap();
+    std::fs::remove_file(dir.path().join("state/cache.json")).unwrap_or_default();
+    // Its lease is to say another address, and cannot.
+    let us = format!("--prefix /mine --user twill --password-file {} --public-ip 10.168.0.7", password.display());
+    let _agent = agent(&host, dir.path(), &us);
+    let run = dir.path().join("run").display().to_string();
+    let status = || twill(&host, &format!("status --run-dir {run}")).1;
+    eventually("the peer's route is back, and status says by what", || {
+        let (routes, said) = (host.run("ip route show 10.1.200.0/24"), status());
+        let right =
+            routes.contains("dev flannel.1") && said.contains("store-denied") && said.contains("listing-cached");
+        if right { Ok(()) } else { Err((routes, said)) }
+    });
+    assert_eq!(leases(), before, "no lease is taken by it");
+    let grant = "--user root:secret role grant-permission --prefix network readwrite /mine/";
+    etcdctl(&host, &grant.split_whitespace().collect::<Vec<_>>()).unwrap();
+    eventually("the lease says what is true, and nothing is left to say", || {
+        let (now, said) = (leases(), status());
+        let right = now.contains("10.168.0.7") && !said.contains("store-denied") && !said.contains("listing-cached");
+        if right { Ok(()) } else { Err((now, said)) }
+    });
+}

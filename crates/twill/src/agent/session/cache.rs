@@ -50,7 +50,7 @@ pub(super) struct Cache {
     held: Option<Held>,
 }
 
-/// What an earlier run has left.
+/// What is gone by.
 struct Held {
     config: NetworkConfig,
     at: u64,
@@ -184,12 +184,15 @@ impl Session {
         })
     }
 
-    /// The store is away, and has listed nothing since the agent's start: what it said last is wanted.
+    /// The store is away, and this agent has not come as far as a lease since its start: what the store said last is wanted.
     pub(super) async fn go_by_cache(&mut self) {
-        if self.seen.is_some() {
+        if self.established {
             return;
         }
-        if !std::mem::replace(&mut self.cache.looked_for, true) {
+        if self.seen.is_some() {
+            // It has listed everything, and went away after that.
+            self.cache.held = self.cache.held.take().or_else(|| self.held_listing());
+        } else if !std::mem::replace(&mut self.cache.looked_for, true) {
             match self.read_cache() {
                 Ok(held) => self.cache.held = held,
                 Err(reason) => self.leave_cache(&reason),
@@ -207,11 +210,7 @@ impl Session {
                 return self.show_cached(&format!("nothing is made or repaired by it: {why}"), at, leases);
             }
         };
-        let Choice::Keep(own) = self.choose(&network, &config, 0) else {
-            self.leases = LeaseSet::default();
-            self.cache.held = None;
-            return self.leave_cache("no lease in it is this node's");
-        };
+        let Choice::Keep(own) = self.choose(&network, &config, 0) else { return self.leave_leases() };
         network.take(&own.key, Some(&own));
         let now = Some((LeaseName::from(own.key.to_string()), network.cx.clone()));
         if before != now {
@@ -219,7 +218,7 @@ impl Session {
             // Whoever is not in it may be known to the kernel alone.
             self.prune = false;
             self.establish(&network, &own).await;
-            let all: Vec<LeaseName> = self.leases.names().cloned().collect();
+            let all: Vec<LeaseName> = self.leases.names().chain(self.kept.keys()).cloned().collect();
             self.send_peers(&network, &own, all);
             self.cache.held = Some(Held { config, at, leases, own: now });
         }
@@ -240,6 +239,21 @@ impl Session {
         Ok(Some(Held { config, at, leases: self.leases.len(), own: None }))
     }
 
+    /// The listing that was taken last.
+    fn held_listing(&self) -> Option<Held> {
+        let (config, _) = NetworkConfig::parse(self.cache.config.as_ref()?.as_bytes()).ok()?;
+        Some(Held { config, at: now(), leases: self.leases.len(), own: None })
+    }
+
+    /// None of the leases is this node's, and none is to be taken.
+    fn leave_leases(&mut self) {
+        self.cache.held = None;
+        if self.seen.is_none() {
+            self.leases = LeaseSet::default();
+            self.leave_cache("no lease in it is this node's");
+        }
+    }
+
     fn leave_cache(&self, reason: &str) {
         tracing::warn!(file = %self.cache.file.display(), "what the store said last is left aside: {reason}");
     }
@@ -247,7 +261,7 @@ impl Session {
     fn show_cached(&self, what: &str, at: u64, leases: usize) {
         let age =
             now().checked_sub(at).map_or_else(|| "at a time that this host's clock has yet to come to".into(), ago);
-        let evidence = format!("a listing of {leases} leases, written down {age}, is the last that is known: {what}");
+        let evidence = format!("the last listing that is known came {age}, with {leases} leases: {what}");
         self.find("listing-cached", "store", &evidence, "make the store answer (store-away): its word holds at once");
     }
 }

@@ -96,6 +96,8 @@ pub(crate) struct Session {
     asked_from: [Option<Inet>; 2],
     /// The first listing may prune what an earlier run left; a strange one may not.
     prune: bool,
+    /// What a listing and the own lease make necessary was ordered once.
+    established: bool,
     /// What was last said of a store that is away.
     last_away: &'static str,
     /// What is waited for, by code and message.
@@ -134,6 +136,7 @@ impl Session {
             seen: None,
             asked_from: [None; 2],
             prune: true,
+            established: false,
             last_away: "",
             waiting: None,
             correct: None,
@@ -176,6 +179,8 @@ impl Session {
         let concerned = self.take_listing(listing, &network);
         let Some(own) = self.acquire(&mut network, &config).await? else { return Ok(End::Again) };
         self.establish(&network, &own).await;
+        self.established = true;
+        self.unfind("listing-cached");
         let all: BTreeSet<LeaseName> = self.leases.names().chain(self.kept.keys()).cloned().chain(concerned).collect();
         self.send_peers(&network, &own, all);
         if self.prune {

@@ -97,7 +97,6 @@ impl Session {
     /// The store has listed all leases.
     pub(super) fn say_up(&mut self, revision: i64) {
         self.say_reached();
-        self.unfind("listing-cached");
         CONFIG_FINDINGS.iter().for_each(|code| self.unfind(code));
         if let Ok(mut view) = self.view.lock() {
             view.store.revision = revision;
