@@ -189,15 +189,7 @@ impl Session {
         if self.established {
             return;
         }
-        if self.seen.is_some() {
-            // It has listed everything, and went away after that.
-            self.cache.held = self.cache.held.take().or_else(|| self.held_listing());
-        } else if !std::mem::replace(&mut self.cache.looked_for, true) {
-            match self.read_cache() {
-                Ok(held) => self.cache.held = held,
-                Err(reason) => self.leave_cache(&reason),
-            }
-        }
+        self.look_for_cache();
         let Some(Held { config, at, leases, own }) = &self.cache.held else { return };
         let (config, at, leases, before) = (config.clone(), *at, *leases, own.clone());
         let host = self.host.borrow().clone();
@@ -212,19 +204,31 @@ impl Session {
         };
         let Choice::Keep(own) = self.choose(&network, &config, 0) else { return self.leave_leases() };
         network.take(&own.key, Some(&own));
-        let now = Some((LeaseName::from(own.key.to_string()), network.cx.clone()));
-        if before != now {
+        let stands = Some((LeaseName::from(own.key.to_string()), network.cx.clone()));
+        if before != stands {
             tracing::info!(subnet = %own.key, leases, "what the store said last holds until it answers");
             // Whoever is not in it may be known to the kernel alone.
             self.prune = false;
             self.establish(&network, &own).await;
             let all: Vec<LeaseName> = self.leases.names().chain(self.kept.keys()).cloned().collect();
             self.send_peers(&network, &own, all);
-            self.cache.held = Some(Held { config, at, leases, own: now });
+            self.cache.held = Some(Held { config, at, leases, own: stands });
         }
         self.waits_no_more();
         self.set_state("running");
         self.show_cached("this node goes by it, takes no lease and withdraws nothing", at, leases);
+    }
+
+    /// What is to be gone by: what this agent has listed itself, or an earlier one.
+    fn look_for_cache(&mut self) {
+        if self.seen.is_some() {
+            self.cache.held = self.cache.held.take().or_else(|| self.held_listing());
+        } else if !std::mem::replace(&mut self.cache.looked_for, true) {
+            match self.read_cache() {
+                Ok(held) => self.cache.held = held,
+                Err(reason) => self.leave_cache(&reason),
+            }
+        }
     }
 
     /// What the store said last, taken in as its listing would be; `None`: nothing is known of that.
