@@ -40,12 +40,17 @@ fn edit(node: &Node, change: impl FnOnce(&mut Value)) {
 /// A node with these peers whose agent was killed after its store.
 fn orphan(peers: &[u8]) -> Option<(Node, tempfile::TempDir)> {
     let (mut node, dir) = node()?;
+    // As one that was killed while it wrote has left it.
+    let half = node.file("state/.cache.json.4194305");
+    std::fs::create_dir_all(node.file("state")).unwrap();
+    std::fs::write(&half, "{").unwrap();
     peers.iter().for_each(|n| node.put_peer(*n));
     let agent = node.agent("--subnet 10.1.15.0/24");
     peers.iter().for_each(|n| node.await_peer(*n, true));
     let mut names = vec!["10.1.15.0-24".to_owned()];
     names.extend(peers.iter().map(|n| format!("10.1.{n}.0-24")));
     await_cached(&node.file("state/cache.json"), &names.iter().map(String::as_str).collect::<Vec<_>>());
+    eventually("nothing half made is left", || if half.exists() { Err(node.log("agent.log")) } else { Ok(()) });
     node.kill_store();
     agent.end(Signal::KILL);
     Some((node, dir))

@@ -161,6 +161,8 @@ impl Session {
             let written = files::write_atomic(&file, &bytes, 0o600);
             drop(bytes);
             process::trim_heap();
+            // What an agent has left that was killed while it wrote.
+            files::left_beside(&file)?.iter().for_each(|left| drop(std::fs::remove_file(left)));
             written
         }));
     }
