@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use crate::backend::{Refusal, Underlay};
-use crate::host::{Addr, HostState, Key, Link, Object, Route, TABLE_MAIN};
+use crate::host::{Addr, HostState, Key, Link, LinkKind, Object, Route, TABLE_MAIN};
 use crate::net::{Inet, LinkName};
 
 /// The wishes of flags and file, as text: names or addresses, in order of preference.
@@ -45,8 +45,7 @@ pub fn choose(host: &HostState, wishes: &Wishes) -> Result<Chosen, Refusal> {
     };
     let (v4, v6): (Option<Inet>, Option<Inet>) = (of_family(true), of_family(false));
     if v4.is_none() && v6.is_none() {
-        let fix = format!("give it one: ip addr add ADDRESS/LEN dev {}", link.name);
-        return Err(refusal("iface-without-address", format!("interface {} has no global address", link.name), fix));
+        return Err(without_address(host, link));
     }
     let public = |v4: bool| wishes.public.iter().copied().find(|ip| ip.is_ipv4() == v4);
     let mtu = link.mtu.ok_or_else(|| {
@@ -72,9 +71,40 @@ fn by_wish<'h>(host: &'h HostState, wishes: &[String]) -> Result<(&'h Link, Stri
             return Ok((link, format!("--iface {wish} names it")));
         }
     }
-    let have: Vec<&str> = links(host).filter(|l| l.name.as_str() != "lo").map(|l| l.name.as_str()).collect();
     let message = format!("no interface is, or has the address, {}", wishes.join(" or "));
-    Err(refusal("iface-missing", message, format!("this host has: {}", have.join(", "))))
+    Err(refusal("iface-missing", message, name_another(host)))
+}
+
+fn without_address(host: &HostState, link: &Link) -> Refusal {
+    if is_loopback(link) {
+        let message = format!("interface {} has no global address: it leads to this host alone", link.name);
+        return refusal("iface-without-address", message, name_another(host));
+    }
+    let another = candidates(host).map_or_else(String::new, |names| format!("; or {names}"));
+    let fix = format!("give it one: ip addr add ADDRESS/LEN dev {}{another}", link.name);
+    refusal("iface-without-address", format!("interface {} has no global address", link.name), fix)
+}
+
+/// The way out where a device cannot be used.
+fn name_another(host: &HostState) -> String {
+    candidates(host).unwrap_or_else(|| "give a device an address: ip addr add ADDRESS/LEN dev NAME".into())
+}
+
+/// The devices that can be named instead, with their addresses; `None`: there is none.
+fn candidates(host: &HostState) -> Option<String> {
+    let global = |link: &Link| {
+        let all = addresses(host, link.name).filter(|a| a.scope == 0).map(|a| a.inet.addr.to_string());
+        all.collect::<Vec<_>>().join(", ")
+    };
+    // A tunnel is what the underlay carries.
+    let carriers = |link: &&Link| !is_loopback(link) && !matches!(link.kind, LinkKind::Vxlan(_) | LinkKind::Tun);
+    let named = links(host).filter(carriers).map(|link| (link.name, global(link)));
+    let list: Vec<_> = named.filter(|(_, all)| !all.is_empty()).map(|(name, all)| format!("{name} ({all})")).collect();
+    (!list.is_empty()).then(|| format!("name with --iface one that has an address: {}", list.join(", ")))
+}
+
+fn is_loopback(link: &Link) -> bool {
+    link.name.as_str() == "lo"
 }
 
 fn by_default_route(host: &HostState) -> Result<(&Link, String), Refusal> {
@@ -86,15 +116,8 @@ fn by_default_route(host: &HostState) -> Result<(&Link, String), Refusal> {
     let best = defaults
         .filter_map(|route| Some((route.key.metric, host.link(dev(route)?)?)))
         .min_by_key(|(metric, _)| *metric);
-    best.map(|(metric, link)| (link, format!("it has the default route with the lowest metric ({metric})"))).ok_or_else(
-        || {
-            refusal(
-                "iface-missing",
-                "no interface has a default route".into(),
-                "name one with --iface NAME or --iface ADDRESS".into(),
-            )
-        },
-    )
+    best.map(|(metric, link)| (link, format!("it has the default route with the lowest metric ({metric})")))
+        .ok_or_else(|| refusal("iface-missing", "no interface has a default route".into(), name_another(host)))
 }
 
 fn links(host: &HostState) -> impl Iterator<Item = &Link> {

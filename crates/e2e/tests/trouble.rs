@@ -69,6 +69,32 @@ fn an_interface_that_is_missing_down_or_without_address_is_waited_for() {
 }
 
 #[test]
+fn an_interface_that_cannot_carry_is_answered_with_those_that_can() {
+    let Some((node, _dir)) = node() else { return };
+    node.host.ip("link add empty0 type bridge");
+    node.host.ip("link set empty0 up");
+    let hint = |iface: &str| {
+        let check = node.twill_json(&format!("agent --check --iface {iface}"));
+        let found = check["findings"].as_array().unwrap().iter().find(|f| f["object"] == "underlay").cloned();
+        let found = found.unwrap_or_else(|| panic!("{iface}: {check}"));
+        (found["code"].as_str().unwrap().to_owned(), found["fix"].as_str().unwrap().to_owned())
+    };
+    let another = "name with --iface one that has an address: eth0 (10.168.0.2)";
+    for (iface, code, fix) in [
+        ("lo", "iface-without-address", another.to_owned()),
+        ("127.0.0.1", "iface-without-address", another.to_owned()),
+        ("nowhere", "iface-missing", another.to_owned()),
+        ("empty0", "iface-without-address", format!("give it one: ip addr add ADDRESS/LEN dev empty0; or {another}")),
+    ] {
+        assert_eq!(hint(iface), (code.into(), fix), "{iface}");
+    }
+    // Where nothing has an address yet there is nothing to name.
+    node.host.ip("addr flush dev eth0");
+    let fix = "give a device an address: ip addr add ADDRESS/LEN dev NAME";
+    assert_eq!(hint("lo"), ("iface-without-address".into(), fix.into()));
+}
+
+#[test]
 fn an_overlap_and_the_lack_of_a_free_subnet_are_waited_for() {
     let Some((node, _dir)) = node() else { return };
     node.put(
