@@ -447,6 +447,28 @@ fn an_own_lease_that_is_deleted_or_overwritten_is_taken_again_or_given_up() {
 }
 
 #[test]
+fn a_store_that_was_not_asked_yet_is_not_away() {
+    let Some((mut node, _dir)) = node() else { return };
+    let store = |node: &Node, state: &str, words: &str| {
+        eventually(&format!("the store is {state}"), || {
+            let status = node.status();
+            if status["store"]["state"] == state { Ok(()) } else { Err((status.to_string(), node.log("agent.log"))) }
+        });
+        let text = node.twill("status").1.unwrap();
+        assert!(text.contains(words), "{text}");
+    };
+    // Without an underlay nobody asks it.
+    node.host.ip("addr flush dev eth0");
+    node.kill_store();
+    let _agent = node.agent_at_once("");
+    node.finding("iface-without-address");
+    store(&node, "not-asked", "http://127.0.0.1:2379 not asked yet");
+    node.host.ip("addr add 10.168.0.2/24 dev eth0");
+    told(&node, "store-away", &["127.0.0.1:2379"]);
+    store(&node, "away", "http://127.0.0.1:2379 away at revision 0");
+}
+
+#[test]
 fn a_store_that_is_away_stops_neither_repairs_nor_the_way_out() {
     let Some((mut node, _dir)) = node() else { return };
     node.put_peer(40);

@@ -134,7 +134,7 @@ fn show(view: &Mutex<View>, state: &State, store: &twill_store::EtcdStore) {
     if let Ok(mut view) = view.lock() {
         view.node = state.node.to_string();
         view.store =
-            StoreView { endpoints: store.endpoints(), state: "away".into(), revision: 0, open: store.is_open() };
+            StoreView { endpoints: store.endpoints(), state: "not-asked".into(), revision: 0, open: store.is_open() };
     }
 }
 

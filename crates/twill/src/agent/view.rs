@@ -103,7 +103,7 @@ pub(crate) fn counters(gauge: &Gauge, guarded: bool) -> Snapshot {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct StoreView {
     pub(crate) endpoints: String,
-    /// `up` or `away`.
+    /// `not-asked`, `connecting` (asked for the first time), `up` or `away`.
     pub(crate) state: String,
     /// Newest revision that was heard of.
     pub(crate) revision: i64,

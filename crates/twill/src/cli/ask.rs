@@ -101,10 +101,12 @@ fn describe(view: &View) -> String {
         lines.push(format!("underlay  {} {addresses}, MTU {mtu}: {}", underlay.interface, underlay.why));
     }
     let open = if view.store.open { ", nothing authenticates" } else { "" };
-    lines.push(format!(
-        "store     {} {} at revision {}{open}",
-        view.store.endpoints, view.store.state, view.store.revision
-    ));
+    let state = match view.store.state.as_str() {
+        "not-asked" => "not asked yet".to_owned(),
+        "connecting" => "connecting, no answer yet".to_owned(),
+        state => format!("{state} at revision {}", view.store.revision),
+    };
+    lines.push(format!("store     {} {state}{open}", view.store.endpoints));
     if let Some(tunnel) = &view.tunnel {
         lines.extend(describe_tunnel(tunnel));
     }

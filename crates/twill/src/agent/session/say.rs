@@ -70,6 +70,15 @@ impl Session {
         }
     }
 
+    /// Neither an answer nor a failure is there yet.
+    pub(super) fn say_asked(&self) {
+        if let Ok(mut view) = self.view.lock()
+            && view.store.state == "not-asked"
+        {
+            view.store.state = "connecting".into();
+        }
+    }
+
     pub(super) fn say_away(&mut self, error: &StoreError) {
         let message = error.to_string();
         if self.last_away != error.code() {

@@ -29,6 +29,7 @@ impl Session {
             };
             self.show_underlay(&chosen);
             self.has_moved(&chosen.underlay);
+            self.say_asked();
             let raw = self.ask_config().await?;
             self.say_reached();
             let Some(raw) = raw else {
