@@ -95,6 +95,29 @@ fn an_interface_that_cannot_carry_is_answered_with_those_that_can() {
 }
 
 #[test]
+fn files_that_cannot_be_written_are_written_as_soon_as_they_can() {
+    let Some((node, _dir)) = node() else { return };
+    let _agent = node.agent("--subnet 10.1.15.0/24");
+    runs(&node, "10.1.15.0/24");
+    // A file where the folder was, and a folder where the file was: neither yields to root.
+    let (state, env) = (node.file("state"), node.file("subnet.env"));
+    std::fs::rename(&state, node.file("state-away")).unwrap();
+    std::fs::write(&state, "").unwrap();
+    std::fs::remove_file(&env).unwrap();
+    std::fs::create_dir(&env).unwrap();
+    node.host.ip("link set eth0 mtu 1400");
+    told(&node, "state-unwritable", &[]);
+    told(&node, "subnet-env-unwritable", &[]);
+    // Nothing but the disk changes from here on.
+    std::fs::remove_file(&state).unwrap();
+    std::fs::remove_dir(&env).unwrap();
+    runs(&node, "10.1.15.0/24");
+    let written = |file| std::fs::read_to_string(file).unwrap();
+    assert!(written(state.join("state.json")).contains("10.1.15.0/24"));
+    assert!(written(env).contains("FLANNEL_MTU=1350"));
+}
+
+#[test]
 fn an_overlap_and_the_lack_of_a_free_subnet_are_waited_for() {
     let Some((node, _dir)) = node() else { return };
     node.put(

@@ -7,9 +7,10 @@
 //! ```
 //!
 //! [`underlay`]: what the node stands on; [`listing`]: which listings are believed; [`cache`]: what the store said last, for a start without
-//! it; [`own`]: the own lease and what stands on it; [`say`]: waiting, and what `status` shows.
+//! it; [`own`]: the own lease and what stands on it; [`keep`]: its files; [`say`]: waiting, and what `status` shows.
 
 pub(crate) mod cache;
+mod keep;
 pub(crate) mod listing;
 mod own;
 mod say;
@@ -102,6 +103,8 @@ pub(crate) struct Session {
     last_away: &'static str,
     /// What is waited for, by code and message.
     waiting: Option<(&'static str, String)>,
+    /// Files that could not be written yet.
+    unwritten: keep::Unwritten,
     /// When our lease, altered by somebody, is to be put right, and when it last was.
     correct: Option<Instant>,
     corrected: Option<Instant>,
@@ -139,6 +142,7 @@ impl Session {
             established: false,
             last_away: "",
             waiting: None,
+            unwritten: keep::Unwritten::default(),
             correct: None,
             corrected: None,
         }
@@ -234,7 +238,7 @@ impl Session {
         let mut stream = self.store.watch(revision + 1).await?;
         let mut keepalive = tokio::time::interval_at(Instant::now() + KEEPALIVE, KEEPALIVE);
         loop {
-            let correct = self.correct;
+            let (correct, unwritten) = (self.correct, self.unwritten.due());
             tokio::select! {
                 told = stream.next() => {
                     let (revision, events) = match told {
@@ -261,6 +265,7 @@ impl Session {
                     }
                 }
                 told = self.cache.turn() => self.on_cache(told),
+                () = at(unwritten), if unwritten.is_some() => self.write_again(),
                 changed = self.host.changed() => {
                     if changed.is_err() {
                         return Ok(End::Left);

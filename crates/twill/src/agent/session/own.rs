@@ -1,7 +1,5 @@
 //! The own lease: taken, taken again, kept true; and what stands on it: device, address, files.
 
-use std::path::PathBuf;
-
 use tokio::sync::oneshot;
 use twill_core::alloc::{self, Choice};
 use twill_core::backend::Reach;
@@ -14,6 +12,7 @@ use twill_store::{StoreError, Swap};
 
 use super::super::compose::{self, Network};
 use super::super::reconciler::Order;
+use super::keep::{STATE, SUBNET_ENV};
 use super::{Session, TTL};
 
 impl Session {
@@ -181,6 +180,7 @@ impl Session {
         let (base, claim) = Network::way_out_alone(config, &self.state, self.settings.way_out);
         self.order(Order::Base { base, claim, tunnel: None, done: oneshot::channel().0 });
         self.order(Order::Prune);
+        self.need_not_write(&SUBNET_ENV);
         // Where there is none it need not go.
         let _ = std::fs::remove_file(&self.settings.subnet_file);
         if let Ok(mut view) = self.view.lock() {
@@ -191,19 +191,9 @@ impl Session {
 
     pub(super) fn save(&mut self) {
         let path = self.settings.state_dir.join("state.json");
-        let saved = self
-            .state
-            .to_json()
-            .map_err(std::io::Error::other)
-            .and_then(|bytes| files::write_atomic(&path, &bytes, 0o600));
-        match saved {
-            Ok(()) => self.unfind("state-unwritable"),
-            Err(e) => self.find(
-                "state-unwritable",
-                &path.display().to_string(),
-                &e.to_string(),
-                "make the folder writable, or name another with --state-dir",
-            ),
+        match self.state.to_json() {
+            Ok(bytes) => drop(self.write(&STATE, &path, bytes)),
+            Err(error) => tracing::error!(%error, "the state is no JSON"),
         }
     }
 
@@ -215,16 +205,11 @@ impl Session {
         };
         // Where we do not masquerade, docker and the bridge plugin shall.
         let env = SubnetEnv { v4: pair(true), v6: pair(false), mtu, ip_masq }.to_string();
-        let path: PathBuf = self.settings.subnet_file.clone();
+        let path = self.settings.subnet_file.clone();
         if self.subnet_env() == env {
-            return;
-        }
-        match files::write_atomic(&path, env.as_bytes(), 0o644) {
-            Ok(()) => tracing::info!(file = %path.display(), "wrote the subnet for container runtimes"),
-            Err(e) => {
-                let fix = "make the folder writable, or name another file with --subnet-file";
-                self.find("subnet-env-unwritable", &path.display().to_string(), &e.to_string(), fix);
-            }
+            self.need_not_write(&SUBNET_ENV);
+        } else if self.write(&SUBNET_ENV, &path, env.into_bytes()) {
+            tracing::info!(file = %path.display(), "wrote the subnet for container runtimes");
         }
     }
 }

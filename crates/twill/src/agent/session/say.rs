@@ -10,7 +10,7 @@ use twill_store::StoreError;
 
 use super::super::compose::Network;
 use super::super::view::UnderlayView;
-use super::{CONFIG_FINDINGS, Command, Session};
+use super::{CONFIG_FINDINGS, Command, Session, at};
 use crate::output::Failure;
 
 /// Why a family that the config names is left out: of each what holds is shown, whatever is waited for.
@@ -58,8 +58,10 @@ impl Session {
     async fn answer_until(&mut self, end: impl Future<Output = ()>, code: &'static str, why: &str) {
         tokio::pin!(end);
         loop {
+            let unwritten = self.unwritten.due();
             tokio::select! {
                 () = &mut end => return,
+                () = at(unwritten), if unwritten.is_some() => self.write_again(),
                 Some(command) = self.commands.recv() => match command {
                     Command::Peers(reply) => drop(reply.send(Vec::new())),
                     Command::Accept(reply) => drop(reply.send(0)),

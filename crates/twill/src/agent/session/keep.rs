@@ -1,0 +1,80 @@
+//! Files that the node writes, again and again where that fails: a full or read-only disk may be cured at any time, and nobody tells.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::time::Instant;
+use twill_kernel::files;
+
+use super::{Session, WAIT};
+
+/// A file of a node: the code of the finding while it cannot be written, its mode, and the way out.
+pub(super) struct Kind {
+    code: &'static str,
+    mode: u32,
+    fix: &'static str,
+}
+
+pub(super) const STATE: Kind =
+    Kind { code: "state-unwritable", mode: 0o600, fix: "make the folder writable, or name another with --state-dir" };
+pub(super) const SUBNET_ENV: Kind = Kind {
+    code: "subnet-env-unwritable",
+    mode: 0o644,
+    fix: "make the folder writable, or name another file with --subnet-file",
+};
+
+/// What is to be written still, by its finding's code.
+#[derive(Default)]
+pub(super) struct Unwritten {
+    files: BTreeMap<&'static str, (&'static Kind, PathBuf, Vec<u8>)>,
+    /// When all are tried next, and how long the wait for it is.
+    next: Option<(Instant, Duration)>,
+}
+
+impl Unwritten {
+    /// When they are to be tried again; `None`: nothing waits.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.next.map(|(at, _)| at)
+    }
+}
+
+impl Session {
+    /// Writes a file, now or as soon as that can be done; true: now.
+    pub(super) fn write(&mut self, kind: &'static Kind, path: &Path, bytes: Vec<u8>) -> bool {
+        match files::write_atomic(path, &bytes, kind.mode) {
+            Ok(()) => {
+                self.need_not_write(kind);
+                true
+            }
+            Err(error) => {
+                self.find(kind.code, &path.display().to_string(), &error.to_string(), kind.fix);
+                self.unwritten.files.insert(kind.code, (kind, path.to_owned(), bytes));
+                self.unwritten.next.get_or_insert_with(|| (Instant::now() + WAIT.0, WAIT.0));
+                false
+            }
+        }
+    }
+
+    /// The file stands as it shall, or shall not be there.
+    pub(super) fn need_not_write(&mut self, kind: &Kind) {
+        self.unfind(kind.code);
+        self.unwritten.files.remove(kind.code);
+        if self.unwritten.files.is_empty() {
+            self.unwritten.next = None;
+        }
+    }
+
+    /// Tries what could not be written, and waits longer for the next time.
+    pub(super) fn write_again(&mut self) {
+        if let Some((at, wait)) = &mut self.unwritten.next {
+            *wait = (*wait * 2).min(WAIT.1);
+            *at = Instant::now() + *wait;
+        }
+        for (kind, path, bytes) in std::mem::take(&mut self.unwritten.files).into_values() {
+            if self.write(kind, &path, bytes) {
+                tracing::info!(file = %path.display(), "it can be written again");
+            }
+        }
+    }
+}
