@@ -135,6 +135,80 @@ fn mutual_certificates_open_the_store_and_nothing_else_does() {
 }
 
 #[test]
+fn certificates_are_read_again_for_a_new_connection() {
+    if !installed("etcd") || !installed("etcdctl") || !installed("openssl") {
+        return;
+    }
+    let Some(bed) = Bed::new() else { return };
+    let (host, _other) = host(&bed);
+    let dir = tempfile::tempdir().unwrap();
+    let (d, url) = (dir.path().display().to_string(), "https://127.0.0.1:2379");
+    // Two authorities: what the second has signed is good for the second alone.
+    for authority in ["old", "new"] {
+        std::fs::create_dir(dir.path().join(authority)).unwrap();
+        for name in ["server", "node"] {
+            certificate(&dir.path().join(authority), name);
+        }
+    }
+    let serve = |of: &str| {
+        let flags = ["--client-cert-auth", "--trusted-ca-file={}/ca.pem", "--cert-file={}/server.pem"];
+        let flags: Vec<String> = flags.iter().map(|flag| flag.replace("{}", &format!("{d}/{of}"))).collect();
+        let key = format!("--key-file={d}/{of}/server-key.pem");
+        let flags: Vec<&str> = flags.iter().map(String::as_str).chain([key.as_str()]).collect();
+        etcd(&host, &dir.path().join("etcd"), url, &flags)
+    };
+    let ctl = |of: &str, words: &[&str]| {
+        let files = ["ca.pem", "node.pem", "node-key.pem"].map(|file| format!("{d}/{of}/{file}"));
+        let known = ["--endpoints", url, "--cacert", &files[0], "--cert", &files[1], "--key", &files[2]];
+        etcdctl(&host, &[&known[..], words].concat())
+    };
+    let put_peer = |of: &str, n: u8| {
+        let key = format!("/coreos.com/network/subnets/10.1.{n}.0-24");
+        let data = format!(r#"{{"VNI":1,"VtepMAC":"02:00:00:00:00:{n:02x}"}}"#);
+        let value = format!(r#"{{"PublicIP":"10.168.0.{n}","BackendType":"vxlan","BackendData":{data}}}"#);
+        ctl(of, &["put", &key, &value])
+    };
+    let routed = |n: u8| {
+        eventually("the peer's route appears", || {
+            let routes = host.run(&format!("ip route show 10.1.{n}.0/24"));
+            if routes.contains("dev flannel.1") { Ok(()) } else { Err(routes) }
+        });
+    };
+    // What the agent is told lies apart, and is replaced there.
+    let use_files_of = |of: &str| {
+        for file in ["ca.pem", "node.pem", "node-key.pem"] {
+            std::fs::copy(dir.path().join(of).join(file), dir.path().join(file)).unwrap();
+        }
+    };
+    let server = serve("old");
+    eventually("etcd answers", || ctl("old", &["put", "/coreos.com/network/config", CONFIG]));
+    use_files_of("old");
+    let us = format!("--store {url} --ca {d}/ca.pem --cert {d}/node.pem --key {d}/node-key.pem");
+    let _agent = agent(&host, dir.path(), &us);
+    put_peer("old", 200).unwrap();
+    routed(200);
+    drop(server);
+    let _server = serve("new");
+    eventually("etcd answers with the new certificate", || put_peer("new", 201));
+    let run = format!("--run-dir {d}/run");
+    let finds = |what: &str, words: &[&str]| {
+        eventually(what, || {
+            let (_, out, err) = twill(&host, &format!("status {run}"));
+            if words.iter().all(|word| out.contains(word)) { Ok(()) } else { Err(out + &err) }
+        });
+    };
+    finds("the new server is a stranger", &["store-away"]);
+    // Half of a rotation: the certificate has come, and its key has not.
+    use_files_of("new");
+    std::fs::copy(dir.path().join("old/node-key.pem"), dir.path().join("node-key.pem")).unwrap();
+    finds("the halves do not fit", &["store-denied", "use the certificates"]);
+    use_files_of("new");
+    routed(201);
+    finds("all is well", &["findings  none"]);
+    assert!(host.run("ip route show 10.1.200.0/24").contains("flannel.1"), "nothing was lost meanwhile");
+}
+
+#[test]
 fn user_and_password_open_the_store_and_a_prefix_is_kept_to() {
     if !installed("etcd") || !installed("etcdctl") {
         return;

@@ -1,6 +1,6 @@
 //! The client: several endpoints, certificates, a user, deadlines; every write is a compare-and-swap.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
@@ -20,6 +20,7 @@ use twill_etcd::rpc::{
 };
 use twill_etcd::{prefix_end, rpc};
 
+use crate::pem::innermost;
 use crate::{Listing, RawConfig, StoreError, Swap, WatchEvent};
 
 /// How long one request may take.
@@ -40,10 +41,11 @@ pub struct StoreConfig {
     pub endpoints: Vec<String>,
     /// Key prefix, e.g. `/coreos.com/network`.
     pub prefix: String,
-    /// Certificate authority, PEM.
-    pub ca: Option<Vec<u8>>,
-    /// Client certificate and key, PEM.
-    pub identity: Option<(Vec<u8>, Vec<u8>)>,
+    /// File of the certificate authority, PEM. This one and the next two are read for each connection, since certificates end while an
+    /// agent runs.
+    pub ca: Option<PathBuf>,
+    /// Files of the client certificate and its key, PEM.
+    pub identity: Option<(PathBuf, PathBuf)>,
     /// User, and the file with the password: it is read for each token, since a password changes while an agent runs.
     pub user: Option<(String, PathBuf)>,
 }
@@ -70,7 +72,7 @@ pub struct EtcdStore {
 }
 
 impl EtcdStore {
-    /// Checks endpoints and certificates; connects later.
+    /// Checks endpoints; connects later, and reads the certificates then.
     pub fn new(config: StoreConfig) -> Result<Self, StoreError> {
         let bad = |what: &str, reason: &dyn std::fmt::Display| StoreError::Config {
             what: what.to_owned(),
@@ -100,15 +102,14 @@ impl EtcdStore {
                 .http2_keep_alive_interval(KEEPALIVE)
                 .keep_alive_timeout(KEEPALIVE)
                 .keep_alive_while_idle(true);
-            let endpoint =
-                if plain { endpoint } else { endpoint.tls_config(tls(&config)).map_err(|e| bad(&what, &e))? };
             Ok((endpoint, OnceLock::new()))
         };
         let channels = config.endpoints.iter().map(channel).collect::<Result<_, _>>()?;
         Ok(Self { config, channels, current: Mutex::new(0), token: Mutex::new(None) })
     }
 
-    /// Lets go of all connections: the address that they come from is gone, and the kernel tells nobody.
+    /// Lets go of all connections: the address that they come from is gone, and the kernel tells nobody; or they have failed, and the next
+    /// ones are to be made with the certificates that lie there then.
     pub fn reconnect(&mut self) {
         self.channels.iter_mut().for_each(|(_, channel)| drop(channel.take()));
     }
@@ -352,9 +353,8 @@ impl EtcdStore {
         // One more turn than endpoints: a token that has expired costs one.
         for _ in 0..=self.channels.len() {
             let at = self.current.lock().map_or(0, |at| *at);
-            let channel = self.channel(at);
-            let result = match self.token(&channel).await {
-                Ok(token) => call(channel, token).await,
+            let result = match self.connected(at).await {
+                Ok((channel, token)) => call(channel, token).await,
                 Err(status) => Err(status),
             };
             match result {
@@ -387,9 +387,8 @@ impl EtcdStore {
         F: Future<Output = Result<A, Status>>,
     {
         let at = self.current.lock().map_or(0, |at| *at);
-        let channel = self.channel(at);
-        let result = match self.token(&channel).await {
-            Ok(token) => call(channel, token).await,
+        let result = match self.connected(at).await {
+            Ok((channel, token)) => call(channel, token).await,
             Err(status) => Err(status),
         };
         result.map_err(|status| {
@@ -403,9 +402,23 @@ impl EtcdStore {
         })
     }
 
-    fn channel(&self, at: usize) -> Channel {
+    async fn connected(&self, at: usize) -> Result<(Channel, Option<MetadataValue<tonic::metadata::Ascii>>), Status> {
+        let channel = self.channel(at)?;
+        let token = self.token(&channel).await?;
+        Ok((channel, token))
+    }
+
+    fn channel(&self, at: usize) -> Result<Channel, Status> {
         let (endpoint, channel) = &self.channels[at % self.channels.len()];
-        channel.get_or_init(|| endpoint.connect_lazy()).clone()
+        if let Some(channel) = channel.get() {
+            return Ok(channel.clone());
+        }
+        let mut endpoint = endpoint.clone();
+        if endpoint.uri().scheme_str() == Some("https") {
+            let unusable = |error| Status::permission_denied(format!("use the certificates: {}", innermost(&error)));
+            endpoint = endpoint.tls_config(tls(&self.config)?).map_err(unusable)?;
+        }
+        Ok(channel.get_or_init(|| endpoint.connect_lazy()).clone())
     }
 
     /// The token of our user, asked for when there is none.
@@ -416,7 +429,7 @@ impl EtcdStore {
         {
             return Ok(token.clone());
         }
-        let password = std::fs::read_to_string(file)
+        let password = String::from_utf8(read("password", file)?)
             .map_err(|e| Status::permission_denied(format!("read the password in {}: {e}", file.display())))?;
         let password = password.trim_end_matches(['\n', '\r']).to_owned();
         let request = AuthenticateRequest { name: name.clone(), password };
@@ -508,15 +521,19 @@ fn raw_lease(kv: KeyValue, subnets: &str) -> Option<RawLease> {
     })
 }
 
-fn tls(config: &StoreConfig) -> ClientTlsConfig {
+fn tls(config: &StoreConfig) -> Result<ClientTlsConfig, Status> {
     let mut tls = ClientTlsConfig::new();
     if let Some(ca) = &config.ca {
-        tls = tls.ca_certificate(Certificate::from_pem(ca));
+        tls = tls.ca_certificate(Certificate::from_pem(read("certificate authority", ca)?));
     }
     if let Some((certificate, key)) = &config.identity {
-        tls = tls.identity(Identity::from_pem(certificate, key));
+        tls = tls.identity(Identity::from_pem(read("certificate", certificate)?, read("key", key)?));
     }
-    tls
+    Ok(tls)
+}
+
+fn read(what: &str, file: &Path) -> Result<Vec<u8>, Status> {
+    std::fs::read(file).map_err(|e| Status::permission_denied(format!("read the {what} in {}: {e}", file.display())))
 }
 
 /// The request with our token.

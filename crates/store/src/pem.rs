@@ -29,11 +29,14 @@ pub fn check_key(pem: &[u8]) -> Result<(), String> {
 /// Why TLS does not take the key for the certificate's.
 pub fn check_pair(certificate: &[u8], key: &[u8]) -> Result<(), String> {
     let tls = ClientTlsConfig::new().identity(Identity::from_pem(certificate, key));
-    Endpoint::from_static("https://store").tls_config(tls).map(drop).map_err(|error| {
-        let mut last: &dyn Error = &error;
-        while let Some(cause) = last.source() {
-            last = cause;
-        }
-        last.to_string()
-    })
+    Endpoint::from_static("https://store").tls_config(tls).map(drop).map_err(|error| innermost(&error))
+}
+
+/// The last of an error's causes: TLS says the reason there.
+pub(crate) fn innermost(error: &dyn Error) -> String {
+    let mut last = error;
+    while let Some(cause) = last.source() {
+        last = cause;
+    }
+    last.to_string()
 }

@@ -72,7 +72,7 @@ impl StoreArgs {
         self.prefix.as_deref().unwrap_or(PREFIX)
     }
 
-    /// A client; it connects when it is first asked.
+    /// A client; it connects when it is first asked. What its files hold is looked at now, and read again for each connection.
     pub(crate) fn connect(&self) -> Result<EtcdStore, Failure> {
         let read = |path: &PathBuf, flag: &str| {
             std::fs::read(path).map_err(|e| {
@@ -92,18 +92,18 @@ impl StoreArgs {
         let identity = match (&self.cert, &self.key) {
             (Some(cert), Some(key)) => {
                 let (certificate, secret) = (read(cert, "--cert")?, read(key, "--key")?);
-                let (cert, key) = (format!("--cert {}", cert.display()), format!("--key {}", key.display()));
-                usable(&cert, pem::check_certificates(&certificate), CERTIFICATE)?;
-                usable(&key, pem::check_key(&secret), "name a file with a line -----BEGIN PRIVATE KEY-----")?;
+                let (of_cert, of_key) = (format!("--cert {}", cert.display()), format!("--key {}", key.display()));
+                usable(&of_cert, pem::check_certificates(&certificate), CERTIFICATE)?;
+                usable(&of_key, pem::check_key(&secret), "name a file with a line -----BEGIN PRIVATE KEY-----")?;
                 let fit = pem::check_pair(&certificate, &secret);
-                usable(&format!("{cert} and {key}"), fit, "name the key that the certificate was made for")?;
-                Some((certificate, secret))
+                usable(&format!("{of_cert} and {of_key}"), fit, "name the key that the certificate was made for")?;
+                Some((cert.clone(), key.clone()))
             }
             _ => None,
         };
-        let ca = self.ca.as_ref().map(|path| read(path, "--ca")).transpose()?;
-        if let (Some(path), Some(authority)) = (&self.ca, &ca) {
-            usable(&format!("--ca {}", path.display()), pem::check_certificates(authority), CERTIFICATE)?;
+        if let Some(path) = &self.ca {
+            let authority = read(path, "--ca")?;
+            usable(&format!("--ca {}", path.display()), pem::check_certificates(&authority), CERTIFICATE)?;
         }
         let user = match (&self.user, &self.password_file) {
             (Some(user), Some(file)) => {
@@ -115,7 +115,7 @@ impl StoreArgs {
         let config = StoreConfig {
             endpoints: if self.store.is_empty() { vec![ENDPOINT.into()] } else { self.store.clone() },
             prefix: self.prefix.clone().unwrap_or_else(|| PREFIX.into()),
-            ca,
+            ca: self.ca.clone(),
             identity,
             user,
         };

@@ -158,6 +158,7 @@ impl Session {
                 Ok(End::Left) => return,
                 Ok(End::Away(error)) | Err(error) => {
                     self.say_away(&error);
+                    self.store.reconnect();
                     self.keep_what_changed().await;
                     self.go_by_cache().await;
                     if started.elapsed() > WAIT.1 {
