@@ -116,3 +116,40 @@ fn no_packet_is_lost_while_the_agent_ends_is_killed_and_starts_again() {
     assert_eq!(changes(), before, "no start changed anything in the kernel: {}", node.log("agent.log"));
     agent.end(Signal::TERM);
 }
+
+#[test]
+fn a_takeover_that_could_not_serve_the_store_leaves_the_running_agent_alone() {
+    let Some(bed) = Bed::new() else { return };
+    if !installed("etcdctl") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut node = Node::new(bed, dir.path());
+    let agent = node.agent("--subnet 10.1.15.0/24");
+    let pid = agent.pid();
+    // The store that the node has got already is at this port.
+    for address in ["127.0.0.1:2379", "0.0.0.0:2379 --insecure"] {
+        let refused = node.agent_at_once(&format!("--takeover --serve-store {address}"));
+        assert_eq!(refused.wait(), Some(1), "{address}: {}", node.log("agent.log"));
+    }
+    let log = node.log("agent.log");
+    assert_eq!(log.matches("error: listen on ").count(), 2, "{log}");
+    assert!(log.contains("hint: name another address or port") && !log.contains("the next agent has"), "{log}");
+    let socket = |line: &str| line.contains(&format!("pid={pid},"));
+    assert!(node.host.run("ss -Hlxp").lines().any(|line| socket(line) && line.contains("handover.sock")));
+    node.put_peer(40);
+    node.await_peer(40, true);
+    assert_eq!(node.status()["state"], "running");
+    // A port of the running agent's own is free once that one has ended.
+    node.kill_store();
+    agent.end(Signal::TERM);
+    let first = node.agent("--serve-store --network 10.1.0.0/16");
+    let next = node.agent_at_once("--takeover --serve-store");
+    assert_eq!(first.wait(), Some(0), "{}", node.log("agent.log"));
+    eventually("the next agent serves, and runs", || {
+        let status = node.status();
+        let right = status["state"] == "running" && status["store"]["state"] == "up";
+        if right { Ok(()) } else { Err((status.to_string(), node.log("agent.log"))) }
+    });
+    next.end(Signal::TERM);
+}

@@ -6,6 +6,7 @@
 )]
 
 use std::fs;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -103,6 +104,39 @@ pub fn open_file_named(pid: u32, name: &str) -> Option<PathBuf> {
     fds.filter_map(|fd| fs::read_link(fd.path()).ok()).find(|path| path.file_name().is_some_and(|last| last == name))
 }
 
+/// Sockets that listen in our network namespace: address and inode (proc_pid_net(5), `tcp` and `tcp6`).
+pub fn listeners() -> Vec<(SocketAddr, u64)> {
+    const LISTEN: &str = "0A";
+    let tables = ["tcp", "tcp6"].map(|table| fs::read_to_string(format!("/proc/self/net/{table}")).unwrap_or_default());
+    let row = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let (address, port) = words.get(1)?.split_once(':')?;
+        let address = SocketAddr::new(address_of(address)?, u16::from_str_radix(port, 16).ok()?);
+        (words.get(3) == Some(&LISTEN)).then_some((address, words.get(9)?.parse().ok()?))
+    };
+    tables.iter().flat_map(|table| table.lines()).filter_map(row).collect()
+}
+
+/// An address as the kernel prints its words, each in the machine's own order of bytes.
+fn address_of(hex: &str) -> Option<IpAddr> {
+    let word = |at: usize| Some(u32::from_str_radix(hex.get(at..at + 8)?, 16).ok()?.to_ne_bytes());
+    match hex.len() {
+        8 => Some(IpAddr::from(word(0)?)),
+        32 => {
+            let words = [word(0)?, word(8)?, word(16)?, word(24)?];
+            Some(IpAddr::from(<[u8; 16]>::try_from(words.concat()).ok()?))
+        }
+        _ => None,
+    }
+}
+
+/// True when a process has this socket open, as far as we may look.
+pub fn has_socket(pid: u32, inode: u64) -> bool {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let name = format!("socket:[{inode}]");
+    fds.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|target| target.as_os_str() == name.as_str())
+}
+
 /// Descriptors that the service manager has kept for us, with their names (sd_listen_fds_with_names(3)). The first call has them all.
 pub fn kept_descriptors() -> Vec<(String, OwnedFd)> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
@@ -121,4 +155,19 @@ pub fn kept_descriptors() -> Vec<(String, OwnedFd)> {
         (name, fd)
     })
     .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_that_listens_is_found_with_its_address_and_its_process() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let Ok(listener) = std::net::TcpListener::bind(address) else { continue };
+            let address = listener.local_addr().unwrap();
+            let inode = listeners().into_iter().find(|(at, _)| *at == address).unwrap().1;
+            assert!(has_socket(std::process::id(), inode) && !has_socket(std::process::id(), 1));
+        }
+    }
 }

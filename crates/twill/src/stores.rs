@@ -9,6 +9,7 @@ use twill_core::config::NetworkConfig;
 use twill_core::net::{BadValue, Prefix};
 use twill_core::reconcile::Finding;
 use twill_etcd::server::{Server, ServerError};
+use twill_kernel::process;
 use twill_store::{EtcdStore, StoreConfig, StoreError, pem};
 
 use crate::output::Failure;
@@ -196,6 +197,26 @@ pub(crate) fn check_is_ours(listen: SocketAddr) -> Result<(), Failure> {
     }
 }
 
+/// Refuses a port that somebody holds, unless that are the processes `but` alone, which are to end.
+pub(crate) fn check_is_free(listen: SocketAddr, but: &[u32]) -> Result<(), Failure> {
+    let Err(error) = std::net::TcpListener::bind(listen) else { return Ok(()) };
+    let in_the_way = |at: &SocketAddr| {
+        let wide = at.ip().is_unspecified() || listen.ip().is_unspecified();
+        at.port() == listen.port() && (wide || at.ip() == listen.ip())
+    };
+    let mut holders = process::listeners().into_iter().filter(|(at, _)| in_the_way(at)).peekable();
+    let known = error.kind() == std::io::ErrorKind::AddrInUse && holders.peek().is_some();
+    if known && holders.all(|(_, inode)| but.iter().any(|pid| process::has_socket(*pid, inode))) {
+        return Ok(());
+    }
+    Err(cannot_listen(listen, &error))
+}
+
+fn cannot_listen(listen: SocketAddr, error: &std::io::Error) -> Failure {
+    Failure::new("store-listen", format!("listen on {listen}: {error}"))
+        .hint("name another address or port: store serve --listen ADDR:PORT, agent --serve-store ADDR:PORT")
+}
+
 /// The config that a fresh store gets, checked as every reader will.
 pub(crate) fn first_config(networks: &[Prefix], backend: &str) -> Result<(String, NetworkConfig), Failure> {
     let text = NetworkConfig::default_json(networks, backend);
@@ -273,10 +294,7 @@ pub(crate) async fn open(listen: SocketAddr, data: &Path) -> Result<(Server, Tcp
         failed("store-data", &e)
             .hint(format!("{hint} name another folder: store serve --data DIR, agent --state-dir DIR"))
     })?;
-    let listener = TcpListener::bind(listen).await.map_err(|e| {
-        Failure::new("store-listen", format!("listen on {listen}: {e}"))
-            .hint("name another address or port: store serve --listen ADDR:PORT, agent --serve-store ADDR:PORT")
-    })?;
+    let listener = TcpListener::bind(listen).await.map_err(|e| cannot_listen(listen, &e))?;
     tracing::info!(%listen, data = %data.display(), "the store serves");
     Ok((server, listener))
 }

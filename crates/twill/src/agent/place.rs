@@ -13,6 +13,7 @@ use super::reconciler::Reconciler;
 use super::settings::Settings;
 use super::{NET_ADMIN, handover, missing_capabilities, refuse_beside_flannel};
 use crate::output::Failure;
+use crate::stores;
 
 const NETWORK: &str = "/proc/self/ns/net";
 
@@ -32,6 +33,10 @@ pub(crate) fn take(settings: &Settings, reconciler: &mut Reconciler) -> anyhow::
         // The running agent has the lock, or it has another folder: either way this one can be written and read.
         drop(try_state(settings)?);
         super::load_state(&settings.state_dir)?;
+        if let Some(listen) = settings.serve_store {
+            // Its own port comes free with it.
+            stores::check_is_free(listen, &process::lock_holders(&settings.state_dir.join("agent.lock")))?;
+        }
         handover::take(&settings.run_dir)?
     } else {
         None
