@@ -73,6 +73,13 @@ pub fn choose(config: &NetworkConfig, leases: &LeaseSet, me: &Me, seed: u64) -> 
     Choice::Create(key)
 }
 
+/// True when a winning lease of another node holds what this one still claims, and no lease is this one's: docs/decisions/0006.
+pub fn is_lost(leases: &LeaseSet, me: &Me, claimed: &[Prefix]) -> bool {
+    let owns = leases.leases_of(&me.node, &me.remembered).any(|lease| is_mine(&lease, me));
+    // No subnet is as long as that: a key that does not count is nobody's.
+    !owns && leases.held(u8::MAX).any(|held| claimed.iter().any(|ours| ours.overlaps(&held)))
+}
+
 fn fits(config: &NetworkConfig, key: &LeaseKey) -> bool {
     let family = |range: Option<Range>, subnet: Option<Prefix>| match (range, subnet) {
         (None, None) => true,
@@ -243,6 +250,24 @@ mod tests {
             matches!(choose(&config, &store, &me(250), 0), Choice::Refuse(_)),
             "after {tries} tries all are leased"
         );
+    }
+
+    #[test]
+    fn a_subnet_is_lost_to_a_lease_that_counts_and_to_no_other() {
+        let json = r#"{"Network":"10.0.0.0/16","Backend":{"Type":"vxlan"}}"#;
+        let mut leases = LeaseSet::default();
+        leases.follow(crate::backend::Rule::new(&config(json)).unwrap());
+        let claimed = ["10.0.7.0/24".parse().unwrap()];
+        let theirs =
+            r#"{"PublicIP":"10.9.0.9","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:09"}}"#;
+        for (value, lost) in [("garbage", false), (theirs, true)] {
+            leases.put(raw("10.0.7.0-24", value, 5));
+            assert_eq!(is_lost(&leases, &me(1), &claimed), lost, "{value}");
+            assert!(!is_lost(&leases, &me(1), &["10.0.8.0/24".parse().unwrap()]));
+        }
+        let mine = format!(r#"{{"PublicIP":"10.0.0.1","Twill":{{"node":"{}"}}}}"#, NodeId([1; 16]));
+        leases.put(raw("10.0.9.0-24", &mine, 6));
+        assert!(!is_lost(&leases, &me(1), &claimed), "a lease of our own says what is ours");
     }
 
     #[test]

@@ -180,6 +180,53 @@ fn a_good_lease_is_not_given_away_for_a_subnet_that_cannot_be_had() {
 }
 
 #[test]
+fn a_subnet_that_another_node_holds_is_claimed_no_longer_while_there_is_none() {
+    for flags in ["--subnet 10.1.15.0/24", ""] {
+        let Some((node, _dir)) = node() else { return };
+        let config =
+            r#"{"Network":"10.1.0.0/16","SubnetMin":"10.1.15.0","SubnetMax":"10.1.15.0","Backend":{"Type":"vxlan"}}"#;
+        node.put("config", if flags.is_empty() { config } else { twill_e2e::node::CONFIG });
+        node.put_peer(40);
+        let agent = node.agent(flags);
+        node.await_peer(40, true);
+        let left = || {
+            eventually("nothing says that it is ours", || {
+                let said = [
+                    node.host.ip("-br addr"),
+                    node.host.ip("route show table all root 10.1.0.0/16"),
+                    node.host.run("nft list ruleset"),
+                    node.status()["subnets"].to_string(),
+                    std::fs::read_to_string(node.file("subnet.env")).unwrap_or_default(),
+                ];
+                let said = said.join("\n");
+                let right = !said.contains("10.1.15.") && !said.contains("flannel.1");
+                if right { Ok(()) } else { Err((said, node.log("agent.log"))) }
+            });
+        };
+        node.put_peer(15);
+        told(&node, "no-free-subnet", &["10.1.15.0"]);
+        left();
+        assert_eq!(node.log("agent.log").matches("another node's now").count(), 1, "said once");
+        // The next start claims nothing either, and neither does one that finds it lost.
+        agent.end(Signal::TERM);
+        let agent = node.agent_at_once(flags);
+        told(&node, "no-free-subnet", &["10.1.15.0"]);
+        left();
+        node.delete("subnets/10.1.15.0-24");
+        runs(&node, "10.1.15.0/24");
+        node.await_peer(40, true);
+        agent.end(Signal::KILL);
+        node.put_peer(15);
+        let _agent = node.agent_at_once(flags);
+        told(&node, "no-free-subnet", &["10.1.15.0"]);
+        left();
+        node.delete("subnets/10.1.15.0-24");
+        runs(&node, "10.1.15.0/24");
+        node.await_peer(40, true);
+    }
+}
+
+#[test]
 fn an_address_that_no_host_can_have_is_not_told_to_others() {
     let Some((node, _dir)) = node() else { return };
     let disguised = ["::ffff:127.0.0.1", "::ffff:1.2.3.4", "::102:304", "100::1"];

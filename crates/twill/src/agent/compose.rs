@@ -1,6 +1,6 @@
 //! From config, leases and host facts to what is wanted: the same for the agent, for `plan` and for `--check`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use twill_core::alloc::Me;
@@ -107,9 +107,14 @@ impl Network {
         Ok(base)
     }
 
-    /// For an underlay that carries none of the families: the way out stays, without a tunnel.
-    pub(crate) fn way_out_alone(config: &NetworkConfig, state: &State, way_out: WayOut) -> (HostState, Claim) {
-        let (networks, subnets) = (config.networks(), state.subnets.clone());
+    /// Where there is to be no tunnel: the way out stays, and with it these own subnets. The devices are to go.
+    pub(crate) fn way_out_alone(
+        config: &NetworkConfig,
+        subnets: Vec<Prefix>,
+        devices: BTreeSet<LinkName>,
+        way_out: WayOut,
+    ) -> (HostState, Claim) {
+        let networks = config.networks();
         let policy = Policy {
             networks: networks.clone(),
             subnets: subnets.clone(),
@@ -119,7 +124,6 @@ impl Network {
         };
         let mut base: HostState = subnets.iter().map(|subnet| Object::Route(unused(*subnet))).collect();
         base.insert(Object::Table(Box::new(policy.table())));
-        let devices = state.devices.keys().copied().collect();
         let protocol = Some(PROTO_TWILL);
         (base, Claim { devices, protocol, networks, subnets, firewall: true, flannels_firewall: true })
     }
@@ -273,6 +277,17 @@ fn macs(devices: &[LinkName], host: &HostState, state: &State) -> BTreeMap<LinkN
 /// The MAC of a tunnel device that is there.
 fn live_mac(host: &HostState, name: LinkName) -> Option<MacAddr> {
     host.link(name).filter(|link| matches!(link.kind, LinkKind::Vxlan(_))).and_then(|link| link.mac)
+}
+
+/// The subnets that something on this host calls ours: the state, subnet.env, and the addresses of the tunnel devices.
+pub(crate) fn claimed(state: &State, host: &HostState, env: &str, devices: &[LinkName]) -> Vec<Prefix> {
+    let on_device = host.iter().filter_map(|(_, o)| match o {
+        Object::Addr(a) if devices.contains(&a.link) && a.scope == 0 => {
+            Prefix::truncate(a.inet.addr, if a.inet.addr.is_ipv4() { 32 } else { 128 }).ok()
+        }
+        _ => None,
+    });
+    state.subnets.iter().copied().chain(twill_core::flannel::subnet_env::subnets(env)).chain(on_device).collect()
 }
 
 /// Who we are when it comes to leases: addresses, and every memory of a subnet.

@@ -103,6 +103,8 @@ pub(crate) struct Session {
     last_away: &'static str,
     /// What is waited for, by code and message.
     waiting: Option<(&'static str, String)>,
+    /// Our subnet was left to another node, and we have no other yet.
+    left: bool,
     /// Files that could not be written yet.
     unwritten: keep::Unwritten,
     /// When our lease, altered by somebody, is to be put right, and when it last was.
@@ -142,6 +144,7 @@ impl Session {
             established: false,
             last_away: "",
             waiting: None,
+            left: false,
             unwritten: keep::Unwritten::default(),
             correct: None,
             corrected: None,

@@ -1,12 +1,12 @@
 //! The own lease: taken, taken again, kept true; and what stands on it: device, address, files.
 
 use tokio::sync::oneshot;
-use twill_core::alloc::{self, Choice};
+use twill_core::alloc::{self, Choice, Me};
 use twill_core::backend::Reach;
 use twill_core::config::NetworkConfig;
 use twill_core::flannel::subnet_env::SubnetEnv;
 use twill_core::lease::{Lease, LeaseAttrs, LeaseKey, RawLease};
-use twill_core::net::Mtu;
+use twill_core::net::{LinkName, Mtu, Prefix};
 use twill_kernel::files;
 use twill_store::{StoreError, Swap};
 
@@ -49,6 +49,7 @@ impl Session {
                     }
                 }
                 Choice::Refuse(reason) => {
+                    self.leave_to_others(network, config).await;
                     let hint = if self.settings.subnet.is_empty() {
                         "free one with `etcdctl del`, or enlarge the Network"
                     } else {
@@ -64,11 +65,13 @@ impl Session {
 
     /// Which lease is ours, or is to be, by what the store has told.
     pub(super) fn choose(&self, network: &Network, config: &NetworkConfig, seed: u64) -> Choice {
+        alloc::choose(config, &self.leases, &self.me(network, config), seed)
+    }
+
+    fn me(&self, network: &Network, config: &NetworkConfig) -> Me {
         let host = self.host.borrow().clone();
-        let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
-        let (underlay, env) = (&network.cx.underlay, self.subnet_env());
-        let me = compose::me(&self.state, underlay, &host, &env, &devices, &self.settings.subnet);
-        alloc::choose(config, &self.leases, &me, seed)
+        let (underlay, env, devices) = (&network.cx.underlay, self.subnet_env(), all_devices(network, config));
+        compose::me(&self.state, underlay, &host, &env, &devices, &self.settings.subnet)
     }
 
     /// Takes a free subnet by compare-and-swap; `None`: somebody was faster.
@@ -143,6 +146,7 @@ impl Session {
 
     /// Device, address, sysctls; then the files that say so.
     pub(super) async fn establish(&mut self, network: &Network, own: &Lease) {
+        self.left = false;
         let old: Vec<_> = self.state.devices.keys().copied().collect();
         for device in network.devices() {
             self.state.devices.insert(device, network.cx.mac(device));
@@ -171,21 +175,49 @@ impl Session {
     }
 
     /// No family fits into the underlay: the tunnel goes, and the file by which containers start, since both promise more. The way out stays.
-    pub(super) fn withdraw(&mut self, config: &NetworkConfig, carried: Mtu) {
+    pub(super) async fn withdraw(&mut self, config: &NetworkConfig, carried: Mtu) {
         if self.state.subnets.is_empty() {
             return;
         }
+        self.take_down(config, self.state.subnets.clone(), &[]).await;
+        if let Ok(mut view) = self.view.lock() {
+            view.mtu = Some(carried.get());
+        }
+    }
+
+    /// There is no subnet for us: where another node holds the one that we had, nothing here says any longer that it is ours.
+    async fn leave_to_others(&mut self, network: &Network, config: &NetworkConfig) {
+        let devices = all_devices(network, config);
+        let claimed = compose::claimed(&self.state, &self.host.borrow(), &self.subnet_env(), &devices);
+        if self.left || !alloc::is_lost(&self.leases, &self.me(network, config), &claimed) {
+            return;
+        }
+        tracing::warn!("our subnet is another node's now, and no other is to be had: device and file are withdrawn");
+        self.take_down(config, Vec::new(), &devices).await;
+        // Only now: who is killed before it finds by this that something is left to do.
+        self.state.hold(Vec::new());
+        self.save();
+        self.left = true;
+        if let Ok(mut view) = self.view.lock() {
+            view.subnets.clear();
+        }
+    }
+
+    /// Tunnel, peers and the containers' file go; the way out of these own subnets stays.
+    async fn take_down(&mut self, config: &NetworkConfig, subnets: Vec<Prefix>, devices: &[LinkName]) {
         let peers = self.leases.names().chain(self.kept.keys()).map(|name| (name.clone(), Reach::default()));
         self.order(Order::Peers(peers.collect()));
-        let (base, claim) = Network::way_out_alone(config, &self.state, self.settings.way_out);
-        self.order(Order::Base { base, claim, tunnel: None, done: oneshot::channel().0 });
+        let devices = self.state.devices.keys().chain(devices).copied().collect();
+        let (base, claim) = Network::way_out_alone(config, subnets, devices, self.settings.way_out);
+        let (done, applied) = oneshot::channel();
+        self.order(Order::Base { base, claim, tunnel: None, done });
         self.order(Order::Prune);
+        let _ = applied.await;
         self.need_not_write(&SUBNET_ENV);
         // Where there is none it need not go.
         let _ = std::fs::remove_file(&self.settings.subnet_file);
         if let Ok(mut view) = self.view.lock() {
             view.devices.clear();
-            view.mtu = Some(carried.get());
         }
     }
 
@@ -212,4 +244,9 @@ impl Session {
             tracing::info!(file = %path.display(), "wrote the subnet for container runtimes");
         }
     }
+}
+
+/// The tunnel devices of all networks, whether this host carries them or not.
+fn all_devices(network: &Network, config: &NetworkConfig) -> Vec<LinkName> {
+    config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect()
 }

@@ -85,7 +85,7 @@ impl Session {
         if first.code == "mtu-too-small" {
             first.message += "; until it carries one there is no tunnel, and no file for new containers";
             if self.waiting.as_ref().is_none_or(|(code, _)| *code != first.code) {
-                self.withdraw(config, carried);
+                self.withdraw(config, carried).await;
             }
         }
         // What was waited for before may be one of the others now.
