@@ -117,6 +117,9 @@ fn mutual_certificates_open_the_store_and_nothing_else_does() {
     let running = agent(&host, dir.path(), &us);
     let leases = etcdctl(&host, &[&known[..], &["get", "--prefix", "/coreos.com/network/subnets/"]].concat()).unwrap();
     assert!(leases.contains(r#""PublicIP":"10.168.0.2""#), "{leases}");
+    // Who names no store is let in by the agent's certificates.
+    let (code, out, err) = twill(&host, &format!("leases -o json --run-dir {d}/run"));
+    assert!(code == 0 && out.contains("10.168.0.2"), "{out} {err}");
     drop(running);
     // Without a certificate, or with an authority that did not sign the server's, nobody comes in.
     std::fs::create_dir(dir.path().join("foreign")).unwrap();

@@ -343,6 +343,47 @@ fn probes(a: &twill_e2e::net::Host, b: &twill_e2e::net::Host, dir: &Path) {
 }
 
 #[test]
+fn commands_that_read_the_store_ask_the_one_of_the_agent() {
+    let Some((mut node, _dir)) = node() else { return };
+    node.kill_store();
+    let agent = node.agent("--serve-store 10.168.0.2:2379 --insecure --prefix /mine --network 10.1.0.0/16");
+    let subnet = node.status()["subnets"][0].as_str().unwrap().replace('/', "-");
+    assert_eq!(node.twill_json("leases")["leases"][0]["lease"], subnet.as_str());
+    assert_eq!(node.twill_json("store ls")["keys"], json!(["/mine/config", format!("/mine/subnets/{subnet}")]));
+    assert_eq!(node.twill("plan --diff").1.unwrap(), "nothing to change\n");
+    // What is named holds, whoever runs.
+    let words = ["leases", "store ls", "plan"];
+    for word in words {
+        let (code, said) = node.twill(&format!("{word} --store http://127.0.0.1:9"));
+        let said = said.unwrap_err();
+        assert!(code == Some(1) && said.contains("at http://127.0.0.1:9: "), "{said}");
+    }
+    assert!(
+        node.twill("leases --store http://127.0.0.1:9").1.unwrap_err().contains("(--store or TWILL_STORE names it)")
+    );
+    agent.end(Signal::TERM);
+    // Without an agent the file says where it would look, and without a file nobody does.
+    let file = node.file("agent.toml");
+    std::fs::write(&file, "version = 1\nserve_store = \"10.168.0.2:2380\"\n").unwrap();
+    let (run, mine) = (node.file("run").display().to_string(), file.display().to_string());
+    for (config, asked, from) in [
+        (mine.as_str(), "http://10.168.0.2:2380", format!("no agent answers in {run}, {mine} says so")),
+        ("", "http://127.0.0.1:2379", format!("the default: no agent answers in {run}, ")),
+    ] {
+        let mut command = node.host.command(bin("twill"));
+        command.args(["leases", "--run-dir", &run]);
+        if !config.is_empty() {
+            command.env("TWILL_CONFIG", config);
+        } else if std::path::Path::new("/etc/twill/agent.toml").exists() {
+            continue;
+        }
+        let out = command.output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(said.contains(&format!("at {asked}: ")) && said.contains(&from), "{said}");
+    }
+}
+
+#[test]
 fn plan_asks_the_agent_that_runs_and_who_may_not_ask_it_is_told_so() {
     let Some((mut node, _dir)) = node() else { return };
     let _agent = node.agent("--serve-store 10.168.0.2:2379 --insecure");

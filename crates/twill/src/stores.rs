@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use twill_core::config::NetworkConfig;
 use twill_core::net::{BadValue, Prefix};
@@ -24,7 +25,7 @@ pub(crate) const RUN_DIR: &str = "/run/twill";
 pub(crate) const ENDPOINT: &str = "http://127.0.0.1:2379";
 
 /// Where the store is, on every command that asks it.
-#[derive(Debug, Clone, Args, Default, PartialEq)]
+#[derive(Debug, Clone, Args, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct StoreArgs {
     /// Store endpoints, http:// or https://, separated by commas [default: http://127.0.0.1:2379]
     #[arg(long, value_name = "URLS", env = "TWILL_STORE", value_delimiter = ',')]
@@ -60,6 +61,18 @@ impl StoreArgs {
             key: self.key.or(other.key),
             user: self.user.or(other.user),
             password_file: self.password_file.or(other.password_file),
+        }
+    }
+
+    /// With files that are found from everywhere.
+    pub(crate) fn absolute(self) -> StoreArgs {
+        let absolute = |file: Option<PathBuf>| file.map(|file| std::path::absolute(&file).unwrap_or(file));
+        StoreArgs {
+            ca: absolute(self.ca),
+            cert: absolute(self.cert),
+            key: absolute(self.key),
+            password_file: absolute(self.password_file),
+            ..self
         }
     }
 

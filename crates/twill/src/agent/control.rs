@@ -23,6 +23,7 @@ use twill_kernel::Waker;
 use super::guests;
 use super::reconciler::Order;
 use super::session::Command;
+use super::settings::Settings;
 use super::tunnel::SharedGauge;
 use super::view::{self, Peers, TunnelView, View};
 use crate::output::Failure;
@@ -36,7 +37,7 @@ pub(crate) struct Control {
     pub(crate) waker: Waker,
     pub(crate) commands: mpsc::Sender<Command>,
     pub(crate) host: watch::Receiver<Arc<HostState>>,
-    pub(crate) state_dir: PathBuf,
+    pub(crate) settings: Settings,
 }
 
 /// Makes the socket; an old one that nobody listens on is replaced.
@@ -53,6 +54,7 @@ pub(crate) fn listen(run_dir: &Path) -> std::io::Result<UnixListener> {
 pub(crate) async fn serve(control: Control, listener: UnixListener, stop: impl Future<Output = ()> + Send + 'static) {
     let router = Router::new()
         .route("/v1/status", get(status))
+        .route("/v1/store", get(store))
         .route("/v1/peers", get(peers))
         .route("/v1/tunnel", get(tunnel))
         .route("/v1/plan", get(plan))
@@ -96,8 +98,13 @@ async fn status(State(control): State<Control>) -> Answer {
     let gauge = control.gauge.lock().map_err(|_| ended())?.clone();
     view.tunnel = gauge.map(|gauge| TunnelView::of(&gauge, view.guarded));
     let host = control.host.borrow().clone();
-    view.findings.extend(guests::findings(&control.state_dir, &host, &view));
+    view.findings.extend(guests::findings(&control.settings.state_dir, &host, &view));
     answer(view)
+}
+
+/// Where the store is, for commands that ask it themselves: names of files, and no secret.
+async fn store(State(control): State<Control>) -> Answer {
+    answer(control.settings.store.absolute())
 }
 
 async fn tunnel(State(control): State<Control>) -> Answer {

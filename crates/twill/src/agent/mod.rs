@@ -89,7 +89,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
             waker: waker.clone(),
             commands,
             host: host.clone(),
-            state_dir: settings.state_dir.clone(),
+            settings: settings.clone(),
         };
         let session =
             Session::new(settings.clone(), store, orders.clone(), waker.clone(), host, view, command_receiver, state);

@@ -12,7 +12,7 @@ use crate::output::{Failure, USAGE};
 use crate::stores::{self, StoreArgs};
 
 /// Where the file is looked for when `--config` names none.
-const FILE: &str = "/etc/twill/agent.toml";
+pub(crate) const FILE: &str = "/etc/twill/agent.toml";
 
 /// What can be said on the command line.
 #[derive(Debug, Clone, Default, PartialEq, Args)]
@@ -131,6 +131,11 @@ impl AgentArgs {
         (said == AgentArgs::default()).then(|| self.run_dir.clone())
     }
 
+    /// Nothing says which store.
+    pub(crate) fn names_no_store(&self) -> bool {
+        self.config.is_none() && self.serve_store.is_none() && self.store == StoreArgs::default()
+    }
+
     /// Flags over environment over file over defaults.
     pub(crate) fn settings(self) -> Result<Settings, Failure> {
         let file = match &self.config {
@@ -190,6 +195,13 @@ impl AgentArgs {
             run_dir: self.run_dir.or(file.run_dir).unwrap_or_else(stores::run_dir),
         })
     }
+}
+
+/// The store of an agent that has its settings from its file alone, and the file, where there is one.
+pub(crate) fn store_of_file() -> Result<(StoreArgs, Option<PathBuf>), Failure> {
+    let config = std::env::var_os("TWILL_CONFIG").map(PathBuf::from);
+    let path = config.clone().or_else(|| Some(PathBuf::from(FILE)).filter(|path| path.exists()));
+    Ok((AgentArgs { config, ..AgentArgs::default() }.settings()?.store, path))
 }
 
 /// `ADDR:PORT`.

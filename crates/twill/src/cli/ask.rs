@@ -32,7 +32,7 @@ impl Socket {
     }
 
     /// A user who runs no agent means the host's.
-    fn dir(&self) -> PathBuf {
+    pub(super) fn dir(&self) -> PathBuf {
         let own = || Some(stores::run_dir()).filter(|own| control::is_there(own));
         self.run_dir.clone().or_else(own).unwrap_or_else(|| PathBuf::from(stores::RUN_DIR))
     }

@@ -2,6 +2,7 @@
 
 mod agent;
 mod ask;
+mod asked;
 mod check;
 mod cni;
 mod completions;

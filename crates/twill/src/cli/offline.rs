@@ -19,9 +19,10 @@ use twill_core::net::LinkName;
 use twill_core::reconcile::{Claim, Desired, Op, Plan, Scope, Wanted, plan};
 use twill_core::state_file::State;
 use twill_kernel::{Interest, Kernel, LinuxKernel};
-use twill_store::{EtcdStore, Listing, RawConfig};
+use twill_store::{Listing, RawConfig};
 
 use super::ask::Socket;
+use super::asked::{AskArgs, Asked};
 use super::folder::StateDir;
 use crate::agent::compose::{self, Network};
 use crate::agent::session::cache;
@@ -57,7 +58,12 @@ impl PlanArgs {
         let (view, diff) = match known {
             Some(view) => (view, None),
             None => {
-                let plan = compute(&self.args.settings()?)?;
+                let agent = self.args.names_no_store().then(|| Socket::new(self.args.run_dir.clone()));
+                let settings = self.args.settings()?;
+                let of_agent = agent.map(|agent| Asked::of_agent(&StoreArgs::default(), &agent)).transpose()?.flatten();
+                let asked =
+                    of_agent.unwrap_or_else(|| Asked::named(settings.store.clone(), "as the agent's settings say"));
+                let plan = compute(&settings, &asked)?;
                 let diff = self.diff.then(|| plan.steps.iter().map(ToString::to_string).collect::<Vec<_>>());
                 (PlanView::from(&plan), diff)
             }
@@ -70,11 +76,10 @@ impl PlanArgs {
 }
 
 /// What an agent with these settings would do now.
-fn compute(settings: &Settings) -> anyhow::Result<Plan> {
+fn compute(settings: &Settings, asked: &Asked) -> anyhow::Result<Plan> {
     let state = load_state(&settings.state_dir)?;
-    let store = settings.store.connect()?;
-    let (raw, listing) = read(&store)?;
-    let config = parse_config(raw, &settings.store)?.0;
+    let (raw, listing) = read(asked)?;
+    let config = parse_config(raw, &asked.store)?.0;
     let everything = LinuxKernel::open(Interest::default()).context("look at this host's network")?;
     let host = everything.mirror().clone();
     let chosen = iface::choose(&host, &settings.wishes).map_err(refused)?;
@@ -153,10 +158,10 @@ fn against_kernel(mut wanted: Wanted, network: &Network) -> anyhow::Result<Plan>
 }
 
 /// Network config and leases.
-fn read(store: &EtcdStore) -> anyhow::Result<(Option<RawConfig>, Listing)> {
-    crate::runtime()?.block_on(async {
-        Ok((store.config().await.map_err(Failure::from)?, store.list().await.map_err(Failure::from)?))
-    })
+fn read(asked: &Asked) -> anyhow::Result<(Option<RawConfig>, Listing)> {
+    let store = asked.connect()?;
+    let found = crate::runtime()?.block_on(async { Ok((store.config().await?, store.list().await?)) });
+    found.map_err(|error| asked.failed(error).into())
 }
 
 /// The network config, or the error that a user can act on.
@@ -180,7 +185,7 @@ pub(crate) fn refused(refusal: twill_core::backend::Refusal) -> Failure {
 #[command(after_help = "Examples:\n  twill leases\n  twill leases --store http://192.0.2.11:2379 -o json")]
 pub(crate) struct Leases {
     #[command(flatten)]
-    store: StoreArgs,
+    store: AskArgs,
     #[command(flatten)]
     output: Output,
 }
@@ -204,14 +209,14 @@ struct LeaseRow {
 
 impl Leases {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
-        let store = self.store.connect()?;
-        let (raw, listing) = read(&store)?;
+        let asked = self.store.find()?;
+        let (raw, listing) = read(&asked)?;
         let revision = listing.revision;
         let reserved: BTreeSet<String> =
             listing.entries.iter().filter(|e| e.etcd_lease == 0).map(|e| e.name.clone()).collect();
         let mut set = LeaseSet::default();
         // Without a config that can be read they are judged by themselves.
-        if let Some(rule) = parse_config(raw, &self.store).ok().and_then(|(config, _)| Rule::new(&config).ok()) {
+        if let Some(rule) = parse_config(raw, &asked.store).ok().and_then(|(config, _)| Rule::new(&config).ok()) {
             set.follow(rule);
         }
         set.reset(listing.entries);

@@ -9,8 +9,9 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use twill_core::net::Prefix;
 
-use crate::output::{self, Failure, Output};
-use crate::stores::{self, StoreArgs};
+use super::asked::AskArgs;
+use crate::output::{self, Output};
+use crate::stores;
 
 /// The embedded store, and a look into any store.
 #[derive(Debug, Args)]
@@ -61,7 +62,7 @@ struct Ls {
     #[arg(value_name = "PREFIX", default_value = "/")]
     below: String,
     #[command(flatten)]
-    store: StoreArgs,
+    store: AskArgs,
     #[command(flatten)]
     output: Output,
 }
@@ -111,8 +112,9 @@ struct Keys {
 
 impl Ls {
     fn run(self) -> anyhow::Result<ExitCode> {
-        let store = self.store.connect()?;
-        let keys = crate::runtime()?.block_on(store.keys(&self.below)).map_err(Failure::from)?;
+        let asked = self.store.find()?;
+        let store = asked.connect()?;
+        let keys = crate::runtime()?.block_on(store.keys(&self.below)).map_err(|error| asked.failed(error))?;
         let keys = Keys { keys };
         self.output
             .print(&keys, || keys.keys.iter().map(|key| output::on_a_line(key)).collect::<Vec<_>>().join("\n"))?;
