@@ -37,7 +37,7 @@ fn shapes_for_programs_are_as_documented() {
     let plan = json!({"schema": "number", "steps": [{"op": "text", "object": "text", "why": "text"}]});
     assert_eq!(shape(&node.twill_json("plan")), plan);
     let finding = json!({"code": "text", "object": "text", "evidence": "text", "fix": "text"});
-    let check = json!({"schema": "number", "interface": "text", "why": "text", "addresses": ["text"], "mtu": "number",
+    let check = json!({"schema": "number", "interface": "text", "why": "text", "addresses": ["text"], "mtu": "number", "store": "text",
         "networks": ["text"], "backend": "text", "ports": ["text"], "findings": [finding]});
     assert_eq!(shape(&node.twill_json("agent --check")), check);
     let _agent = node.agent("");
@@ -182,6 +182,49 @@ fn check_names_what_the_agent_would_stumble_over() {
     // Our own device is no stranger.
     let _agent = node.agent("");
     assert_eq!(named(""), [], "beside a running agent");
+}
+
+#[test]
+fn check_reads_the_data_of_a_store_that_does_not_run_and_changes_nothing() {
+    let Some((mut node, _dir)) = node() else { return };
+    node.kill_store();
+    let data = node.file("state/store");
+    let check = || node.twill_json("agent --check --serve-store");
+    let none = check();
+    assert_eq!((&none["networks"], &none["findings"]), (&json!(["10.244.0.0/16"]), &json!([])), "{none:#}");
+    assert!(
+        none["store"].as_str().unwrap().ends_with(&format!("the store in {} would get", data.display())),
+        "{none:#}"
+    );
+    assert!(!node.file("state").exists(), "nothing is made");
+    let agent = node.agent("--serve-store --network 10.1.0.0/16");
+    node.put("config", r#"{"Network":"10.1.0.0/16","Backend":{"Type":"vxlan","VNI":7,"Port":4789}}"#);
+    node.put("subnets/10.1.41.0-24", "garbage");
+    let elsewhere = node.twill_json("agent --check --serve-store 127.0.0.1:2380");
+    let found = &elsewhere["findings"][0];
+    assert!(found["code"] == "store-data" && found["fix"].as_str().unwrap().contains("another store runs"), "{found}");
+    assert!(check()["store"].as_str().unwrap().ends_with(", which answers"), "{:#}", check());
+    node.host.ip("route add 10.1.99.0/24 via 10.168.0.3");
+    let mut agent = Some(agent);
+    for signal in [Signal::KILL, Signal::TERM] {
+        // Beside the route that is in its way it would wait, and serve its store.
+        let running = agent.take().unwrap_or_else(|| node.agent_at_once("--serve-store"));
+        eventually("its store answers", || node.twill("store ls").1);
+        running.end(signal);
+        let all = || {
+            let files = std::fs::read_dir(&data).unwrap().map(|file| file.unwrap().path());
+            files
+                .map(|path| (path.metadata().unwrap().modified().unwrap(), std::fs::read(path).unwrap()))
+                .collect::<Vec<_>>()
+        };
+        let before = all();
+        let found = check();
+        assert!(found["store"].as_str().unwrap().contains("whose store does not run"), "{signal:?}: {found:#}");
+        assert_eq!((&found["networks"], &found["ports"]), (&json!(["10.1.0.0/16"]), &json!(["udp/4789"])), "{found:#}");
+        let codes: Vec<_> = found["findings"].as_array().unwrap().iter().map(|f| f["code"].as_str().unwrap()).collect();
+        assert_eq!(codes, ["network-overlap", "bad-lease-value"], "{signal:?}: {found:#}");
+        assert!(all() == before, "nothing is changed");
+    }
 }
 
 #[test]

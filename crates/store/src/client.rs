@@ -510,7 +510,7 @@ impl WatchStream {
 }
 
 /// A key below `subnets/`; one whose name is no text is shown as far as it can be.
-fn raw_lease(kv: KeyValue, subnets: &str) -> Option<RawLease> {
+pub fn raw_lease(kv: KeyValue, subnets: &str) -> Option<RawLease> {
     let name = kv.key.strip_prefix(subnets.as_bytes())?;
     Some(RawLease {
         name: String::from_utf8_lossy(name).into_owned(),

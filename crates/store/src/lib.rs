@@ -10,7 +10,7 @@ pub mod pem;
 
 use twill_core::lease::RawLease;
 
-pub use client::{EtcdStore, StoreConfig, WatchStream};
+pub use client::{EtcdStore, StoreConfig, WatchStream, raw_lease};
 pub use error::StoreError;
 
 /// Everything below `<prefix>/subnets/`, at one revision.

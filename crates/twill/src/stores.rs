@@ -7,11 +7,14 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use twill_core::config::NetworkConfig;
+use twill_core::lease::RawLease;
 use twill_core::net::{BadValue, Prefix};
 use twill_core::reconcile::Finding;
+use twill_etcd::prefix_end;
+use twill_etcd::rpc::RangeRequest;
 use twill_etcd::server::{Server, ServerError};
 use twill_kernel::process;
-use twill_store::{EtcdStore, StoreConfig, StoreError, pem};
+use twill_store::{EtcdStore, RawConfig, StoreConfig, StoreError, pem};
 
 use crate::output::Failure;
 
@@ -286,28 +289,46 @@ pub(crate) async fn serve(
     }
 }
 
+/// Config and leases of a store that does not run, without a change to its folder; `None`: it has none.
+pub(crate) fn look(data: &Path, prefix: &str) -> Result<Option<(RawConfig, Vec<RawLease>)>, Failure> {
+    let Some(keys) = twill_etcd::server::look(data).map_err(|e| bad_data(data, &e.into()))? else { return Ok(None) };
+    let range = |key: String, range_end: Vec<u8>| {
+        let request = RangeRequest { key: key.into(), range_end: range_end.into(), ..RangeRequest::default() };
+        // The newest revision is never refused.
+        keys.range(&request).map(|answer| answer.kvs).unwrap_or_default()
+    };
+    let subnets = format!("{prefix}/subnets/");
+    let Some(config) = range(format!("{prefix}/config"), Vec::new()).into_iter().next() else { return Ok(None) };
+    let config = RawConfig { value: config.value.to_vec(), mod_rev: config.mod_revision };
+    let leases = range(subnets.clone(), prefix_end(subnets.as_bytes()));
+    Ok(Some((config, leases.into_iter().filter_map(|kv| twill_store::raw_lease(kv, &subnets)).collect())))
+}
+
 /// Opens the data and the port.
 pub(crate) async fn open(listen: SocketAddr, data: &Path) -> Result<(Server, TcpListener), Failure> {
-    let failed = |code, error: &dyn std::error::Error| {
-        let mut message = error.to_string();
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            message = format!("{message}: {error}");
-            cause = error.source();
-        }
-        Failure::new(code, message)
-    };
     let random = twill_kernel::files::random_bytes().map_err(|e| failed("no-randomness", &e))?;
-    let server = Server::open(data, random, &format!("http://{listen}")).map_err(|e| {
-        let folder = data.display();
-        let hint = match &e {
-            ServerError::Disk(disk) if disk.is_in_use() => format!("another store runs on {folder}: stop that one, or"),
-            _ => format!("see whether {folder} is full, read-only or broken, or"),
-        };
-        failed("store-data", &e)
-            .hint(format!("{hint} name another folder: store serve --data DIR, agent --state-dir DIR"))
-    })?;
+    let server = Server::open(data, random, &format!("http://{listen}")).map_err(|e| bad_data(data, &e))?;
     let listener = TcpListener::bind(listen).await.map_err(|e| cannot_listen(listen, &e))?;
     tracing::info!(%listen, data = %data.display(), "the store serves");
     Ok((server, listener))
+}
+
+fn bad_data(data: &Path, error: &ServerError) -> Failure {
+    let folder = data.display();
+    let hint = match error {
+        ServerError::Disk(disk) if disk.is_in_use() => format!("another store runs on {folder}: stop that one, or"),
+        _ => format!("see whether {folder} is full, read-only or broken, or"),
+    };
+    failed("store-data", error)
+        .hint(format!("{hint} name another folder: store serve --data DIR, agent --state-dir DIR"))
+}
+
+fn failed(code: &'static str, error: &dyn std::error::Error) -> Failure {
+    let mut message = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        message = format!("{message}: {error}");
+        cause = error.source();
+    }
+    Failure::new(code, message)
 }

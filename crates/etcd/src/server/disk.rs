@@ -6,10 +6,15 @@
 //! | `lease` | id | TTL in seconds |
 //! | `meta` | name | number: `version`, `compacted`, `cluster`, `member` |
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use prost::bytes::Bytes;
-use redb::{Database, ReadOnlyDatabase, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::backends::InMemoryBackend;
+use redb::{
+    Database, DatabaseError, ReadOnlyDatabase, ReadableDatabase, ReadableTable, StorageBackend, StorageError,
+    TableDefinition,
+};
 
 use super::mvcc::{Record, Version};
 
@@ -98,8 +103,26 @@ impl Disk {
         let database = redb::Builder::new().set_cache_size(2 << 20).create(path).map_err(at("open"))?;
         let disk = Disk(database);
         disk.prepare(ids)?;
-        let loaded = disk.load()?;
+        let loaded = load(&disk.0)?;
         Ok((disk, loaded))
+    }
+
+    /// What lies in `dir`, while no store runs there, without a change to it; `None`: nothing does.
+    pub fn look(dir: &Path) -> Result<Option<Loaded>, DiskError> {
+        let path = dir.join("store.redb");
+        match ReadOnlyDatabase::open(&path) {
+            Ok(database) => loaded_from(&database),
+            Err(DatabaseError::Storage(StorageError::Io(e))) if e.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error @ DatabaseError::DatabaseAlreadyOpen) => Err(at("open")(error)),
+            // One that is new, or was not closed, goes through the other door beside the disk.
+            Err(_) => {
+                let bytes = std::fs::read(&path).map_err(|e| at("read")(StorageError::from(e)))?;
+                let copy = InMemoryBackend::new();
+                let written = copy.set_len(bytes.len() as u64).and_then(|()| copy.write(0, &bytes));
+                written.map_err(|e| at("read")(StorageError::from(e)))?;
+                loaded_from(&redb::Builder::new().create_with_backend(copy).map_err(at("open"))?)
+            }
+        }
     }
 
     /// Writes a batch; it is on the disk when this returns.
@@ -145,28 +168,35 @@ impl Disk {
         }
         txn.commit().map_err(at("sync"))
     }
+}
 
-    fn load(&self) -> Result<Loaded, DiskError> {
-        let txn = self.0.begin_read().map_err(at("read"))?;
-        let meta = txn.open_table(META).map_err(at("read"))?;
-        let number = |name| Ok::<u64, DiskError>(meta.get(name).map_err(at("read"))?.map_or(0, |row| row.value()));
-        let mut loaded = Loaded {
-            compacted: number("compacted")? as i64,
-            cluster: number("cluster")?,
-            member: number("member")?,
-            ..Loaded::default()
-        };
-        for row in txn.open_table(LOG).map_err(at("read"))?.iter().map_err(at("read"))? {
-            let (place, bytes) = row.map_err(at("read"))?;
-            let record = decode(place.value(), bytes.value()).ok_or(DiskError::Broken(place.value()))?;
-            loaded.records.push(record);
-        }
-        for row in txn.open_table(LEASE).map_err(at("read"))?.iter().map_err(at("read"))? {
-            let (id, ttl) = row.map_err(at("read"))?;
-            loaded.leases.push((id.value(), ttl.value()));
-        }
-        Ok(loaded)
+/// All of a database that may be new.
+fn loaded_from(database: &impl ReadableDatabase) -> Result<Option<Loaded>, DiskError> {
+    let Some(version) = format_of(database)? else { return Ok(None) };
+    refuse_newer(version)?;
+    load(database).map(Some)
+}
+
+fn load(database: &impl ReadableDatabase) -> Result<Loaded, DiskError> {
+    let txn = database.begin_read().map_err(at("read"))?;
+    let meta = txn.open_table(META).map_err(at("read"))?;
+    let number = |name| Ok::<u64, DiskError>(meta.get(name).map_err(at("read"))?.map_or(0, |row| row.value()));
+    let mut loaded = Loaded {
+        compacted: number("compacted")? as i64,
+        cluster: number("cluster")?,
+        member: number("member")?,
+        ..Loaded::default()
+    };
+    for row in txn.open_table(LOG).map_err(at("read"))?.iter().map_err(at("read"))? {
+        let (place, bytes) = row.map_err(at("read"))?;
+        let record = decode(place.value(), bytes.value()).ok_or(DiskError::Broken(place.value()))?;
+        loaded.records.push(record);
     }
+    for row in txn.open_table(LEASE).map_err(at("read"))?.iter().map_err(at("read"))? {
+        let (id, ttl) = row.map_err(at("read"))?;
+        loaded.leases.push((id.value(), ttl.value()));
+    }
+    Ok(loaded)
 }
 
 /// The format that a database says it has; `None`: it is new.
@@ -215,6 +245,32 @@ pub fn decode((rev, sub): (u64, u64), row: &[u8]) -> Option<Record> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_look_changes_nothing_and_sees_what_was_closed_and_what_was_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("store.redb");
+        let nowhere = dir.path().join("nowhere");
+        assert!(Disk::look(&nowhere).unwrap().is_none() && !nowhere.exists());
+        let version = Version { rev: 2, sub: 0, create: 2, count: 1, lease: 0, value: Bytes::from_static(b"value") };
+        let record = Record { key: Bytes::from_static(b"/key"), version };
+        let disk = Disk::open(dir.path(), (1, 2)).unwrap().0;
+        disk.write(&Batch { records: vec![record.clone()], ..Batch::default() }).unwrap();
+        assert!(Disk::look(dir.path()).unwrap_err().is_in_use());
+        // As a kill leaves it.
+        let killed = tempfile::tempdir().unwrap();
+        std::fs::copy(&file, killed.path().join("store.redb")).unwrap();
+        drop(disk);
+        let begun = tempfile::tempdir().unwrap();
+        std::fs::write(begun.path().join("store.redb"), "").unwrap();
+        assert!(Disk::look(begun.path()).unwrap().is_none());
+        for dir in [dir.path(), killed.path()] {
+            let before = std::fs::read(dir.join("store.redb")).unwrap();
+            assert_eq!(Disk::look(dir).unwrap().unwrap().records, std::slice::from_ref(&record), "{dir:?}");
+            assert_eq!(std::fs::read(dir.join("store.redb")).unwrap(), before);
+            assert_eq!(std::fs::read_dir(dir).unwrap().count(), 1, "and nothing lies beside it");
+        }
+    }
 
     #[test]
     fn a_newer_database_is_refused_and_left_untouched() {

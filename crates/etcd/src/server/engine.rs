@@ -123,10 +123,8 @@ pub(crate) struct Engine {
 }
 
 impl Engine {
-    pub(crate) fn new(disk: Disk, loaded: Loaded, lease_seed: i64) -> Self {
-        let mut mvcc = Mvcc::new();
-        loaded.records.into_iter().for_each(|record| mvcc.replay(record));
-        mvcc.set_compacted(loaded.compacted);
+    pub(crate) fn new(disk: Disk, mut loaded: Loaded, lease_seed: i64) -> Self {
+        let mvcc = Mvcc::of(&mut loaded);
         let mut leases = Leases::default();
         for (id, ttl) in loaded.leases {
             // TTLs start anew in full: what was left when the server stopped is unknown.

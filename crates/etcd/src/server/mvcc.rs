@@ -9,6 +9,7 @@ use std::ops::Bound;
 
 use prost::bytes::Bytes;
 
+use super::disk::Loaded;
 use crate::mvccpb::{Event, KeyValue, event::EventType};
 use crate::rpc::ResponseHeader;
 use crate::rpc::{
@@ -99,6 +100,14 @@ impl Mvcc {
     /// An empty store; its revision is 1, as etcd's.
     pub fn new() -> Self {
         Self { rev: 1, ..Self::default() }
+    }
+
+    /// What was on disk; its records are taken out.
+    pub fn of(loaded: &mut Loaded) -> Self {
+        let mut mvcc = Self::new();
+        std::mem::take(&mut loaded.records).into_iter().for_each(|record| mvcc.replay(record));
+        mvcc.set_compacted(loaded.compacted);
+        mvcc
     }
 
     /// Takes in a record from the disk; they come in order.

@@ -29,6 +29,8 @@ struct Check {
     why: Option<String>,
     addresses: Vec<String>,
     mtu: Option<u32>,
+    /// Whose config and leases are judged.
+    store: Option<String>,
     networks: Vec<String>,
     backend: Option<String>,
     ports: Vec<String>,
@@ -72,7 +74,10 @@ pub(crate) fn run(settings: &Settings, output: Output) -> anyhow::Result<ExitCod
             [true, false].into_iter().filter_map(|v4| chosen.underlay.public(v4)).map(|ip| ip.to_string()).collect();
     }
     let (text, entries) = match of_store(settings) {
-        Ok(found) => found,
+        Ok((from, text, entries)) => {
+            check.store = Some(from);
+            (text, entries)
+        }
         Err(failure) => {
             check.failure("store", &failure);
             return finish(&check, output);
@@ -123,23 +128,30 @@ fn finish(check: &Check, output: Output) -> anyhow::Result<ExitCode> {
     Ok(if check.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(FINDINGS) })
 }
 
-/// The config and the leases of the store; of a store that we are to serve ourselves, what we would write.
-fn of_store(settings: &Settings) -> Result<(Option<RawConfig>, Vec<RawLease>), Failure> {
+/// The config and the leases of the store, and where they stand; of a store that we are to serve ourselves what lies in its folder, or
+/// what we would write.
+fn of_store(settings: &Settings) -> Result<(String, Option<RawConfig>, Vec<RawLease>), Failure> {
     let runtime = crate::runtime().map_err(|e| Failure::new("failed", e.to_string()))?;
     let store = settings.store.connect()?;
     let found = runtime.block_on(async {
         let config = store.config().await?;
         Ok((config, store.list().await?.entries))
     });
-    if settings.serve_store.is_some() {
-        // While it is served already it answers for itself.
-        if let Ok((Some(_), _)) = &found {
-            return found.map_err(|error: StoreError| error.into());
-        }
-        let value = config::NetworkConfig::default_json(&[settings.network], "vxlan").into_bytes();
-        return Ok((Some(RawConfig { value, mod_rev: 0 }), Vec::new()));
+    let answers = format!("{}, which answers", store.endpoints());
+    if settings.serve_store.is_none() {
+        return found.map(|(config, leases)| (answers, config, leases)).map_err(|error: StoreError| error.into());
     }
-    found.map_err(Failure::from)
+    // While it is served already it answers for itself.
+    if let Ok((Some(config), leases)) = found {
+        return Ok((answers, Some(config), leases));
+    }
+    let data = settings.state_dir.join("store");
+    if let Some((config, leases)) = stores::look(&data, settings.store.prefix())? {
+        return Ok((format!("the data in {}, whose store does not run", data.display()), Some(config), leases));
+    }
+    let value = config::NetworkConfig::default_json(&[settings.network], "vxlan").into_bytes();
+    let written = Some(RawConfig { value, mod_rev: 0 });
+    Ok((format!("the config that the store in {} would get", data.display()), written, Vec::new()))
 }
 
 fn on_network(
@@ -211,6 +223,9 @@ fn describe(check: &Check) -> String {
     let mut lines = Vec::new();
     if let (Some(interface), Some(why)) = (&check.interface, &check.why) {
         lines.push(format!("interface  {interface} ({}): {why}", check.addresses.join(", ")));
+    }
+    if let Some(store) = &check.store {
+        lines.push(format!("store      {store}"));
     }
     if !check.networks.is_empty() {
         lines.push(format!(
