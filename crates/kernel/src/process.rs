@@ -12,6 +12,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rustix::event::{PollFd, PollFlags, poll};
+
 /// From now on all threads share one heap: what a short-lived thread freed is not kept for it.
 pub fn one_heap() {
     #[cfg(target_env = "gnu")]
@@ -137,6 +139,18 @@ pub fn has_socket(pid: u32, inode: u64) -> bool {
     fds.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|target| target.as_os_str() == name.as_str())
 }
 
+/// A handle of a process (pidfd_open(2)), by which its end can be awaited; `None`: it is gone, or not ours to see.
+pub fn handle(pid: u32) -> Option<OwnedFd> {
+    let pid = rustix::process::Pid::from_raw(pid.try_into().ok()?)?;
+    rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()
+}
+
+/// Waits until the process of a handle has ended, with all that it had open.
+pub fn await_end(handle: &OwnedFd) {
+    let mut fds = [PollFd::new(handle, PollFlags::IN)];
+    while poll(&mut fds, None) == Err(rustix::io::Errno::INTR) {}
+}
+
 /// Descriptors that the service manager has kept for us, with their names (sd_listen_fds_with_names(3)). The first call has them all.
 pub fn kept_descriptors() -> Vec<(String, OwnedFd)> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
@@ -160,6 +174,16 @@ pub fn kept_descriptors() -> Vec<(String, OwnedFd)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "a process to wait for")]
+    fn a_process_is_awaited_to_its_end() {
+        let mut child = std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let handle = handle(child.id()).unwrap();
+        drop(child.stdin.take());
+        await_end(&handle);
+        assert!(child.try_wait().unwrap().is_some());
+    }
 
     #[test]
     fn a_socket_that_listens_is_found_with_its_address_and_its_process() {

@@ -29,13 +29,16 @@ pub(crate) fn take(settings: &Settings, reconciler: &mut Reconciler) -> anyhow::
     if let Some((_, failure)) = missing_capabilities().into_iter().find(|(name, _)| *name == NET_ADMIN) {
         return Err(failure.into());
     }
+    let lock = settings.state_dir.join("agent.lock");
+    let running = if settings.takeover { process::lock_holders(&lock) } else { Vec::new() };
+    let handles: Vec<_> = running.iter().filter_map(|pid| process::handle(*pid)).collect();
     let before = if settings.takeover {
         // The running agent has the lock, or it has another folder: either way this one can be written and read.
         drop(try_state(settings)?);
         super::load_state(&settings.state_dir)?;
         if let Some(listen) = settings.serve_store {
             // Its own port comes free with it.
-            stores::check_is_free(listen, &process::lock_holders(&settings.state_dir.join("agent.lock")))?;
+            stores::check_is_free(listen, &running)?;
         }
         handover::take(&settings.run_dir)?
     } else {
@@ -48,9 +51,10 @@ pub(crate) fn take(settings: &Settings, reconciler: &mut Reconciler) -> anyhow::
         return Ok(place);
     };
     reconciler.restore(handed);
-    let path = settings.state_dir.join("agent.lock");
-    let state = Lock::exclusive(&path).with_context(|| format!("lock {}", path.display()))?;
+    let state = Lock::exclusive(&lock).with_context(|| format!("lock {}", lock.display()))?;
     let network = Lock::of(Path::new(NETWORK), true).with_context(|| format!("lock {NETWORK}"))?;
+    // Its store's data and port may outlive its locks.
+    handles.iter().for_each(process::await_end);
     Ok(Place { _state: state, _network: network })
 }
 
