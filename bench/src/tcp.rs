@@ -170,8 +170,9 @@ impl Hosts {
         }
         for (n, host) in self.hosts[..2].iter().enumerate() {
             eventually("the agent has a route to the other host", || {
-                let route = host.ip(&format!("route show 10.1.{}.0/24 dev flannel.1", 16 - n));
-                if route.is_empty() { Err(std::fs::read_to_string(dir.join(format!("{n}-log")))) } else { Ok(()) }
+                let route = host.try_run(&format!("ip route show 10.1.{}.0/24 dev flannel.1", 16 - n));
+                let log = || std::fs::read_to_string(dir.join(format!("{n}-log")));
+                if route.stdout.is_empty() { Err(log()) } else { Ok(()) }
             });
         }
         daemons
