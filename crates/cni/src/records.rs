@@ -71,6 +71,17 @@ impl Records {
         write().act(|| format!("write {}", path.display()))
     }
 
+    /// The same for an attachment that is new; `None`: somebody else has written one down of this container's device.
+    pub(crate) fn put_new(&self, attachment: &Attachment) -> Result<Option<Unsynced>, CniError> {
+        let path = self.0.join(attachment.file_name());
+        let is_taken = || !matches!(read(&path), Ok(None));
+        let put = || files::put_locked_unless(&path, attachment.to_json()?.as_bytes(), 0o644, is_taken);
+        match put() {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(None),
+            put => put.map(Some).act(|| format!("write {}", path.display())),
+        }
+    }
+
     /// Forgets an attachment, one that was half made too; `None`: there is no such file.
     pub fn remove(&self, container_id: &str, ifname: LinkName) -> Result<Option<Unsynced>, CniError> {
         self.sweep_half_made_of(container_id, ifname)?;

@@ -124,6 +124,63 @@ fn concurrent_processes_never_share_an_address() {
     assert_eq!(runtime.held().len(), 30);
 }
 
+/// Starts plugins that all wait for the folder's lock, lets them go, and gives what each says and whether it is an error.
+fn all_at_once(runtime: &Runtime, calls: &[Call<'_>]) -> Vec<(bool, String)> {
+    let lock = std::fs::File::open(runtime.file("networks/net/lock")).unwrap();
+    lock.lock().unwrap();
+    let started: Vec<Child> = calls
+        .iter()
+        .map(|call| {
+            let child = start(runtime.command(&bin("twill-cni"), call), call.conf.to_string().as_bytes());
+            eventually("it waits", || waits(&child));
+            child
+        })
+        .collect();
+    lock.unlock().unwrap();
+    let said = started.into_iter().map(|child| child.wait_with_output().unwrap());
+    said.map(|out| (out.status.success(), String::from_utf8(out.stdout).unwrap())).collect()
+}
+
+/// For a lock.
+fn waits(child: &Child) -> Result<(), String> {
+    let locks = std::fs::read_to_string("/proc/locks").unwrap();
+    let of = format!(" {} ", child.id());
+    if locks.lines().any(|line| line.contains("->") && line.contains(&of)) { Ok(()) } else { Err(locks) }
+}
+
+#[test]
+fn of_two_adds_of_one_device_at_once_one_is_refused() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let (a, first) = (runtime.container("a"), runtime.container("first"));
+    for conf in [runtime.conf("1.1.0", json!({})), alone(&runtime, "10.9.0.0/26")] {
+        runtime.add(&conf, "first", &first);
+        let call = Call { verb: "ADD", conf: &conf, id: "a", netns: Some(netns(&a)), args: "" };
+        let said = all_at_once(&runtime, &[call.clone(), call]);
+        assert_eq!(said.iter().filter(|(is_done, _)| *is_done).count(), 1, "{said:?}");
+        assert!(said.iter().any(|(_, said)| said.contains("\"code\":101")), "{said:?}");
+        held_by(&runtime, &a, "a");
+        ["a", "first"].iter().zip([&a, &first]).for_each(|(id, container)| runtime.del(&conf, id, Some(container)));
+        assert_eq!((runtime.held(), runtime.attachments()), (vec![], vec![]));
+    }
+}
+
+#[test]
+fn a_del_beside_the_add_of_its_device_frees_no_address_of_a_device_that_stands() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let (a, first) = (runtime.container("a"), runtime.container("first"));
+    let conf = runtime.conf("1.1.0", json!({}));
+    runtime.add(&conf, "first", &first);
+    let call = |verb| Call { verb, conf: &conf, id: "a", netns: Some(netns(&a)), args: "" };
+    // Whichever has the lock first.
+    for verbs in [["ADD", "DEL"], ["DEL", "ADD"]] {
+        let said = all_at_once(&runtime, &verbs.map(call));
+        assert!(said.iter().all(|(is_done, _)| *is_done), "{said:?}");
+        held_by(&runtime, &a, "a");
+        runtime.del(&conf, "a", Some(&a));
+        assert_eq!((runtime.held().len(), runtime.attachments().len()), (2, 1));
+    }
+}
+
 #[test]
 fn nothing_is_answered_before_it_is_on_the_disk() {
     let Some((runtime, _dir)) = runtime() else { return };
@@ -510,7 +567,7 @@ fn stopped_add(runtime: &Runtime, conf: &Value, container: &Host) -> (Child, Str
     let call = Call { verb: "ADD", conf, id: "a", netns: Some(hidden.display().to_string()), args: "" };
     let mut command = runtime.command(Path::new("unshare"), &call);
     // Its own thread, which strace follows alone, enters the container to make devices.
-    let line = "mount --bind \"$0\" \"$CNI_NETNS\" && exec strace -o \"$1\" -e trace=setns -e inject=setns:signal=STOP:when=1 \"$2\"";
+    let line = "mount --bind \"$0\" \"$CNI_NETNS\" && exec strace -o \"$1\" -e trace=setns -e inject=setns:signal=STOP:when=3 \"$2\"";
     command.args(["-m", "sh", "-c", line, &netns(container)]).arg(&trace).arg(bin("twill-cni"));
     let child = start(command, conf.to_string().as_bytes());
     eventually("it stands still", || {
@@ -541,11 +598,7 @@ fn an_add_at_work_keeps_its_address_and_one_that_was_killed_leaks_it() {
     // A second ADD of the same waits for it, and is refused.
     let call = Call { verb: "ADD", conf: &conf, id: "a", netns: Some(netns(&a)), args: "" };
     let second = start(runtime.command(&bin("twill-cni"), &call), conf.to_string().as_bytes());
-    eventually("it waits", || {
-        let locks = std::fs::read_to_string("/proc/locks").unwrap();
-        let of = format!(" {} ", second.id());
-        if locks.lines().any(|line| line.contains("->") && line.contains(&of)) { Ok(()) } else { Err(locks) }
-    });
+    eventually("it waits", || waits(&second));
     signal("-CONT", &pid);
     let said = second.wait_with_output().unwrap();
     assert!(String::from_utf8_lossy(&said.stdout).contains("has its eth0 already"), "{said:?}");

@@ -58,6 +58,12 @@ pub fn read_limited(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>>> {
 /// Puts `bytes` at `path` as [`write_atomic`] does, but without waiting for the disk: that is what the answer is for. Until the answer is
 /// dropped, or the process ends, the file is locked; nobody sees it before it is. A process that is killed may leave [`half_made`].
 pub fn put_locked(path: &Path, bytes: &[u8], mode: u32) -> io::Result<Unsynced> {
+    put_locked_unless(path, bytes, mode, || false)
+}
+
+/// The same, refused as [`io::ErrorKind::AlreadyExists`] where somebody else has put there what `is_taken` sees: nobody puts anything
+/// between that look and this.
+pub fn put_locked_unless(path: &Path, bytes: &[u8], mode: u32, is_taken: impl Fn() -> bool) -> io::Result<Unsynced> {
     in_folder(path, || {
         let (dir, beside) = (folder(path)?, half_made(path));
         let mut file = loop {
@@ -69,6 +75,9 @@ pub fn put_locked(path: &Path, bytes: &[u8], mode: u32) -> io::Result<Unsynced> 
             }
         };
         let mut write = || {
+            if is_taken() {
+                return Err(io::ErrorKind::AlreadyExists.into());
+            }
             if file.metadata()?.len() > 0 {
                 file.set_len(0)?;
             }

@@ -61,14 +61,19 @@ fn holder(target: &Target) -> Holder {
 fn addresses_alone(conf: &Conf, target: &Target) -> Result<Answer, CniError> {
     let Some(ipam) = &conf.ipam else { return Ok(Answer::default()) };
     let records = Records::new(conf.attachments());
-    let is_free = settle_earlier_alone(conf, target, &records)?;
-    let take = || take_alone(conf, ipam, target, is_free.then_some(&records));
-    let (given, changes) = match take() {
-        Err(held) if held.code == Code::Addresses => {
-            let swept = sweep(&records).err();
-            take().map_err(|error| swept.into_iter().fold(error, CniError::and))?
+    let (given, changes) = loop {
+        let is_free = settle_earlier_alone(conf, target, &records)?;
+        let take = || take_alone(conf, ipam, target, is_free.then_some(&records));
+        let taken = match take() {
+            Err(held) if held.code == Code::Addresses => {
+                let swept = sweep(&records).err();
+                take().map_err(|error| swept.into_iter().fold(error, CniError::and))?
+            }
+            taken => taken?,
+        };
+        if let Some(taken) = taken {
+            break taken;
         }
-        taken => taken?,
     };
     files::sync_all(&changes).act(|| format!("write {} to the disk", ipam.dir.display()))?;
     let ips = given.iter().map(|given| Ip { address: given.inet, gateway: Some(given.gateway), interface: None });
@@ -98,13 +103,11 @@ fn holds(record: &Attachment) -> Result<bool, CniError> {
     addresses.iter().try_fold(false, |held, inet| Ok(held || is_own(inet)?))
 }
 
-/// Chooses addresses, writes them down where there is a place for it, and takes them.
-fn take_alone(
-    conf: &Conf,
-    ipam: &Ipam,
-    target: &Target,
-    records: Option<&Records>,
-) -> Result<(Vec<Given>, Vec<Unsynced>), CniError> {
+/// Addresses that were taken, and what the disk has to be waited for.
+type Taken = (Vec<Given>, Vec<Unsynced>);
+
+/// Chooses addresses, writes them down where there is a place for it, and takes them; `None`: another ADD of the device was first.
+fn take_alone(conf: &Conf, ipam: &Ipam, target: &Target, records: Option<&Records>) -> Result<Option<Taken>, CniError> {
     let folder = Folder::open(&ipam.dir)?;
     let choice = folder.choose(&ipam.sets, &ipam.asked)?;
     let mut changes = Vec::new();
@@ -118,7 +121,8 @@ fn take_alone(
         record.network = Some(Network { name: conf.name.clone(), dir: ipam.dir.to_string_lossy().into() });
         // What is not there now will not be missed later.
         record.alone = Some(Alone { seen_in: seen_in(Path::new(path)).filter(|_| inode != 0) });
-        changes.push(records.put(&record)?);
+        let Some(put) = records.put_new(&record)? else { return Ok(None) };
+        changes.push(put);
     }
     match folder.take(&choice, &holder(target)) {
         Ok(taken) => changes.extend(taken),
@@ -127,7 +131,7 @@ fn take_alone(
             return Err(forgotten.and_then(Result::err).into_iter().fold(error, CniError::and));
         }
     }
-    Ok((choice.given, changes))
+    Ok(Some((choice.given, changes)))
 }
 
 fn attach(conf: Conf, device: Device, target: Target, beside: &Beside) -> Result<(Answer, Vec<Object>), CniError> {
@@ -144,8 +148,7 @@ fn attach(conf: Conf, device: Device, target: Target, beside: &Beside) -> Result
     let (tell_synced, synced) = channel();
     let writer = Arc::clone(&plan);
     beside.begin(move || {
-        let written = settle_earlier(&writer).and_then(|()| writer.write_down());
-        let (record, given, changes) = match written {
+        let (record, given, changes) = match writer.write_down() {
             Ok(written) => written,
             Err(error) => return drop(tell_written.send(Err(error))),
         };
@@ -156,7 +159,13 @@ fn attach(conf: Conf, device: Device, target: Target, beside: &Beside) -> Result
     });
     let Plan { conf, device, target, records, .. } = &*plan;
     let before = Before::look(&home, &netns, device.bridge, host_device);
-    let (record, given) = hear(&written).act(|| "take an address".into())??;
+    let (record, given) = match hear(&written).act(|| "take an address".into()).and_then(|written| written) {
+        Ok(written) => written,
+        Err(error) => {
+            let unseen = before.err().map(|failed| refused(failed, records));
+            return Err(unseen.into_iter().fold(error, CniError::and));
+        }
+    };
     let request = &record.request;
     let needed = |path: &str| needs(records, target, path);
     let attached = before.and_then(|before| kernel::attach(before, &home, &netns, request, &needed));
@@ -230,6 +239,9 @@ fn settle_earlier(Plan { target, records, boot, .. }: &Plan) -> Result<(), CniEr
     forget(&earlier.record, records).map(|_| ())
 }
 
+/// What was written down, the addresses of it, and what the disk has to be waited for.
+type Written = (Attachment, Vec<Given>, Vec<Unsynced>);
+
 /// What an ADD knows before it begins.
 struct Plan {
     conf: Conf,
@@ -243,17 +255,24 @@ struct Plan {
 impl Plan {
     /// Chooses addresses, writes the attachment down, and takes them, in this order. When no address is free, or a host port is not,
     /// those of containers that are gone are.
-    fn write_down(&self) -> Result<(Attachment, Vec<Given>, Vec<Unsynced>), CniError> {
-        match self.try_write_down() {
-            Err(held) if [Code::Addresses, Code::Port].contains(&held.code) => {
-                let swept = sweep(&self.records).err();
-                self.try_write_down().map_err(|error| swept.into_iter().fold(error, CniError::and))
+    fn write_down(&self) -> Result<Written, CniError> {
+        loop {
+            settle_earlier(self)?;
+            let written = match self.try_write_down() {
+                Err(held) if [Code::Addresses, Code::Port].contains(&held.code) => {
+                    let swept = sweep(&self.records).err();
+                    self.try_write_down().map_err(|error| swept.into_iter().fold(error, CniError::and))?
+                }
+                written => written?,
+            };
+            if let Some(written) = written {
+                return Ok(written);
             }
-            written => written,
         }
     }
 
-    fn try_write_down(&self) -> Result<(Attachment, Vec<Given>, Vec<Unsynced>), CniError> {
+    /// `None`: another ADD of the device was first.
+    fn try_write_down(&self) -> Result<Option<Written>, CniError> {
         let Self { conf, device, target, records, .. } = self;
         let has_rules = !device.ports.is_empty() || device.masquerade == Some(true);
         let ports = has_rules.then(|| Ports::lock(records)).transpose()?;
@@ -270,7 +289,8 @@ impl Plan {
             ports.refuse_clash(&record.request)?;
         }
         // With its rules once the addresses are held: they must not lead to the next holder's.
-        let mut changes = vec![records.put(&record.without_rules())?];
+        let Some(put) = records.put_new(&record.without_rules())? else { return Ok(None) };
+        let mut changes = vec![put];
         let mut take = || {
             let taken = folder.as_ref().map(|folder| folder.take(&choice, &holder(target))).transpose()?;
             changes.extend(taken.flatten());
@@ -286,7 +306,7 @@ impl Plan {
             let forgotten = records.remove(&target.container_id, target.ifname).err();
             return Err([freed, forgotten].into_iter().flatten().fold(error, CniError::and));
         }
-        Ok((record, choice.given, changes))
+        Ok(Some((record, choice.given, changes)))
     }
 }
 

@@ -39,12 +39,12 @@ pub fn run(conf: &Clear, target: &Target) -> Result<String, CniError> {
     let mut changes = match (record, &conf.addresses) {
         (Some(record), _) => forget(record, &records)?,
         // Where nothing is written down every file is looked at, as host-local does.
-        (None, Some(dir)) => release_by_search(dir, target)?,
-        (None, None) => Vec::new(),
+        (None, Some(dir)) => match release_by_search(dir, target, Some(&records))? {
+            Some(changes) => changes,
+            None => return run(conf, target),
+        },
+        (None, None) => records.remove(&target.container_id, target.ifname)?.into_iter().collect(),
     };
-    if record.is_none() {
-        changes.extend(records.remove(&target.container_id, target.ifname)?);
-    }
     if let Some(dir) = &conf.flannel_dir {
         let file = dir.join(&target.container_id);
         if file.exists() {
@@ -75,7 +75,12 @@ fn addresses_alone(
         (Some(record), _) => free(record, records)?,
         (None, dir) => {
             records.sweep_half_made_of(&target.container_id, target.ifname)?;
-            dir.as_deref().map_or(Ok(Vec::new()), |dir| release_by_search(dir, target))?
+            // What is written down is another network's.
+            let unwritten = record.is_none().then_some(records);
+            match dir.as_deref().map_or(Ok(Some(Vec::new())), |dir| release_by_search(dir, target, unwritten))? {
+                Some(changes) => changes,
+                None => return run(conf, target),
+            }
         }
     };
     files::sync_all(&changes).act(|| format!("write {} to the disk", conf.state.display()))?;
@@ -121,9 +126,22 @@ fn has_another(conf: &Clear, target: &Target, records: &Records) -> Result<bool,
     Ok(false)
 }
 
-fn release_by_search(dir: &Path, target: &Target) -> Result<Vec<Unsynced>, CniError> {
-    let Some(folder) = Folder::find(dir)? else { return Ok(Vec::new()) };
+/// With `unwritten`, a file that says nothing goes as well, unless an ADD has written one down meanwhile: `None`, and its addresses stay.
+fn release_by_search(
+    dir: &Path,
+    target: &Target,
+    unwritten: Option<&Records>,
+) -> Result<Option<Vec<Unsynced>>, CniError> {
+    let Target { container_id, ifname, .. } = target;
+    let forget = || unwritten.map_or(Ok(None), |records| records.remove(container_id, *ifname));
+    let Some(folder) = Folder::find(dir)? else { return Ok(Some(forget()?.into_iter().collect())) };
+    // An ADD takes addresses, and writes down whose they are, under this lock.
+    if unwritten.map_or(Ok(None), |records| records.get(container_id, *ifname))?.is_some() {
+        return Ok(None);
+    }
     let held = folder.held()?;
     let ips: Vec<_> = held.iter().filter(|held| is_of(held, target)).map(|held| held.ip).collect();
-    folder.release(&ips, &target.container_id, target.ifname.as_str())
+    let mut changes = folder.release(&ips, container_id, ifname.as_str())?;
+    changes.extend(forget()?);
+    Ok(Some(changes))
 }
