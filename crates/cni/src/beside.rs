@@ -14,23 +14,26 @@ const AWAKE: Duration = Duration::from_millis(1);
 
 type Work = Box<dyn FnOnce() + Send>;
 
-/// The other thread; it ends when this is dropped and its work is done.
+/// The other thread; it ends when this is dropped and its work is done. `None`: the machine has none to give.
 #[derive(Debug)]
-pub struct Beside(Sender<Work>);
+pub struct Beside(Option<Sender<Work>>);
 
 impl Beside {
     /// Starts it, in the caller's namespace.
     pub fn start() -> Self {
         let (give, work) = channel::<Work>();
-        thread::spawn(move || work.into_iter().for_each(|work| work()));
+        let started = thread::Builder::new().spawn(move || work.into_iter().for_each(|work| work()));
         thread::yield_now();
-        Self(give)
+        Self(started.is_ok().then_some(give))
     }
 
-    /// Has it do something.
+    /// Has it do something; where there is no other thread, it is done first.
     pub(crate) fn begin(&self, work: impl FnOnce() + Send + 'static) {
-        // A thread that has ended drops the work, and with it what somebody waits for.
-        let _ = self.0.send(Box::new(work));
+        match &self.0 {
+            // A thread that has ended drops the work, and with it what somebody waits for.
+            Some(give) => drop(give.send(Box::new(work))),
+            None => work(),
+        }
     }
 }
 

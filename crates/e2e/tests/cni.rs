@@ -317,6 +317,42 @@ fn an_add_that_cannot_be_answered_is_taken_back() {
     assert_eq!(runtime.everything(), before);
 }
 
+/// ADD of "a" by a plugin whose system calls fail.
+fn hindered(runtime: &Runtime, conf: &Value, container: &Host, calls: &str) -> Result<Value, Value> {
+    let mut command = runtime.command(std::path::Path::new("strace"), &adds(conf, "a", &netns(container)));
+    command.args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("inject={calls}")]).arg(bin("twill-cni"));
+    runtime.finish(command, conf)
+}
+
+#[test]
+fn an_add_needs_no_second_thread() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    if !installed("strace") {
+        return;
+    }
+    let a = runtime.container("a");
+    let conf = runtime.conf("1.0.0", json!({}));
+    hindered(&runtime, &conf, &a, "clone,clone3:error=EAGAIN").unwrap();
+    assert_eq!(addresses(&a, "eth0").len(), 2);
+    runtime.del(&conf, "a", Some(&a));
+}
+
+#[test]
+fn an_add_that_fails_in_both_threads_tells_of_both() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    if !installed("strace") {
+        return;
+    }
+    let (a, b) = (runtime.container("a"), runtime.container("b"));
+    let conf = runtime.conf("1.0.0", json!({"ipam": {"type": "host-local", "ranges": [[{"subnet": "10.9.0.0/30"}]]}}));
+    runtime.add(&conf, "b", &b);
+    let before = runtime.everything();
+    let refused = hindered(&runtime, &conf, &a, "setns:error=EPERM").unwrap_err();
+    let msg = refused["msg"].as_str().unwrap();
+    assert!(msg.contains("10.9.0.2 by b:eth0") && msg.contains("enter the container"), "{refused:#}");
+    assert_eq!(runtime.everything(), before);
+}
+
 /// The disk fails when everything else is done.
 #[test]
 fn an_add_that_fails_late_leaves_the_host_as_it_was() {
