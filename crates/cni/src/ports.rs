@@ -97,7 +97,7 @@ impl<'r> Ports<'r> {
         self.clear_to(self.table(Some(&gone.request))?)?;
         Self::lead_anew(&gone.request);
         // A crash of the machine may forget it: after that the file is stale.
-        self.records.put(&gone.without_rules())
+        self.records.put_less(&gone.without_rules())
     }
 
     /// Takes from the table what no file tells of: a file may have been lost, or its rules struck out by a DEL that was killed.

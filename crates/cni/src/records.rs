@@ -82,6 +82,19 @@ impl Records {
         }
     }
 
+    /// Writes less down of an attachment whose lock the caller has. A full disk hinders nobody from leaving.
+    pub(crate) fn put_less(&self, attachment: &Attachment) -> Result<Unsynced, CniError> {
+        let path = self.0.join(attachment.file_name());
+        let put = || {
+            let json = attachment.to_json()?;
+            files::put_locked(&path, json.as_bytes(), 0o644).or_else(|error| match error.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => files::put_within(&path, json.as_bytes()),
+                _ => Err(error),
+            })
+        };
+        put().act(|| format!("write {}", path.display()))
+    }
+
     /// Forgets an attachment, one that was half made too; `None`: there is no such file.
     pub fn remove(&self, container_id: &str, ifname: LinkName) -> Result<Option<Unsynced>, CniError> {
         self.sweep_half_made_of(container_id, ifname)?;

@@ -353,6 +353,24 @@ fn a_file_of_a_newer_release_hinders_only_its_own_container() {
 
 /// The files may be lost: what they asked for goes with the container all the same, and what others ask for stays.
 #[test]
+fn a_full_disk_keeps_no_container_from_leaving() {
+    let Some(place) = place().filter(|_| installed("strace")) else { return };
+    let Place { runtime, a, .. } = &place;
+    let conf = with_ports(runtime, json!([port(8080, 80, "tcp")]));
+    let mut none_valid = conf.clone();
+    none_valid["cni.dev/valid-attachments"] = json!([]);
+    for (verb, conf) in [("DEL", &conf), ("GC", &none_valid)] {
+        runtime.add(conf, "a", a);
+        let call = Call { verb, conf, id: "a", netns: Some(netns(a)), args: "" };
+        let mut command = runtime.command(Path::new("strace"), &call);
+        command.args(["-f", "-qq", "-o", "/dev/null", "-e", "inject=write:error=ENOSPC"]).arg(bin("twill-cni"));
+        runtime.finish(command, conf).unwrap_or_else(|e| panic!("{verb}: {e:#}"));
+        assert_eq!((runtime.held(), runtime.attachments()), (vec![], vec![]));
+        assert_eq!(runtime.host.run("nft list tables"), "");
+    }
+}
+
+#[test]
 fn del_and_gc_take_host_ports_back_without_an_attachment_file() {
     let Some(place) = place() else { return };
     let Place { runtime, a, b, .. } = &place;

@@ -3,7 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
@@ -91,6 +91,20 @@ pub fn put_locked_unless(path: &Path, bytes: &[u8], mode: u32, is_taken: impl Fn
         })?;
         Ok(Unsynced { files: vec![file], dir })
     })
+}
+
+/// Puts `bytes` in place of longer content of the file at `path`, spaces behind them: what a full disk still takes. Only by who has the
+/// file's lock.
+pub fn put_within(path: &Path, bytes: &[u8]) -> io::Result<Unsynced> {
+    let file = OpenOptions::new().write(true).open(path)?;
+    let room = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX);
+    let mut whole = bytes.to_vec();
+    if whole.len() > room {
+        return Err(io::ErrorKind::StorageFull.into());
+    }
+    whole.resize(room, b' ');
+    file.write_all_at(&whole, 0)?;
+    Ok(Unsynced { files: vec![file], dir: File::open(folder(path)?)? })
 }
 
 /// Where a [`put_locked`] of `path` writes.
