@@ -285,7 +285,9 @@ impl Attached {
             settle(inside, in_it, |_| Ok(side.clone()))
         })??;
         // What only the kernel knows.
-        let bridge = request.bridge.filter(|name| !host.mirror().link(*name).is_some_and(|is| request.keeps_mac(is)));
+        // A bridge takes over the MTU of its ports.
+        let is_known = |is: &Link| request.keeps_mac(is) && is.mtu == request.mtu;
+        let bridge = request.bridge.filter(|name| !host.mirror().link(*name).is_some_and(is_known));
         let pair = Some(request.host_device).filter(|_| request.mtu.is_none());
         let made = bridge.into_iter().chain(pair).map(Key::Link).collect();
         host.read(Scope::Keys(&made))?;
