@@ -836,6 +836,20 @@ fn a_configuration_is_read_as_go_reads_it() {
 }
 
 #[test]
+fn a_configured_default_route_is_the_only_one_and_told_once() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let a = runtime.container("a");
+    let conf = runtime.conf("1.1.0", json!({"ipam": {"routes": [{"dst": "0.0.0.0/0", "gw": "10.1.15.77"}]}}));
+    let said = runtime.add(&conf, "a", &a);
+    let ways = |routes: &Value, dst: &str, gw: &str| -> Vec<Value> {
+        let routes = routes.as_array().unwrap().iter().filter(|route| route["dst"] == dst);
+        routes.map(|route| route[gw].clone()).collect()
+    };
+    assert_eq!(ways(&a.json("route"), "default", "gateway"), ["10.1.15.77"]);
+    assert_eq!(ways(&said["routes"], "0.0.0.0/0", "gw"), ["10.1.15.77"]);
+}
+
+#[test]
 fn point_to_point_needs_no_bridge() {
     let Some((runtime, _dir)) = runtime() else { return };
     let (a, b) = (runtime.container("a"), runtime.container("b"));

@@ -445,6 +445,10 @@ fn answer(
         let dst = if given.gateway.is_ipv4() { Prefix::DEFAULT_V4 } else { Prefix::DEFAULT_V6 };
         RouteTo { dst, gw: Some(given.gateway), rest: Map::new() }
     });
-    let configured = conf.ipam.iter().flat_map(|ipam| ipam.routes.iter().cloned());
-    Answer { interfaces, ips: ips.collect(), routes: default.chain(configured).collect(), dns }
+    let configured = || conf.ipam.iter().flat_map(|ipam| &ipam.routes);
+    // A configured one of the same table and priority has taken its place.
+    let is_same =
+        |of: &RouteTo, dst| of.dst == dst && ["table", "priority"].iter().all(|key| !of.rest.contains_key(*key));
+    let default = default.filter(|default| !configured().any(|of| is_same(of, default.dst)));
+    Answer { interfaces, ips: ips.collect(), routes: default.chain(configured().cloned()).collect(), dns }
 }
