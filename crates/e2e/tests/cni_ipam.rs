@@ -182,6 +182,22 @@ fn a_del_beside_the_add_of_its_device_frees_no_address_of_a_device_that_stands()
 }
 
 #[test]
+fn a_gc_beside_an_add_frees_no_address_of_a_device_that_stands() {
+    let Some((runtime, _dir)) = runtime() else { return };
+    let (a, first) = (runtime.container("a"), runtime.container("first"));
+    let conf = runtime.conf("1.1.0", json!({}));
+    let mut valid = conf.clone();
+    valid["cni.dev/valid-attachments"] = json!([{"containerID": "first", "ifname": "eth0"}]);
+    runtime.add(&conf, "first", &first);
+    let add = Call { verb: "ADD", conf: &conf, id: "a", netns: Some(netns(&a)), args: "" };
+    let gc = Call { verb: "GC", conf: &valid, ..add.clone() };
+    let said = all_at_once(&runtime, &[add, gc]);
+    assert!(said.iter().all(|(is_done, _)| *is_done), "{said:?}");
+    held_by(&runtime, &a, "a");
+    held_by(&runtime, &first, "first");
+}
+
+#[test]
 fn nothing_is_answered_before_it_is_on_the_disk() {
     let Some((runtime, _dir)) = runtime() else { return };
     if !installed("strace") {

@@ -1,5 +1,7 @@
 //! GC: what no attachment holds is freed.
 
+use std::net::IpAddr;
+
 use twill_core::attach;
 use twill_core::ipam::Holder;
 use twill_kernel::attach as kernel;
@@ -63,6 +65,9 @@ fn stale_addresses(conf: &Clear, valid: &[Valid], records: &Records) -> Result<(
     });
     let mut last = None;
     let freed = all(stale.map(|held| {
+        if held.holder.as_ref().map_or(Ok(false), |holder| is_new(holder, held.ip, conf, records))? {
+            return Ok(());
+        }
         held.holder.iter().try_for_each(|holder| unwritten_device(holder, records))?;
         folder.free(held.ip).map(|change| last = change.or(last.take()))
     }));
@@ -70,6 +75,13 @@ fn stale_addresses(conf: &Clear, valid: &[Valid], records: &Records) -> Result<(
     // They are of one folder: with the last one the disk has them all.
     let synced = files::sync_all(last.as_slice()).act(|| "write to the disk what was freed".into());
     all([freed, synced])
+}
+
+/// An ADD has written it down since the stale attachments went.
+fn is_new(holder: &Holder, ip: IpAddr, conf: &Clear, records: &Records) -> Result<bool, CniError> {
+    let Some(ifname) = holder.ifname.as_deref().and_then(|name| name.parse().ok()) else { return Ok(false) };
+    let record = records.get(&holder.container_id, ifname)?.filter(|record| conf.has(record));
+    Ok(record.is_some_and(|record| record.request.addresses.iter().any(|inet| inet.addr == ip)))
 }
 
 /// The device of an attachment whose file was lost: it has the address still.
