@@ -2,7 +2,7 @@
 
 #![allow(
     unsafe_code,
-    reason = "mallopt, malloc_trim, prctl, sched_setattr, NS_GET_USERNS and inherited descriptors have no safe wrapper"
+    reason = "mallopt, malloc_trim, prctl, NS_GET_USERNS and inherited descriptors have no safe wrapper"
 )]
 
 use std::fs;
@@ -37,24 +37,6 @@ pub fn die_with_parent() {
     // SAFETY: PR_SET_PDEATHSIG takes a signal number and touches no memory.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-    }
-}
-
-/// The longest turn that may be asked for (kernel/sched/syscalls.c `__setparam_fair`).
-const LONGEST_TURN: u64 = 100_000_000;
-
-/// Asks that the calling thread, once it runs, is interrupted as seldom as may be; its share of the processor is what it was. Kernels
-/// before 6.12 hear nothing of it.
-pub fn take_long_turns() {
-    let size = size_of::<libc::sched_attr>();
-    // SAFETY: all zeroes is a value of this structure of numbers.
-    let mut attr: libc::sched_attr = unsafe { std::mem::zeroed() };
-    // SAFETY: the kernel writes at most `size` bytes into `attr`, which has so many, and is there for the call.
-    let got = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attr, size, 0) };
-    if got == 0 && attr.sched_policy == libc::SCHED_OTHER as u32 {
-        attr.sched_runtime = LONGEST_TURN;
-        // SAFETY: the kernel reads the structure's own size from its first field. What is refused leaves the thread as it was.
-        unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0) };
     }
 }
 

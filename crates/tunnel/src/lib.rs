@@ -32,9 +32,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use twill_core::backend::TunnelSpec;
-
 use twill_kernel::icmp::IcmpSockets;
-use twill_kernel::process;
 use twill_kernel::tun::{Offloads, Tun, TunDevice};
 use twill_kernel::udp::{Udp, UdpSocket};
 use twill_packet::offload::Merge;
@@ -171,11 +169,6 @@ impl Tunnel {
     }
 
     fn thread(&mut self, name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
-        let run = || {
-            // Else 64 programs that send at once interrupt who carries for them, and what waits outgrows the caches (decision 0014).
-            process::take_long_turns();
-            run();
-        };
         self.threads.push(std::thread::Builder::new().name(name.to_owned()).spawn(run)?);
         Ok(())
     }
