@@ -7,6 +7,7 @@ use twill_e2e::eventually;
 use twill_e2e::net::Bed;
 use twill_e2e::overlay::Overlay;
 
+use crate::peers::kb;
 use crate::report::Report;
 
 const CONFIG: &str = r#"{"Network":"100.96.0.0/16","Backend":{"Type":"vxlan"}}"#;
@@ -26,7 +27,7 @@ pub(crate) fn run(minutes: u64, report: &mut Report) {
     put(&overlay, "subnets/100.96.8.0-24", &peer(8));
     await_route(&overlay, 1, 8);
     let leases = [overlay.lease(1), overlay.lease(2)];
-    let memory = |overlay: &Overlay| resident(overlay.site(1).agent_pid().unwrap());
+    let memory = |overlay: &Overlay| kb(overlay.site(1).agent_pid().unwrap(), "VmRSS") / 1024.0;
     let before = memory(&overlay);
 
     let mut ping = overlay.site(1).container.command("ping");
@@ -88,10 +89,4 @@ fn lost(pings: &str) -> f64 {
     let line = pings.lines().find(|line| line.contains("packets transmitted")).unwrap();
     let numbers: Vec<f64> = line.split(' ').filter_map(|word| word.parse().ok()).collect();
     numbers[0] - numbers[1]
-}
-
-fn resident(pid: u32) -> f64 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse::<f64>().unwrap() / 1e3
 }

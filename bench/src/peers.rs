@@ -267,8 +267,9 @@ fn now() -> f64 {
 }
 
 /// A line of the process's status, in kilobytes.
-fn kb(process: &Process, field: &str) -> f64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", process.0.id())).unwrap();
+/// Kilobytes of a process, by the name of their line (proc_pid_status(5)).
+pub(crate) fn kb(pid: u32, field: &str) -> f64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|l| l.strip_prefix(field)).unwrap();
     line.trim_start_matches(':').trim().trim_end_matches(" kB").parse().unwrap()
 }
@@ -277,13 +278,13 @@ fn kb(process: &Process, field: &str) -> f64 {
 fn settled(agent: &Process, report: &mut Report, peers: u32, most: f64) {
     let pid = agent.0.id();
     std::thread::sleep(Duration::from_secs(2));
-    let rss = kb(agent, "VmRSS");
+    let rss = kb(pid, "VmRSS");
     if peers >= 10_000 {
         report.at_most(&format!("{peers} peers, resident memory (MB)"), &[rss / 1024.0], 25.0);
     } else {
         report.note(&format!("{peers} peers, resident memory (MB)"), &[rss / 1024.0]);
     }
-    report.note("of it the program's own pages, not shared with its file (MB)", &[kb(agent, "RssAnon") / 1024.0]);
+    report.note("of it the program's own pages, not shared with its file (MB)", &[kb(pid, "RssAnon") / 1024.0]);
     let busy = || {
         let ns = |t: std::fs::DirEntry| std::fs::read_to_string(t.path().join("schedstat")).unwrap_or_default();
         let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();

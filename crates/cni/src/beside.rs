@@ -14,12 +14,12 @@ const AWAKE: Duration = Duration::from_millis(1);
 
 type Work = Box<dyn FnOnce() + Send>;
 
-/// The other thread; it ends when this is dropped and its work is done. `None`: the machine has none to give.
-#[derive(Debug)]
+/// The other thread; it ends when this is dropped and its work is done. `None`: there is none, and its work is done at once.
+#[derive(Debug, Default)]
 pub struct Beside(Option<Sender<Work>>);
 
 impl Beside {
-    /// Starts it, in the caller's namespace.
+    /// Starts it, in the caller's namespace, where the machine has one to give.
     pub fn start() -> Self {
         let (give, work) = channel::<Work>();
         let started = thread::Builder::new().spawn(move || work.into_iter().for_each(|work| work()));

@@ -50,8 +50,8 @@ pub struct Done {
     switched: Vec<Object>,
 }
 
-/// Runs one call: the environment says which, stdin is the configuration. For an ADD there may be a thread that waits for work.
-pub fn run(vars: Vars<'_>, stdin: &[u8], beside: Option<Beside>) -> Done {
+/// Runs one call: the environment says which, stdin is the configuration. For an ADD there may be a thread beside this one.
+pub fn run(vars: Vars<'_>, stdin: &[u8], beside: &Beside) -> Done {
     match answer(vars, stdin, beside) {
         Ok((said, switched)) => Done { said: Ok(said), switched },
         Err(error) => Done { said: Err(error.to_json(&conf::version_of(stdin))), switched: Vec::new() },
@@ -71,7 +71,7 @@ pub fn take_back(done: Done, vars: Vars<'_>, stdin: &[u8]) -> Said {
     }
 }
 
-fn answer(vars: Vars<'_>, stdin: &[u8], beside: Option<Beside>) -> Result<verb::add::Added, CniError> {
+fn answer(vars: Vars<'_>, stdin: &[u8], beside: &Beside) -> Result<verb::add::Added, CniError> {
     let verb = env::verb(vars)?;
     let conf = || Conf::parse(stdin);
     let said = match verb {

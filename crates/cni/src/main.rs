@@ -15,10 +15,11 @@ fn main() -> ExitCode {
     if vars("CNI_COMMAND").is_none() && std::env::args().len() > 1 {
         return about();
     }
-    let beside = (vars("CNI_COMMAND").as_deref() == Some("ADD")).then(Beside::start);
+    let is_add = vars("CNI_COMMAND").as_deref() == Some("ADD");
+    let beside = if is_add { Beside::start() } else { Beside::default() };
     let mut stdin = Vec::with_capacity(8 << 10);
     let _ = std::io::stdin().read_to_end(&mut stdin);
-    let done = twill_cni::run(&vars, &stdin, beside);
+    let done = twill_cni::run(&vars, &stdin, &beside);
     let text = done.said.as_ref().unwrap_or_else(|text| text);
     let mut stdout = std::io::stdout();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {

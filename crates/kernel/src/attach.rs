@@ -230,35 +230,38 @@ pub type Needed<'a> = &'a dyn Fn(&str) -> bool;
 
 /// Both namespaces as they are before an attach. They can be looked at while nobody knows yet which addresses the container gets.
 #[derive(Debug)]
-pub struct Before {
+pub struct Before<'a> {
     host: LinuxKernel,
+    home: &'a Netns,
     inside: LinuxKernel,
+    container: &'a Netns,
 }
 
-impl Before {
+impl<'a> Before<'a> {
     /// Looks at `home`, the calling thread's namespace, and at the container's. `bridge` and `device` are all of the host that the
     /// attach is about.
-    pub fn look(home: &Netns, container: &Netns, bridge: Option<LinkName>, device: LinkName) -> Result<Before, Failed> {
+    pub fn look(
+        home: &'a Netns,
+        container: &'a Netns,
+        bridge: Option<LinkName>,
+        device: LinkName,
+    ) -> Result<Self, Failed> {
         let switches = switches(bridge.unwrap_or(device));
         // However many containers a host has. One that stands alone has routes on it.
         let host = match bridge {
             Some(bridge) => interest(switches, Depth::Links, &[bridge, device]),
             None => interest(switches, Depth::Routes, &[]),
         };
-        Ok(Before { host: LinuxKernel::open(host)?, inside: container.visit_from(home, open_inside)?? })
+        let host = LinuxKernel::open(host)?;
+        let inside = container.visit_from(home, open_inside)??;
+        Ok(Self { host, home, inside, container })
     }
 }
 
-/// Attaches a container to the namespace of the calling thread, `home`, which was looked at. Whatever fails, what was made goes again,
-/// or is told.
-pub fn attach(
-    before: Before,
-    home: &Netns,
-    container: &Netns,
-    request: &Request,
-    needed: Needed<'_>,
-) -> Result<Attached, Failed> {
-    let Before { mut host, inside } = before;
+/// Attaches the container that was looked at to the namespace of the calling thread. Whatever fails, what was made goes again, or is
+/// told.
+pub fn attach(before: Before<'_>, request: &Request, needed: Needed<'_>) -> Result<Attached, Failed> {
+    let Before { mut host, home, inside, container } = before;
     // Of this container, and not written down: what a killed attach has left. Its other end goes with it.
     delete(&mut host, request.host_device)?;
     let mut attached =
@@ -284,8 +287,7 @@ impl Attached {
             inside.take_as_made(request.inner_end())?;
             settle(inside, in_it, |_| Ok(side.clone()))
         })??;
-        // What only the kernel knows.
-        // A bridge takes over the MTU of its ports.
+        // What only the kernel knows: a bridge takes over the MTU of its ports.
         let is_known = |is: &Link| request.keeps_mac(is) && is.mtu == request.mtu;
         let bridge = request.bridge.filter(|name| !host.mirror().link(*name).is_some_and(is_known));
         let pair = Some(request.host_device).filter(|_| request.mtu.is_none());

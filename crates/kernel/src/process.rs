@@ -102,8 +102,12 @@ pub fn is_trusted(pid: u32) -> bool {
 
 /// The path of a file of this name that a process has open, as far as we may look.
 pub fn open_file_named(pid: u32, name: &str) -> Option<PathBuf> {
-    let fds = fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten();
-    fds.filter_map(|fd| fs::read_link(fd.path()).ok()).find(|path| path.file_name().is_some_and(|last| last == name))
+    open_files(pid).find(|path| path.file_name().is_some_and(|last| last == name))
+}
+
+fn open_files(pid: u32) -> impl Iterator<Item = PathBuf> {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    fds.filter_map(|fd| fs::read_link(fd.path()).ok())
 }
 
 /// Sockets that listen in our network namespace: address and inode (proc_pid_net(5), `tcp` and `tcp6`).
@@ -134,9 +138,8 @@ fn address_of(hex: &str) -> Option<IpAddr> {
 
 /// True when a process has this socket open, as far as we may look.
 pub fn has_socket(pid: u32, inode: u64) -> bool {
-    let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
     let name = format!("socket:[{inode}]");
-    fds.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|target| target.as_os_str() == name.as_str())
+    open_files(pid).any(|target| target.as_os_str() == name.as_str())
 }
 
 /// A handle of a process (pidfd_open(2)), by which its end can be awaited; `None`: it is gone, or not ours to see.

@@ -128,7 +128,7 @@ fn hold(request: &Request, folder: &Path) -> Result<(), LabError> {
 fn attach(host: &Place, guest: &Place, request: &Request) -> Result<(), LabError> {
     let attached = host.netns.run(|| {
         let before = Before::look(&host.netns, &guest.netns, request.bridge, request.host_device)?;
-        attach::attach(before, &host.netns, &guest.netns, request, &|_| true)
+        attach::attach(before, request, &|_| true)
     });
     attached
         .act(|| format!("enter {}", host.name))?

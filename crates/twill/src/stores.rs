@@ -131,7 +131,7 @@ impl StoreArgs {
         };
         let config = StoreConfig {
             endpoints: if self.store.is_empty() { vec![ENDPOINT.into()] } else { self.store.clone() },
-            prefix: self.prefix.clone().unwrap_or_else(|| PREFIX.into()),
+            prefix: self.prefix().to_owned(),
             ca: self.ca.clone(),
             identity,
             user,

@@ -40,17 +40,28 @@ const MOST_ADVMSS: u32 = 65_535 - 40;
 pub(crate) type Added = (String, Vec<Object>);
 
 /// Runs ADD.
-pub fn run(mut conf: Conf, target: Target, beside: Option<Beside>) -> Result<Added, CniError> {
+pub fn run(mut conf: Conf, target: Target, beside: &Beside) -> Result<Added, CniError> {
     lease(&mut conf)?;
     if let Some(ipam) = &mut conf.ipam {
         ipam.asked.extend(&target.args.ips);
     }
     let version = conf.version;
     let (answer, switched) = match conf.device.clone() {
-        Some(device) => attach(conf, device, target, &beside.unwrap_or_else(Beside::start))?,
+        Some(device) => attach(conf, device, target, beside)?,
         None => (addresses_alone(&conf, &target)?, Vec::new()),
     };
     Ok((answer.to_json(version), switched))
+}
+
+/// Takes; when that fails because something is held, again once what containers have left that are gone was freed.
+fn or_swept<T>(records: &Records, held: &[Code], take: impl Fn() -> Result<T, CniError>) -> Result<T, CniError> {
+    match take() {
+        Err(error) if held.contains(&error.code) => {
+            let swept = sweep(records).err();
+            take().map_err(|error| swept.into_iter().fold(error, CniError::and))
+        }
+        taken => taken,
+    }
 }
 
 fn holder(target: &Target) -> Holder {
@@ -64,14 +75,7 @@ fn addresses_alone(conf: &Conf, target: &Target) -> Result<Answer, CniError> {
     let (given, changes) = loop {
         let is_free = settle_earlier_alone(conf, target, &records)?;
         let take = || take_alone(conf, ipam, target, is_free.then_some(&records));
-        let taken = match take() {
-            Err(held) if held.code == Code::Addresses => {
-                let swept = sweep(&records).err();
-                take().map_err(|error| swept.into_iter().fold(error, CniError::and))?
-            }
-            taken => taken?,
-        };
-        if let Some(taken) = taken {
+        if let Some(taken) = or_swept(&records, &[Code::Addresses], take)? {
             break taken;
         }
     };
@@ -168,7 +172,7 @@ fn attach(conf: Conf, device: Device, target: Target, beside: &Beside) -> Result
     };
     let request = &record.request;
     let needed = |path: &str| needs(records, target, path);
-    let attached = before.and_then(|before| kernel::attach(before, &home, &netns, request, &needed));
+    let attached = before.and_then(|before| kernel::attach(before, request, &needed));
     let attached = attached.map_err(|failed| refused(failed, records));
     let published = attached.as_ref().map_or(Ok(()), |_| publish(request, records));
     let act = || format!("write {} to the disk", conf.state.display());
@@ -258,14 +262,8 @@ impl Plan {
     fn write_down(&self) -> Result<Written, CniError> {
         loop {
             settle_earlier(self)?;
-            let written = match self.try_write_down() {
-                Err(held) if [Code::Addresses, Code::Port].contains(&held.code) => {
-                    let swept = sweep(&self.records).err();
-                    self.try_write_down().map_err(|error| swept.into_iter().fold(error, CniError::and))?
-                }
-                written => written?,
-            };
-            if let Some(written) = written {
+            let held = [Code::Addresses, Code::Port];
+            if let Some(written) = or_swept(&self.records, &held, || self.try_write_down())? {
                 return Ok(written);
             }
         }
