@@ -6,11 +6,11 @@
 //!                      /last_reserved_ip.0   of range set 0: the walk goes on behind it
 //!                      /asked.0              of range set 0: given by name since the walk came by; the walk passes them by once
 //!                      /.last_reserved_ip.0  where the next one is written; the two change places
-//!                      /.new                 half made: whoever has the lock next removes it
+//!                      /.spare               of an address that was freed, or half made: the next one is made of it
 //! ```
 //! A file comes into being whole (written beside, then renamed), so that a process that is killed holds an address or does not. Whoever
 //! takes an address writes the attachment down first: a leak always has a file that tells of it. What the walk remembers is written
-//! before the address is, and is on the disk as early: whatever is lost, no address comes back before the others were used.
+//! before the address is: whoever is killed, no address comes back before the others were used.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -77,16 +77,7 @@ impl Folder {
 
     fn lock(dir: &Path) -> Result<Self, CniError> {
         let lock = Lock::exclusive(&dir.join("lock")).act(|| format!("lock {}", dir.display()))?;
-        let folder = Self { dir: dir.to_owned(), _lock: lock };
-        match fs::remove_file(folder.half_made()) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(folder),
-        }
-        .act(|| format!("remove what was left half made in {}", dir.display()))
-    }
-
-    fn half_made(&self) -> PathBuf {
-        self.dir.join(".new")
+        Ok(Self { dir: dir.to_owned(), _lock: lock })
     }
 
     fn file(&self, ip: IpAddr) -> PathBuf {
@@ -192,7 +183,7 @@ impl Folder {
         }
         for (n, given) in choice.given.iter().enumerate() {
             let file = self.file(given.inet.addr);
-            match files::put_new(&file, &self.half_made(), holder.to_string().as_bytes()) {
+            match files::put_new(&file, holder.to_string().as_bytes()) {
                 Ok(put) => changes.push(put),
                 Err(error) => {
                     let error = Err(error).act(|| format!("write {}", file.display()));
@@ -231,7 +222,7 @@ impl Folder {
     /// Frees an address; `None`: nobody held it.
     pub fn free(&self, ip: IpAddr) -> Result<Option<Unsynced>, CniError> {
         let file = self.file(ip);
-        files::remove(&file).act(|| format!("remove {}", file.display()))
+        files::set_aside(&file).act(|| format!("remove {}", file.display()))
     }
 
     /// Frees those of these addresses that the container's device holds.

@@ -99,7 +99,7 @@ impl Records {
     pub fn remove(&self, container_id: &str, ifname: LinkName) -> Result<Option<Unsynced>, CniError> {
         self.sweep_half_made_of(container_id, ifname)?;
         let path = self.0.join(file_name(container_id, ifname));
-        match files::remove(&path) {
+        match files::set_aside(&path) {
             // The folder is missing as well.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             removed => removed.act(|| format!("remove {}", path.display())),
@@ -155,7 +155,8 @@ fn read(path: &Path) -> Result<Option<Attachment>, CniError> {
     let act = || format!("read {}", path.display());
     let Some(text) = files::read_limited(path, LIMIT).act(act)? else { return Ok(None) };
     match Attachment::parse(&text) {
-        Ok(attachment) => Ok(Some(attachment)),
+        // Set aside since it was opened, and written again.
+        Ok(attachment) => Ok(Some(attachment).filter(|is| path.ends_with(is.file_name()))),
         Err(BadAttachment::Json(_)) => Ok(None),
         Err(error @ (BadAttachment::Format(_) | BadAttachment::Newer(_))) => {
             Err(CniError::new(Code::Decode, format!("{}: {error}", act()), "use the release that wrote it"))

@@ -137,9 +137,9 @@ impl Runtime {
         names.into_iter().filter(|name| name.parse::<std::net::IpAddr>().is_ok()).collect()
     }
 
-    /// Attachment files.
+    /// Attachment files, and whatever else is there but the one that the next is made of.
     pub fn attachments(&self) -> Vec<String> {
-        names(&self.file("state/attachments"))
+        names(&self.file("state/attachments")).into_iter().filter(|name| name != ".spare").collect()
     }
 
     /// Everything that a failed call must leave as it was: devices, addresses, routes, files.

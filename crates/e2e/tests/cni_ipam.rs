@@ -255,7 +255,7 @@ fn nothing_is_freed_before_it_is_on_the_disk() {
             });
         }
         let trace = runtime.file("trace");
-        let calls = "trace=fsync,unlink,unlinkat,exit_group";
+        let calls = "trace=fsync,rename,exit_group";
         let mut command = strace(&["-f", "-y", "-s", "2000", "-o", trace.to_str().unwrap(), "-e", calls]);
         command.arg(bin("twill-cni"));
         let call = Call { verb, conf, id, netns: Some(netns(&a)), args: "" };
@@ -269,7 +269,7 @@ fn nothing_is_freed_before_it_is_on_the_disk() {
         };
         for (file, folder) in removed {
             let synced = last("fsync(", folder);
-            assert!(last("unlink", file) < synced && synced < last("exit_group", "(0)"), "{verb} {id}: {calls}");
+            assert!(last("rename(", file) < synced && synced < last("exit_group", "(0)"), "{verb} {id}: {calls}");
         }
     }
 }

@@ -7,7 +7,7 @@
 //! Forwarding comes last, and is taken back first, unless another container needs it by now.
 
 use std::collections::BTreeSet;
-use std::io;
+use std::{io, thread};
 
 use twill_core::attach::{Clash, Request, SWITCHES_INSIDE, switches};
 use twill_core::firewall::{Table, TableName};
@@ -281,6 +281,9 @@ impl Attached {
             }
             settle(inside, in_it, |have| Ok(before(request, have)))
         })??;
+        // Making the pair takes the kernel half a millisecond without a break. What waits for this processor, as a worker that the disk's
+        // answer has woken, goes first.
+        thread::yield_now();
         settle(host, on_host, |have| request.host_side(have))?;
         let side = request.container_side();
         container.visit_from(home, || {

@@ -66,23 +66,22 @@ pub fn put_locked(path: &Path, bytes: &[u8], mode: u32) -> io::Result<Unsynced> 
 pub fn put_locked_unless(path: &Path, bytes: &[u8], mode: u32, is_taken: impl Fn() -> bool) -> io::Result<Unsynced> {
     in_folder(path, || {
         let (dir, beside) = (folder(path)?, half_made(path));
-        let mut file = loop {
-            let file = OpenOptions::new().write(true).create(true).truncate(false).mode(mode).open(&beside)?;
-            let lock = Lock::wait(file)?;
-            // Whoever wrote it before may have put it in place, or somebody may have swept it.
-            if is_at(&lock.0, &beside)? {
-                break lock.0;
-            }
+        let mut file = match take_spare(dir, &beside) {
+            Some(file) => file,
+            None => loop {
+                let file = OpenOptions::new().write(true).create(true).truncate(false).mode(mode).open(&beside)?;
+                let lock = Lock::wait(file)?;
+                // Whoever wrote it before may have put it in place, or somebody may have swept it.
+                if is_at(&lock.0, &beside)? {
+                    break lock.0;
+                }
+            },
         };
         let mut write = || {
             if is_taken() {
                 return Err(io::ErrorKind::AlreadyExists.into());
             }
-            if file.metadata()?.len() > 0 {
-                file.set_len(0)?;
-            }
-            file.write_all(bytes)?;
-            hurry(&file);
+            write_whole(&mut file, bytes)?;
             fs::rename(&beside, path)?;
             File::open(dir)
         };
@@ -91,6 +90,28 @@ pub fn put_locked_unless(path: &Path, bytes: &[u8], mode: u32, is_taken: impl Fn
         })?;
         Ok(Unsynced { files: vec![file], dir })
     })
+}
+
+/// The file that was [`set_aside`], locked and at `beside`. `None`: there is none, or whoever set it aside is at work still.
+fn take_spare(dir: &Path, beside: &Path) -> Option<File> {
+    let spare = spare_of(dir);
+    let file = OpenOptions::new().write(true).open(&spare).ok()?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive).ok()?;
+    renameat_with(CWD, &spare, CWD, beside, RenameFlags::NOREPLACE).ok()?;
+    // Meanwhile another one may have been set aside in its place.
+    is_at(&file, beside).ok()?.then_some(file)
+}
+
+/// Where a folder's spare file is.
+fn spare_of(dir: &Path) -> PathBuf {
+    dir.join(".spare")
+}
+
+/// Writes over what a file holds.
+fn write_whole(file: &mut File, bytes: &[u8]) -> io::Result<()> {
+    file.write_all(bytes)?;
+    let length = bytes.len() as u64;
+    if file.metadata()?.len() > length { file.set_len(length) } else { Ok(()) }
 }
 
 /// Puts `bytes` in place of longer content of the file at `path`, spaces behind them: what a full disk still takes. Only by who has the
@@ -143,27 +164,43 @@ fn sweep(beside: &Path) -> io::Result<()> {
     }
 }
 
-/// Puts `bytes` at `path`, refused when it is there; without waiting for the disk. Only under a lock of the folder, whose holder removes
-/// `beside` first: a process that is killed may leave it, where a file system links as a second name of what it has put.
-pub fn put_new(path: &Path, beside: &Path, bytes: &[u8]) -> io::Result<Unsynced> {
+/// Puts `bytes` at `path`, refused when it is there; without waiting for the disk. Only under a lock of the folder. They are written to
+/// the file that was [`set_aside`], or that a process has left here that was killed.
+pub fn put_new(path: &Path, bytes: &[u8]) -> io::Result<Unsynced> {
     let dir = folder(path)?;
+    let spare = &spare_of(dir);
     let write = || {
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(beside)?;
-        file.write_all(bytes)?;
-        hurry(&file);
-        match renameat_with(CWD, beside, CWD, path, RenameFlags::NOREPLACE) {
+        let mut file = open_spare(spare, 0o644)?;
+        write_whole(&mut file, bytes)?;
+        match renameat_with(CWD, spare, CWD, path, RenameFlags::NOREPLACE) {
             // The file system cannot.
-            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
-                fs::hard_link(beside, path)?;
-                fs::remove_file(beside)?;
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) if fs::symlink_metadata(path).is_err() => {
+                fs::rename(spare, path)?;
             }
             done => done?,
         }
         Ok(Unsynced { files: vec![file], dir: File::open(dir)? })
     };
     write().inspect_err(|_| {
-        let _ = fs::remove_file(beside);
+        let _ = fs::remove_file(spare);
     })
+}
+
+/// The file at `spare`, or a new one where there is none that is a plain file, with this mode and without another name: that one may be
+/// in use.
+fn open_spare(spare: &Path, mode: u32) -> io::Result<File> {
+    let open = |new: bool| {
+        let mut how = OpenOptions::new();
+        // What is no plain file is neither followed nor waited for.
+        how.write(true).create(true).create_new(new).mode(mode).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+        how.open(spare)
+    };
+    let is_spare = |is: &fs::Metadata| is.is_file() && is.nlink() == 1 && is.permissions().mode() & 0o7777 == mode;
+    match open(false) {
+        Ok(file) if is_spare(&file.metadata()?) => Ok(file),
+        Err(error) if error.kind() == io::ErrorKind::StorageFull => Err(error),
+        _ => fs::remove_file(spare).and_then(|()| open(true)),
+    }
 }
 
 /// Puts `bytes` in place of what is at `path`, for as long as the machine runs: after a crash either may be there, or nothing readable.
@@ -171,11 +208,7 @@ pub fn put_new(path: &Path, beside: &Path, bytes: &[u8]) -> io::Result<Unsynced>
 /// and the disk is not hurried, as it is by a file that takes another one's place by `rename` (fs/ext4/namei.c `ext4_rename`).
 pub fn put_over(path: &Path, spare: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o644).open(spare)?;
-    file.write_all(bytes)?;
-    let length = bytes.len() as u64;
-    if file.metadata()?.len() > length {
-        file.set_len(length)?;
-    }
+    write_whole(&mut file, bytes)?;
     // Nothing is there, or the file system cannot.
     if renameat_with(CWD, spare, CWD, path, RenameFlags::EXCHANGE).is_err() {
         fs::rename(spare, path)?;
@@ -204,10 +237,21 @@ fn in_folder<T>(path: &Path, act: impl Fn() -> io::Result<T>) -> io::Result<T> {
     }
 }
 
+/// Takes a file away, without waiting for the disk; `None`: there is none. It stays in the folder for the next one that is put there,
+/// which then needs no new place on the disk, and nothing but the disk itself to be waited for: a new place is written down as one in use
+/// by a worker of the kernel's, which may stand behind whatever runs (fs/ext4/page-io.c `ext4_end_io_rsv_work`).
+pub fn set_aside(path: &Path) -> io::Result<Option<Unsynced>> {
+    removed(path, fs::rename(path, spare_of(folder(path)?)))
+}
+
 /// Removes a file, without waiting for the disk; `None`: there is none.
 pub fn remove(path: &Path) -> io::Result<Option<Unsynced>> {
-    let dir = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
-    match fs::remove_file(path) {
+    removed(path, fs::remove_file(path))
+}
+
+fn removed(path: &Path, done: io::Result<()>) -> io::Result<Option<Unsynced>> {
+    let dir = folder(path)?;
+    match done {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e),
         Ok(()) => Ok(Some(Unsynced { files: Vec::new(), dir: File::open(dir)? })),
@@ -236,10 +280,11 @@ impl Unsynced {
     }
 }
 
-/// Waits until the disk has them all. The waits are one: every file is on its way already, with its place on the disk, and a journal that
-/// writes one down writes down the others too.
+/// Waits until the disk has them all, the last first. The waits are one: every file is on its way before the first wait, and a journal
+/// that writes one down writes down the others too.
 pub fn sync_all(changes: &[Unsynced]) -> io::Result<()> {
-    changes.iter().try_for_each(Unsynced::sync)
+    changes.iter().rev().flat_map(|change| &change.files).for_each(hurry);
+    changes.iter().rev().try_for_each(Unsynced::sync)
 }
 
 /// Begins to bring a file to the disk, without waiting. Where that fails the wait is longer, and says what is wrong.
@@ -391,5 +436,60 @@ mod tests {
             drop(second);
             assert_eq!(waits.join().unwrap().file().metadata().unwrap().len(), 6);
         });
+    }
+
+    #[test]
+    fn the_next_file_is_made_of_the_one_that_was_set_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let [first, second, third] = ["first", "second", "third"].map(|name| dir.path().join(name));
+        let inode = |path: &Path| fs::metadata(path).unwrap().ino();
+        let spare = spare_of(dir.path());
+        assert!(set_aside(&first).unwrap().is_none(), "there is no file");
+        drop(put_new(&first, b"long content").unwrap());
+        assert_eq!(put_new(&first, b"other").unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(fs::read(&first).unwrap(), b"long content");
+        let was = inode(&first);
+        assert!(set_aside(&first).unwrap().is_some());
+        assert!(!first.exists());
+        drop(put_new(&second, b"short").unwrap());
+        assert_eq!((inode(&second), fs::read(&second).unwrap()), (was, b"short".to_vec()));
+        // The same for one that is locked, unless whoever set it aside is at work still.
+        let lock = Lock::of(&second, true).unwrap().unwrap();
+        assert!(set_aside(&second).unwrap().is_some());
+        drop(put_locked(&third, b"{}", 0o644).unwrap());
+        assert_ne!(inode(&third), was);
+        drop(lock);
+        drop(put_locked(&third, b"{\"a\":1}", 0o644).unwrap());
+        assert_eq!((inode(&third), fs::read(&third).unwrap()), (was, b"{\"a\":1}".to_vec()));
+        assert!(!spare.exists() && !half_made(&third).exists());
+    }
+
+    #[test]
+    fn what_is_no_plain_file_of_this_folder_alone_is_not_written_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, other, spare) = (dir.path().join("file"), dir.path().join("other"), spare_of(dir.path()));
+        fs::write(&other, "another's").unwrap();
+        let fifo = || rustix::fs::mknodat(CWD, &spare, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0).unwrap();
+        let closed = || {
+            fs::write(&spare, "").unwrap();
+            fs::set_permissions(&spare, fs::Permissions::from_mode(0o600)).unwrap();
+        };
+        let odd: [&dyn Fn(); 4] = [
+            &|| std::os::unix::fs::symlink(&other, &spare).unwrap(),
+            &|| fs::hard_link(&other, &spare).unwrap(),
+            &fifo,
+            &closed,
+        ];
+        for make in odd {
+            make();
+            drop(put_new(&path, b"ours").unwrap());
+            assert_eq!(
+                (fs::read(&path).unwrap(), fs::read(&other).unwrap()),
+                (b"ours".to_vec(), b"another's".to_vec())
+            );
+            let is = fs::symlink_metadata(&path).unwrap();
+            assert!(is.is_file() && is.permissions().mode() & 0o777 == 0o644, "{is:?}");
+            fs::remove_file(&path).unwrap();
+        }
     }
 }

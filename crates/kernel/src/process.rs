@@ -2,17 +2,20 @@
 
 #![allow(
     unsafe_code,
-    reason = "mallopt, malloc_trim, prctl, NS_GET_USERNS and inherited descriptors have no safe wrapper"
+    reason = "mallopt, malloc_trim, prctl, a thread's affinity, NS_GET_USERNS and inherited descriptors have no safe wrapper"
 )]
 
-use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::thread::JoinHandleExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::{fs, io};
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::thread::sched_getcpu;
 
 /// From now on all threads share one heap: what a short-lived thread freed is not kept for it.
 pub fn one_heap() {
@@ -37,6 +40,26 @@ pub fn die_with_parent() {
     // SAFETY: PR_SET_PDEATHSIG takes a signal number and touches no memory.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+    }
+}
+
+/// Has a thread that has not ended run on another processor than the caller's, where it may. One that has not run yet is there at once.
+#[allow(clippy::unnecessary_cast, reason = "std gives a number; in musl's C it is a pointer")]
+pub fn move_elsewhere<T>(thread: &JoinHandle<T>) -> io::Result<()> {
+    // SAFETY: all zeroes is the empty set.
+    let mut others: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    let size = size_of_val(&others);
+    // SAFETY: the kernel writes at most `size` bytes into the set, which is there for the call.
+    if unsafe { libc::sched_getaffinity(0, size, &raw mut others) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: CPU_CLR looks at the size of the set.
+    unsafe { libc::CPU_CLR(sched_getcpu(), &mut others) };
+    let thread = thread.as_pthread_t() as libc::pthread_t;
+    // SAFETY: the thread is not joined while its handle is borrowed; the set is there for the call.
+    match unsafe { libc::pthread_setaffinity_np(thread, size, &raw const others) } {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
     }
 }
 

@@ -1,10 +1,17 @@
 //! Sysctls of the calling thread's network namespace, by their path below /proc/sys.
 
-use std::{fs, io};
+use std::fs::{self, File};
+use std::io::{self, Read};
 
 /// The value without its newline.
 pub fn read(path: &str) -> io::Result<String> {
-    fs::read_to_string(format!("/proc/sys/{path}")).map(|text| text.trim_end().to_owned())
+    let path = format!("/proc/sys/{path}");
+    // Nearly all are a few digits, which one read takes: it gives a value whole or, with too little room, cut.
+    let mut bytes = [0; 64];
+    let len = File::open(&path)?.read(&mut bytes)?;
+    let text =
+        if len < bytes.len() { String::from_utf8_lossy(&bytes[..len]).into() } else { fs::read_to_string(path)? };
+    Ok(text.trim_end().to_owned())
 }
 
 /// Writes a value.
