@@ -21,7 +21,7 @@ pub(crate) fn run(minutes: u64, report: &mut Report) {
         assert!(overlay.etcdctl(&["put", &format!("/coreos.com/network/{key}"), value]).status.success());
     };
     let (mut overlay, ()) =
-        Overlay::running_on(Bed::new().unwrap(), dir.path(), |_, overlay| put(overlay, "config", CONFIG));
+        Overlay::running_on(Bed::new().unwrap(), dir.path(), "", |_, overlay| put(overlay, "config", CONFIG));
     overlay.await_both_ways();
     // Its route is the one that is deleted: that of the ping would lose a packet before anybody can know.
     put(&overlay, "subnets/100.96.8.0-24", &peer(8));

@@ -58,7 +58,8 @@ impl Nets {
     /// Everything up, and every way walked once.
     pub(crate) fn new() -> Nets {
         let dir = tempfile::tempdir().unwrap();
-        let overlay = Overlay::running(Bed::new().expect("needs root"), dir.path());
+        // What masquerading costs has nothing to do with how packets are carried, and by hand there is none (docs/decisions/0017).
+        let overlay = Overlay::running_with(Bed::new().expect("needs root"), dir.path(), "--ip-masq=false");
         let nets = Nets { overlay, hand: Hand::new(), _dir: dir };
         for net in [Net::Twill, Net::Vxlan, Net::Routes, Net::Naive, Net::Underlay] {
             let way = nets.way(net);

@@ -60,17 +60,22 @@ impl Overlay {
 
     /// With both agents running and both containers reaching each other.
     pub fn running(bed: Bed, dir: &Path) -> Overlay {
-        let (overlay, ()) = Overlay::running_on(bed, dir, |_, _| ());
+        Overlay::running_with(bed, dir, "")
+    }
+
+    /// The same with more flags for the agents.
+    pub fn running_with(bed: Bed, dir: &Path, flags: &str) -> Overlay {
+        let (overlay, ()) = Overlay::running_on(bed, dir, flags, |_, _| ());
         overlay.await_both_ways();
         overlay
     }
 
     /// With both agents running, on an underlay that `change` has changed before.
-    pub fn running_on<T>(bed: Bed, dir: &Path, change: impl FnOnce(&Bed, &Overlay) -> T) -> (Overlay, T) {
+    pub fn running_on<T>(bed: Bed, dir: &Path, flags: &str, change: impl FnOnce(&Bed, &Overlay) -> T) -> (Overlay, T) {
         let mut overlay = Overlay::new(bed, dir);
         let changed = change(&overlay.bed, &overlay);
         for number in [1, 2] {
-            overlay.site_mut(number).start("");
+            overlay.site_mut(number).start(flags);
             overlay.site(number).attach();
         }
         (overlay, changed)

@@ -285,7 +285,7 @@ fn a_device_deleted_or_down_under_load_comes_back() {
 #[test]
 fn a_device_renamed_or_moved_away_is_replaced_and_stands_in_nobodys_way() {
     let Some((bed, dir)) = place() else { return };
-    let (mut net, elsewhere) = Overlay::running_on(bed, dir.path(), |bed, _| bed.host("elsewhere"));
+    let (mut net, elsewhere) = Overlay::running_on(bed, dir.path(), "", |bed, _| bed.host("elsewhere"));
     let replaced = |net: &Overlay, old: &str| {
         let site = net.site(1);
         eventually("one device, by its own name and up", || {

@@ -42,7 +42,7 @@ fn relays(shims: &[Host; 2], dir: &Path, harm: &str) -> [Ends; 2] {
 #[test]
 fn over_a_wire_that_loses_doubles_and_reorders_every_byte_arrives() {
     let Some((bed, dir)) = place() else { return };
-    let (net, shims) = Overlay::running_on(bed, dir.path(), shims);
+    let (net, shims) = Overlay::running_on(bed, dir.path(), "", shims);
     let (one, two) = (net.site(1), net.site(2));
     {
         let _relays = relays(&shims, dir.path(), "loss,double,reorder");
