@@ -8,7 +8,7 @@ use twill_kernel::tun::Tun;
 use twill_kernel::udp::{Incoming, SLOT, Udp};
 use twill_packet::offload::{Coalescer, Inner, Item, Merge};
 
-use crate::counters::{Cause, add, work};
+use crate::counters::{Cause, Load, add};
 use crate::peers::{Peer, Peers};
 use crate::{Lost, Shared, is_gone};
 
@@ -26,8 +26,8 @@ pub(crate) struct Into {
     flat: Vec<u8>,
     peers: Arc<Peers>,
     version: u64,
-    /// Bytes and packets carried so far, see [`work`].
-    pub(crate) work: u64,
+    /// What was carried so far.
+    pub(crate) load: Load,
 }
 
 impl Into {
@@ -39,7 +39,7 @@ impl Into {
             flat: Vec::with_capacity(2 * SLOT),
             peers: Arc::default(),
             version: 0,
-            work: 0,
+            load: Load::default(),
         }
     }
 
@@ -60,7 +60,7 @@ impl Into {
                 return Ok(false);
             }
         }
-        self.work += work(self.messages.len(), self.messages.iter().map(|message| message.len).sum());
+        self.load += Load::of(self.messages.len(), self.messages.iter().map(|message| message.len).sum());
         self.coalescer.clear();
         for at in 0..self.messages.len() {
             self.check(shared, self.messages[at]);

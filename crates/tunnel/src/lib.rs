@@ -15,6 +15,7 @@ pub mod counters;
 mod into;
 mod out;
 pub mod peers;
+mod priority;
 mod queues;
 #[cfg(test)]
 mod steady;
@@ -37,7 +38,7 @@ use twill_kernel::tun::{Offloads, Tun, TunDevice};
 use twill_kernel::udp::{Udp, UdpSocket};
 use twill_packet::offload::Merge;
 
-use crate::counters::{Counters, Snapshot};
+use crate::counters::{Carried, Counters, Snapshot};
 use crate::into::Into;
 use crate::out::Out;
 use crate::peers::Peers;
@@ -116,8 +117,8 @@ pub(crate) struct Shared {
     version: AtomicU64,
     /// Readable once the pumps are to end.
     stop: OwnedFd,
-    /// What both directions carried so far, see [`counters::work`].
-    pub(crate) work: AtomicU64,
+    /// By both directions.
+    pub(crate) carried: Carried,
     stopped: AtomicBool,
     /// Set by a pump that found its device gone.
     lost: AtomicBool,
@@ -148,7 +149,7 @@ impl Tunnel {
             segments: AtomicBool::new(udp.segments()),
             version: AtomicU64::new(1),
             stop: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-            work: AtomicU64::new(0),
+            carried: Carried::default(),
             stopped: AtomicBool::new(false),
             lost: AtomicBool::new(false),
             on_loss: Box::new(on_loss),

@@ -10,7 +10,7 @@ use twill_kernel::udp::{MAX_BYTES, MAX_SEGMENTS, Outgoing, Udp};
 use twill_packet::ipv6;
 use twill_packet::offload::{Inner, Trouble, Vnet, error_about, fragment, segment};
 
-use crate::counters::{Cause, add, work};
+use crate::counters::{Cause, Load, add};
 use crate::peers::Peers;
 use crate::{Budget, Lost, Shared, is_gone};
 
@@ -34,8 +34,8 @@ pub(crate) struct Out {
     peers: Arc<Peers>,
     version: u64,
     answers: Answers,
-    /// Bytes and packets carried so far, see [`work`].
-    pub(crate) work: u64,
+    /// What was carried so far.
+    pub(crate) load: Load,
 }
 
 /// What senders are told.
@@ -84,7 +84,7 @@ impl Out {
             peers: Arc::default(),
             version: 0,
             answers: Answers { left: Budget::default(), error: Vec::with_capacity(2048) },
-            work: 0,
+            load: Load::default(),
         }
     }
 
@@ -127,7 +127,7 @@ impl Out {
         if !self.batch.is_empty() {
             self.send(shared, udp, icmp);
         }
-        self.work += work(reads, self.cut.len());
+        self.load += Load::of(reads, self.cut.len());
         Ok(more)
     }
 

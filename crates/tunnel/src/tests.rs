@@ -41,7 +41,7 @@ pub(crate) fn shared(local: SocketAddr, counters: Counters, peers: Peers, tun: O
         peers: Mutex::new(Arc::new(peers)),
         version: AtomicU64::new(1),
         stop: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
-        work: AtomicU64::new(0),
+        carried: Carried::default(),
         stopped: AtomicBool::new(false),
         lost: AtomicBool::new(false),
         on_loss: Box::new(|| {}),

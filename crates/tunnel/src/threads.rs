@@ -10,7 +10,6 @@
 //! ```
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -20,14 +19,15 @@ use twill_kernel::icmp::IcmpSockets;
 use twill_kernel::tun::TunDevice;
 use twill_kernel::udp::UdpSocket;
 
-use crate::counters::add;
+use crate::counters::{Load, add};
 use crate::into::Into;
 use crate::out::Out;
+use crate::priority::Priority;
 use crate::{Lost, Shared};
 
-/// Much: so much [`work`](crate::counters::work) in so short a time.
-const MUCH: u64 = 1 << 20;
-const SOON: Duration = Duration::from_millis(10);
+/// Much: so much [work](Load::work) in so short a time.
+pub(crate) const MUCH: u64 = 1 << 20;
+pub(crate) const SOON: Duration = Duration::from_millis(10);
 /// Little: less than that in so long a time.
 const LITTLE: u64 = MUCH;
 const QUIET: Duration = Duration::from_millis(100);
@@ -35,24 +35,25 @@ const QUIET: Duration = Duration::from_millis(100);
 const LOOKS: u32 = 3;
 
 /// What passed since the last look.
-struct Look {
+pub(crate) struct Look {
     at: Instant,
-    work: u64,
+    so_far: Load,
 }
 
 impl Look {
-    fn new(shared: &Shared) -> Self {
-        Self { at: Instant::now(), work: shared.work.load(Ordering::Relaxed) }
+    pub(crate) fn new(shared: &Shared) -> Self {
+        Self { at: Instant::now(), so_far: shared.carried.so_far() }
     }
 
     /// What passed in so long a time, on average, once that time went by.
-    fn after(&mut self, time: Duration, shared: &Shared) -> Option<u64> {
-        let times = self.at.elapsed().as_nanos() / time.as_nanos();
+    pub(crate) fn after(&mut self, time: Duration, shared: &Shared) -> Option<Load> {
+        let times = (self.at.elapsed().as_nanos() / time.as_nanos()) as u64;
         if times == 0 {
             return None;
         }
         let before = std::mem::replace(self, Self::new(shared));
-        Some((self.work - before.work) / times as u64)
+        let Load { work, bulk } = self.so_far - before.so_far;
+        Some(Load { work: work / times, bulk: bulk / times })
     }
 }
 
@@ -108,6 +109,7 @@ impl Carrier {
 
     fn carry(&mut self) -> Result<(), Lost> {
         let mut look = Look::new(&self.ground.shared);
+        let mut priority = Priority::new(&self.ground.shared);
         while let Some((mut out, mut into)) = self.wait() {
             // The first packet after a wait does not wait for others.
             let (mut looks, mut most) = (0, 1);
@@ -117,9 +119,10 @@ impl Carrier {
                 }
                 let (moved, more) = self.round((out, most), into)?;
                 most = usize::MAX;
-                if self.into.is_some() && look.after(SOON, &self.ground.shared).is_some_and(|work| work > MUCH) {
+                if self.into.is_some() && look.after(SOON, &self.ground.shared).is_some_and(|load| load.work > MUCH) {
                     self.hand_over();
                 }
+                priority.follow(&self.ground.shared);
                 if moved {
                     looks = 0;
                 }
@@ -139,20 +142,20 @@ impl Carrier {
     /// A round of each direction that may have something. Whether anything moved, and whether there may be more.
     fn round(&mut self, (out, most): (bool, usize), into: bool) -> Result<(bool, bool), Lost> {
         let Ground { shared, tun, udp } = &self.ground;
-        let (mut work, mut more) = (0, false);
+        let (mut load, mut more) = (Load::default(), false);
         if into && let Some(pump) = &mut self.into {
-            let before = pump.work;
+            let before = pump.load;
             more |= pump.round(shared, &**tun, &**udp)?;
-            work += pump.work - before;
+            load += pump.load - before;
         }
         // What was handed to the kernel may have its answer by now.
-        if out || work > 0 {
-            let before = self.out.work;
+        if out || load.work > 0 {
+            let before = self.out.load;
             more |= self.out.round(shared, (&**tun, &**udp, self.icmp.as_ref()), most)?;
-            work += self.out.work - before;
+            load += self.out.load - before;
         }
-        shared.work.fetch_add(work, Ordering::Relaxed);
-        Ok((work > 0, more))
+        shared.carried.add(load);
+        Ok((load.work > 0, more))
     }
 
     /// Whether device and socket can be read; `None` when the tunnel is to end.
@@ -200,16 +203,18 @@ impl Helper {
     fn help(&self, into: &mut Into) -> Result<(), Lost> {
         let Ground { shared, tun, udp } = &self.ground;
         let mut look = Look::new(shared);
+        let mut priority = Priority::new(shared);
         let mut looks = 0;
         let quiet = Timespec { tv_sec: 0, tv_nsec: QUIET.as_nanos() as i64 };
         while !shared.is_stopped() {
-            let before = into.work;
+            let before = into.load;
             let more = into.round(shared, &**tun, &**udp)?;
-            if into.work != before {
-                shared.work.fetch_add(into.work - before, Ordering::Relaxed);
+            if into.load != before {
+                shared.carried.add(into.load - before);
                 looks = 0;
             }
-            if look.after(QUIET, shared).is_some_and(|work| work < LITTLE) {
+            priority.follow(shared);
+            if look.after(QUIET, shared).is_some_and(|load| load.work < LITTLE) {
                 break;
             }
             if more {

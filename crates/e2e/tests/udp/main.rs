@@ -67,6 +67,64 @@ fn until_ready(mut command: Command, word: &str) -> (Ends, impl Iterator<Item = 
     (Ends(child), lines)
 }
 
+/// The niceness of the tunnel's threads of a process, by their names.
+fn niceness(pid: u32) -> Vec<(String, i32)> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    let of = |task: std::fs::DirEntry| {
+        let stat = std::fs::read_to_string(task.path().join("stat")).ok()?;
+        let (name, rest) = stat.split_once('(')?.1.rsplit_once(") ")?;
+        // proc_pid_stat(5): field 19, and the state is the third.
+        Some((name.to_owned(), rest.split(' ').nth(16)?.parse().ok()?))
+    };
+    let mut found: Vec<_> = tasks.filter_map(of).filter(|(name, _)| name.starts_with("tunnel")).collect();
+    found.sort();
+    found
+}
+
+#[test]
+fn streams_in_bulk_go_before_programs_and_small_packets_do_not() {
+    if !rustix::process::geteuid().is_root() {
+        println!("SKIP: without root nobody goes before others");
+        return;
+    }
+    let Some((net, _dir)) = running() else { return };
+    let nice = |number: u8| niceness(net.site(number).agent_pid().unwrap());
+    let are = |carrier, helper| vec![("tunnel".to_owned(), carrier), ("tunnel-helper".to_owned(), helper)];
+    let usual = nice(1);
+    assert!(usual.iter().all(|(_, nice)| *nice == usual[0].1), "{usual:?}");
+    let ahead = usual[0].1 - 10;
+    let (one, two) = (&net.site(1).container, &net.site(2).container);
+    // Small ones, as many as there may be.
+    let flood = format!("{WIRE} flood 100.96.1.2:5555 100.96.2.2:5555 {}", "5a".repeat(64));
+    let mut words = flood.split(' ');
+    let small = Ends(one.command(words.next().unwrap()).args(words).stdin(Stdio::null()).spawn().unwrap());
+    eventually("many have passed", || {
+        let sent = net.site(1).status()["tunnel"]["sent"]["packets"].as_u64().unwrap();
+        if sent > 50_000 { Ok(()) } else { Err(sent) }
+    });
+    assert_eq!((nice(1), nice(2)), (usual.clone(), usual.clone()));
+    drop(small);
+    // Until it is cut off.
+    let size = "100000000000";
+    let mut receiver = two.command(WIRE);
+    receiver.args(["stream-receive", "100.96.2.2:7000", size]);
+    let (receiver, _) = until_ready(receiver, "ready");
+    let mut sender = one.command(WIRE);
+    sender.args(["stream-send", "100.96.2.2:7000", size]).stdin(Stdio::null()).stderr(Stdio::null());
+    let sender = Ends(sender.spawn().unwrap());
+    eventually("who carries the stream goes ahead", || {
+        let (sends, receives) = (nice(1), nice(2));
+        if sends[0].1 == ahead && receives[1].1 == ahead { Ok(()) } else { Err((sends, receives)) }
+    });
+    drop((sender, receiver));
+    eventually("nobody does when it has ended", || {
+        // What wakes a thread lets it look again.
+        one.try_run("ping -c 3 -i 0.02 -W 1 100.96.2.2");
+        let both = (nice(1), nice(2));
+        if both == (are(usual[0].1, usual[1].1), usual.clone()) { Ok(()) } else { Err(both) }
+    });
+}
+
 /// One kind of transfer between two containers: the receiver finds every byte, in order.
 fn transfer(from: &Host, to: &Host, address: &str, kind: &str, size: &[&str]) {
     let mut receiver = to.command(WIRE);

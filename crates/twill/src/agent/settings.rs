@@ -197,11 +197,11 @@ impl AgentArgs {
     }
 }
 
-/// The store of an agent that has its settings from its file alone, and the file, where there is one.
-pub(crate) fn store_of_file() -> Result<(StoreArgs, Option<PathBuf>), Failure> {
+/// The settings of an agent that has them from its file alone, and the file, where there is one.
+pub(crate) fn of_file() -> Result<(Settings, Option<PathBuf>), Failure> {
     let config = std::env::var_os("TWILL_CONFIG").map(PathBuf::from);
     let path = config.clone().or_else(|| Some(PathBuf::from(FILE)).filter(|path| path.exists()));
-    Ok((AgentArgs { config, ..AgentArgs::default() }.settings()?.store, path))
+    Ok((AgentArgs { config, ..AgentArgs::default() }.settings()?, path))
 }
 
 /// `ADDR:PORT`.

@@ -10,15 +10,15 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::folder::StateDir;
-use crate::agent::control;
 use crate::agent::view::{FamilyProbe, PeerView, Peers, PlanView, Probe, TunnelView, View, WayView};
+use crate::agent::{control, settings};
 use crate::output::{FINDINGS, Failure, Output, columns, on_a_line};
 use crate::{probe, stores};
 
 /// Where the agent listens, on every command that asks it.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Socket {
-    /// Folder of the agent's control socket [default: /run/twill]
+    /// Folder of the agent's control socket [default: /run/twill, or agent.toml's run_dir]
     #[arg(long, value_name = "DIR", env = "TWILL_RUN_DIR")]
     run_dir: Option<PathBuf>,
 }
@@ -31,10 +31,12 @@ impl Socket {
         Self { run_dir }
     }
 
-    /// A user who runs no agent means the host's.
+    /// A user who runs no agent means the host's, which may have been told another place by its file.
     pub(super) fn dir(&self) -> PathBuf {
-        let own = || Some(stores::run_dir()).filter(|own| control::is_there(own));
-        self.run_dir.clone().or_else(own).unwrap_or_else(|| PathBuf::from(stores::RUN_DIR))
+        let there = |dir: PathBuf| Some(dir).filter(|dir| control::is_there(dir));
+        let own = || there(stores::run_dir());
+        let of_file = || there(settings::of_file().ok()?.0.run_dir);
+        self.run_dir.clone().or_else(own).or_else(of_file).unwrap_or_else(|| PathBuf::from(stores::RUN_DIR))
     }
 
     /// What a running agent would change; `None`: none runs, or it does not know yet.

@@ -36,7 +36,7 @@ impl AskArgs {
         if let Some(asked) = Asked::of_agent(&self.store, &self.agent)? {
             return Ok(asked);
         }
-        let (of_file, path) = settings::store_of_file()?;
+        let (of_file, path) = settings::of_file().map(|(settings, path)| (settings.store, path))?;
         let no_agent = format!("no agent answers in {}", self.agent.dir().display());
         let from = match (&path, of_file.store.is_empty()) {
             (Some(path), false) => format!("{no_agent}, {} says so", path.display()),

@@ -1,13 +1,15 @@
 //! `twill agent --check`: what would be used, and what is in the way. Touches nothing.
 
-use std::net::SocketAddr;
+use std::collections::BTreeSet;
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::process::ExitCode;
 
 use serde::Serialize;
 use twill_core::alloc::Choice;
 use twill_core::backend::{Cx, Rule};
 use twill_core::config;
-use twill_core::host::HostState;
+use twill_core::host::{HostState, Link, LinkKind, Object};
 use twill_core::iface;
 use twill_core::lease::RawLease;
 use twill_core::lease_set::LeaseSet;
@@ -73,7 +75,7 @@ pub(crate) fn run(settings: &Settings, output: Output) -> anyhow::Result<ExitCod
         check.addresses =
             [true, false].into_iter().filter_map(|v4| chosen.underlay.public(v4)).map(|ip| ip.to_string()).collect();
     }
-    let (text, entries) = match of_store(settings) {
+    let (text, entries) = match of_store(&mut check, settings) {
         Ok((from, text, entries)) => {
             check.store = Some(from);
             (text, entries)
@@ -130,7 +132,7 @@ fn finish(check: &Check, output: Output) -> anyhow::Result<ExitCode> {
 
 /// The config and the leases of the store, and where they stand; of a store that we are to serve ourselves what lies in its folder, or
 /// what we would write.
-fn of_store(settings: &Settings) -> Result<(String, Option<RawConfig>, Vec<RawLease>), Failure> {
+fn of_store(check: &mut Check, settings: &Settings) -> Result<(String, Option<RawConfig>, Vec<RawLease>), Failure> {
     let runtime = crate::runtime().map_err(|e| Failure::new("failed", e.to_string()))?;
     let store = settings.store.connect()?;
     let found = runtime.block_on(async {
@@ -138,12 +140,17 @@ fn of_store(settings: &Settings) -> Result<(String, Option<RawConfig>, Vec<RawLe
         Ok((config, store.list().await?.entries))
     });
     let answers = format!("{}, which answers", store.endpoints());
-    if settings.serve_store.is_none() {
+    let Some(listen) = settings.serve_store else {
         return found.map(|(config, leases)| (answers, config, leases)).map_err(|error: StoreError| error.into());
-    }
+    };
     // While it is served already it answers for itself.
     if let Ok((Some(config), leases)) = found {
         return Ok((answers, Some(config), leases));
+    }
+    if stores::check_is_ours(listen).is_ok()
+        && let Err(failure) = stores::check_is_free(listen, &[])
+    {
+        check.failure("store", &failure);
     }
     let data = settings.state_dir.join("store");
     if let Some((config, leases)) = stores::look(&data, settings.store.prefix())? {
@@ -164,11 +171,7 @@ fn on_network(
 ) {
     check.backend = Some(network.backend.lease_type().unwrap_or("udp").to_owned());
     check.mtu = network.mtu().ok().map(|mtu| mtu.get());
-    match &config.backend {
-        config::BackendConfig::Vxlan(vxlan) => check.ports.push(format!("udp/{}", vxlan.port)),
-        config::BackendConfig::Udp(udp) => check.ports.push(format!("udp/{}", udp.port)),
-        config::BackendConfig::NotBuilt(_) => {}
-    }
+    tunnels_port(check, network, config, host);
     if let Some(listen) = serves.filter(|listen| !listen.ip().is_loopback()) {
         check.ports.push(format!("tcp/{}", listen.port()));
     }
@@ -187,6 +190,39 @@ fn on_network(
             &format!("{:?}", config.networks()),
             &clash,
             "choose another Network, or remove what clashes",
+        );
+    }
+}
+
+/// The tunnel's port, and whether it can have it. Another program's socket keeps it from us; our device, or another VXLAN one, does not.
+fn tunnels_port(check: &mut Check, network: &Network, config: &config::NetworkConfig, host: &HostState) {
+    // The kernel's VXLAN listens on all addresses of the host, our tunnel on one.
+    let everywhere = |v4| if v4 { IpAddr::from(Ipv4Addr::UNSPECIFIED) } else { Ipv6Addr::UNSPECIFIED.into() };
+    let underlay = &network.cx.underlay;
+    let own = |v4: bool| if v4 { underlay.v4 } else { underlay.v6 }.map(|inet| inet.addr);
+    let over: BTreeSet<bool> = network.cx.networks.iter().map(|n| network.backend.over_v4(n.is_v4())).collect();
+    let (port, at): (_, Vec<IpAddr>) = match &config.backend {
+        config::BackendConfig::Vxlan(vxlan) => (vxlan.port, over.into_iter().map(everywhere).collect()),
+        config::BackendConfig::Udp(udp) => (udp.port, over.into_iter().filter_map(own).collect()),
+        config::BackendConfig::NotBuilt(_) => return,
+    };
+    check.ports.push(format!("udp/{port}"));
+    let devices = network.backend.devices(&network.cx.networks);
+    let has_it = |link: &Link| match &link.kind {
+        LinkKind::Vxlan(vxlan) => vxlan.port == port,
+        _ => devices.contains(&link.name),
+    };
+    if host.iter().any(|(_, object)| matches!(object, Object::Link(link) if has_it(link))) {
+        return;
+    }
+    let mut at = at.into_iter().map(|ip| SocketAddr::new(ip, port.get()));
+    let is_taken = |at: &SocketAddr| UdpSocket::bind(at).is_err_and(|error| error.kind() == ErrorKind::AddrInUse);
+    if let Some(at) = at.find(is_taken) {
+        check.find(
+            "port-taken",
+            &format!("udp/{port}"),
+            &format!("another program has a socket in the way of {at}, which the tunnel needs"),
+            &format!("end it (ss -ulpn 'sport = :{port}' names it), or set another Backend.Port in the network config"),
         );
     }
 }

@@ -216,6 +216,7 @@ impl Session {
             self.send_peers(&network, &own, all);
             self.cache.held = Some(Held { config, at, leases, own: stands });
         }
+        self.stands_on = Some(Box::new((network, *own)));
         self.waits_no_more();
         self.set_state("running");
         self.show_cached("this node goes by it, takes no lease and withdraws nothing", at, leases);

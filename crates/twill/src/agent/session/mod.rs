@@ -99,6 +99,8 @@ pub(crate) struct Session {
     prune: bool,
     /// What a listing and the own lease make necessary was ordered once.
     established: bool,
+    /// What peers stand on while no watch is followed.
+    stands_on: Option<Box<(Network, Lease)>>,
     /// What was last said of a store that is away.
     last_away: &'static str,
     /// What is waited for, by code and message.
@@ -142,6 +144,7 @@ impl Session {
             asked_from: [None; 2],
             prune: true,
             established: false,
+            stands_on: None,
             last_away: "",
             waiting: None,
             left: false,
@@ -196,7 +199,11 @@ impl Session {
         }
         self.waits_no_more();
         self.set_state("running");
-        self.follow(network, config, own, revision).await
+        let mut stands_on = Box::new((network, own));
+        let (network, own) = &mut *stands_on;
+        let end = self.follow((network, own), config, revision).await;
+        self.stands_on = Some(stands_on);
+        end
     }
 
     fn subnet_env(&self) -> String {
@@ -234,9 +241,8 @@ impl Session {
     /// The watch, until something ends it.
     async fn follow(
         &mut self,
-        mut network: Network,
+        (network, own): (&mut Network, &mut Lease),
         config: NetworkConfig,
-        mut own: Lease,
         revision: i64,
     ) -> Result<End, StoreError> {
         let mut stream = self.store.watch(revision + 1).await?;
@@ -251,7 +257,7 @@ impl Session {
                     };
                     self.heard(revision);
                     for event in events {
-                        if let Some(end) = self.on_event(event, &network, &config, &mut own) {
+                        if let Some(end) = self.on_event(event, network, &config, own) {
                             return Ok(end);
                         }
                     }
@@ -263,8 +269,8 @@ impl Session {
                 () = at(correct), if correct.is_some() => {
                     self.correct = None;
                     self.corrected = Some(Instant::now());
-                    match self.refresh(&network, own.clone()).await? {
-                        Some(lease) => own = lease,
+                    match self.refresh(network, own.clone()).await? {
+                        Some(lease) => *own = lease,
                         None => return Ok(End::Again),
                     }
                 }
@@ -274,12 +280,12 @@ impl Session {
                     if changed.is_err() {
                         return Ok(End::Left);
                     }
-                    if let Some(end) = self.on_host(&mut network, &mut own).await? {
+                    if let Some(end) = self.on_host(network, own).await? {
                         return Ok(end);
                     }
                 }
                 Some(command) = self.commands.recv() => {
-                    if let Some(end) = self.on_command(command, &network, &own).await? {
+                    if let Some(end) = self.on_command(command, network, own).await? {
                         return Ok(end);
                     }
                 }

@@ -54,7 +54,7 @@ impl Session {
         self.answer_until(sleep(wait), "store-away", "the store is away").await;
     }
 
-    /// Answers what is asked meanwhile by a node that has no lease in its hands.
+    /// Answers what is asked meanwhile by a node that follows no watch.
     async fn answer_until(&mut self, end: impl Future<Output = ()>, code: &'static str, why: &str) {
         tokio::pin!(end);
         loop {
@@ -63,7 +63,10 @@ impl Session {
                 () = &mut end => return,
                 () = at(unwritten), if unwritten.is_some() => self.write_again(),
                 Some(command) = self.commands.recv() => match command {
-                    Command::Peers(reply) => drop(reply.send(Vec::new())),
+                    Command::Peers(reply) => {
+                        let peers = self.stands_on.as_ref().map(|on| self.peer_views(&on.0, &on.1));
+                        drop(reply.send(peers.unwrap_or_default()));
+                    }
                     Command::Accept(reply) => drop(reply.send(0)),
                     Command::Leaving(reply) => drop(reply.send(Err(cannot_leave(code, why)))),
                     Command::Leave(reply) => drop(reply.send(Err(cannot_leave(code, why)))),
