@@ -68,6 +68,30 @@ fn runs(node: &Node) {
     });
 }
 
+/// The leases of the peers that are shown.
+fn peers(node: &Node) -> Vec<String> {
+    let shown = node.twill_json("peers");
+    shown["peers"].as_array().unwrap().iter().map(|peer| peer["lease"].as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn peers_are_shown_while_the_store_is_away() {
+    let Some((mut node, _dir)) = node() else { return };
+    [40, 41].iter().for_each(|n| node.put_peer(*n));
+    let _agent = node.agent("--subnet 10.1.15.0/24");
+    [40, 41].iter().for_each(|n| node.await_peer(*n, true));
+    let before = node.twill_json("peers");
+    node.kill_store();
+    node.finding("store-away");
+    assert_eq!((node.twill_json("peers"), peers(&node).len()), (before, 2));
+    node.start_store();
+    node.delete("subnets/10.1.40.0-24");
+    eventually("the store's word holds", || match peers(&node).as_slice() {
+        [one] if one == "10.1.41.0-24" => Ok(()),
+        peers => Err(peers.to_vec()),
+    });
+}
+
 fn left_aside(node: &Node, reason: &str) {
     eventually("the log says why the cache is left aside", || {
         let log = node.log("agent.log");
@@ -97,6 +121,7 @@ fn what_a_reboot_takes_away_is_back_before_the_store_is() {
     }
     let status = node.status();
     assert_eq!((&status["state"], &status["store"]["state"]), (&json!("running"), &json!("away")), "{status}");
+    assert_eq!(peers(&node), ["10.1.40.0-24"]);
     node.finding("store-away");
     let finding = node.finding("listing-cached");
     let evidence = finding["evidence"].as_str().unwrap();

@@ -1,12 +1,13 @@
 //! What a node says of itself: shapes for programs, `plan` beside flanneld, `--check`, `--serve-store`, `peers --probe`.
 
+use std::io::Read;
 use std::path::Path;
 use std::process::Stdio;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use twill_e2e::net::Bed;
-use twill_e2e::node::Node;
+use twill_e2e::node::{CONFIG, Node};
 use twill_e2e::{bin, eventually, installed};
 
 fn node() -> Option<(Node, tempfile::TempDir)> {
@@ -179,6 +180,28 @@ fn check_names_what_the_agent_would_stumble_over() {
     node.host.ip("link add stranger type vxlan id 2 dstport 8472 dev eth0");
     assert_eq!(named(""), [], "another VNI is nobody's business");
     node.host.ip("link del stranger");
+    // Somebody has the port of the tunnel, or of the store.
+    for (backend, receiver, flags, code) in [
+        ("vxlan", "datagrams-receive 0.0.0.0:8472", "", "port-taken"),
+        ("vxlan", "datagrams-receive 10.168.0.2:8472", "", "port-taken"),
+        ("udp", "datagrams-receive 0.0.0.0:8285", "", "port-taken"),
+        ("udp", "datagrams-receive 127.0.0.1:8285", "", ""),
+        ("vxlan", "stream-receive 0.0.0.0:2399", "--serve-store 10.168.0.2:2399 --insecure", "store-listen"),
+    ] {
+        node.put("config", &CONFIG.replace("vxlan", backend));
+        let mut words = receiver.split(' ').chain(["1"].into_iter().chain(receiver.starts_with('d').then_some("2")));
+        let mut holder = node.host.command(env!("CARGO_BIN_EXE_wire"));
+        holder.arg(words.next().unwrap()).args(words).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut holder = holder.spawn().unwrap();
+        holder.stdout.take().unwrap().read_exact(&mut [0; 6]).expect("it says that it is ready");
+        let found = named(flags);
+        let is_named = |found: &[(String, String, String)]| found.len() == 1 && found[0].0 == code;
+        assert!(if code.is_empty() { found.is_empty() } else { is_named(&found) }, "{receiver}: {found:?}");
+        holder.kill().unwrap();
+        holder.wait().unwrap();
+        assert_eq!(named(flags), [], "nobody has it any more");
+    }
+    node.put("config", CONFIG);
     // Our own device is no stranger.
     let _agent = node.agent("");
     assert_eq!(named(""), [], "beside a running agent");
@@ -423,6 +446,28 @@ fn commands_that_read_the_store_ask_the_one_of_the_agent() {
         let out = command.output().unwrap();
         let said = String::from_utf8_lossy(&out.stderr);
         assert!(said.contains(&format!("at {asked}: ")) && said.contains(&from), "{said}");
+    }
+}
+
+#[test]
+fn an_agent_is_found_where_its_file_has_put_it() {
+    let Some((node, dir)) = node() else { return };
+    if Path::new("/run/twill/twill.sock").exists() {
+        println!("SKIP: this machine runs an agent of its own");
+        return;
+    }
+    let file = node.file("agent.toml");
+    std::fs::write(&file, format!("version = 1\nrun_dir = \"{}\"\n", dir.path().join("run").display())).unwrap();
+    let _agent = node.agent("");
+    for (config, is_found) in [(Some(&file), true), (None, false)] {
+        let mut command = node.host.command(bin("twill"));
+        command.args(["status", "-o", "json"]).env_remove("XDG_RUNTIME_DIR").env("HOME", dir.path());
+        config.iter().for_each(|file| drop(command.env("TWILL_CONFIG", file)));
+        let out = command.stdin(Stdio::null()).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(said.contains("no agent listens in"), !is_found, "{said}");
+        let status: Value = serde_json::from_slice(&out.stdout).unwrap_or_default();
+        assert_eq!(status["subnets"].is_array(), is_found, "{status}");
     }
 }
 
