@@ -7,7 +7,7 @@ use std::process::Stdio;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use twill_e2e::net::Bed;
-use twill_e2e::node::{CONFIG, Node};
+use twill_e2e::node::{CONFIG, Node, spawn};
 use twill_e2e::{bin, eventually, installed};
 
 fn node() -> Option<(Node, tempfile::TempDir)> {
@@ -180,28 +180,37 @@ fn check_names_what_the_agent_would_stumble_over() {
     node.host.ip("link add stranger type vxlan id 2 dstport 8472 dev eth0");
     assert_eq!(named(""), [], "another VNI is nobody's business");
     node.host.ip("link del stranger");
-    // Somebody has the port of the tunnel, or of the store.
-    for (backend, receiver, flags, code) in [
-        ("vxlan", "datagrams-receive 0.0.0.0:8472", "", "port-taken"),
-        ("vxlan", "datagrams-receive 10.168.0.2:8472", "", "port-taken"),
-        ("udp", "datagrams-receive 0.0.0.0:8285", "", "port-taken"),
-        ("udp", "datagrams-receive 127.0.0.1:8285", "", ""),
-        ("vxlan", "stream-receive 0.0.0.0:2399", "--serve-store 10.168.0.2:2399 --insecure", "store-listen"),
+    // Somebody has the port of the tunnel.
+    for (backend, at, codes) in [
+        ("vxlan", "0.0.0.0:8472", &["port-taken"][..]),
+        ("vxlan", "10.168.0.2:8472", &["port-taken"]),
+        ("udp", "0.0.0.0:8285", &["port-taken"]),
+        ("udp", "127.0.0.1:8285", &[]),
     ] {
         node.put("config", &CONFIG.replace("vxlan", backend));
-        let mut words = receiver.split(' ').chain(["1"].into_iter().chain(receiver.starts_with('d').then_some("2")));
         let mut holder = node.host.command(env!("CARGO_BIN_EXE_wire"));
-        holder.arg(words.next().unwrap()).args(words).stdin(Stdio::null()).stdout(Stdio::piped());
+        holder.args(["datagrams-receive", at, "1", "2"]).stdin(Stdio::null()).stdout(Stdio::piped());
         let mut holder = holder.spawn().unwrap();
         holder.stdout.take().unwrap().read_exact(&mut [0; 6]).expect("it says that it is ready");
-        let found = named(flags);
-        let is_named = |found: &[(String, String, String)]| found.len() == 1 && found[0].0 == code;
-        assert!(if code.is_empty() { found.is_empty() } else { is_named(&found) }, "{receiver}: {found:?}");
+        let found = named("");
+        assert_eq!(found.iter().map(|f| f.0.as_str()).collect::<Vec<_>>(), codes, "{at}: {found:?}");
         holder.kill().unwrap();
         holder.wait().unwrap();
-        assert_eq!(named(flags), [], "nobody has it any more");
+        assert_eq!(named(""), [], "nobody has it any more");
     }
     node.put("config", CONFIG);
+    // Or of the store that is to be served: another one, which has no config.
+    let mut store = node.host.command(bin("twill"));
+    store.args(["store", "serve", "--listen", "0.0.0.0:2399", "--insecure", "--data"]).arg(node.file("other"));
+    let store = spawn(store, &node.file("other.log"));
+    let flags = "--serve-store 10.168.0.2:2399 --insecure";
+    let found = eventually("its port is taken", || {
+        let found = named(flags);
+        if found.is_empty() { Err(node.log("other.log")) } else { Ok(found) }
+    });
+    assert!(found.len() == 1 && found[0].0 == "store-listen" && found[0].1.contains("10.168.0.2:2399"), "{found:?}");
+    store.end(Signal::KILL);
+    assert_eq!(named(flags), [], "nobody has it any more");
     // Our own device is no stranger.
     let _agent = node.agent("");
     assert_eq!(named(""), [], "beside a running agent");
@@ -462,7 +471,7 @@ fn an_agent_is_found_where_its_file_has_put_it() {
     for (config, is_found) in [(Some(&file), true), (None, false)] {
         let mut command = node.host.command(bin("twill"));
         command.args(["status", "-o", "json"]).env_remove("XDG_RUNTIME_DIR").env("HOME", dir.path());
-        config.iter().for_each(|file| drop(command.env("TWILL_CONFIG", file)));
+        command.envs(config.map(|file| ("TWILL_CONFIG", file)));
         let out = command.stdin(Stdio::null()).output().unwrap();
         let said = String::from_utf8_lossy(&out.stderr);
         assert_eq!(said.contains("no agent listens in"), !is_found, "{said}");
