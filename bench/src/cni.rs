@@ -1,4 +1,7 @@
 //! Attaching containers: our plugin, and Debian's bridge with host-local, call by call in turn.
+//!
+//! Not twice within some minutes on ext4 without a journal, nor where many files have just been deleted: there a new file costs
+//! up to a millisecond for that (docs/decisions/0007), and this part ends with deleting 60,000.
 
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};

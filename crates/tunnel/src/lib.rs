@@ -7,7 +7,7 @@
 //! - [`peers`]: who stands for which inner addresses, looked up by longest prefix and replaced as a whole
 //! - [`counters`]: what passed, for each peer, and what was dropped, by cause
 //! - `queues`: what the kernel dropped before the pumps saw it
-//! - `out`, `into`: the two directions; `threads`: who runs them
+//! - `out`, `into`: the two directions; `threads`: who runs them; `priority`: before whom, on a busy processor
 //!
 //! The payload is the bare inner packet, as flannel has it. TTL is never touched: the two hosts' kernels have done so.
 
