@@ -235,6 +235,12 @@ fn containers_of_a_former_network_are_listed() {
     // An address that was never of this node's subnets is somebody else's affair.
     site.attached(&["192.0.2.2/24"]);
     assert!(!stranded());
+    // Nor is the file of a container that was, kept for the next one.
+    site.attached(&["10.1.15.2/24"]);
+    assert!(stranded());
+    let file = site.node.file("state/attachments/box:eth0.json");
+    std::fs::rename(&file, file.with_file_name(".spare")).unwrap();
+    assert!(!stranded());
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use twill_cni::records::Records;
 use twill_core::attach::Attachment;
 use twill_core::host::HostState;
 use twill_core::misfits::misfits;
@@ -12,18 +13,12 @@ use twill_kernel::files;
 
 use super::view::View;
 
-/// Longest attachment file that is read.
-const LONGEST: u64 = 1 << 20;
-
 /// Containers that do not fit into the network as it is now.
 pub(crate) fn findings(state_dir: &Path, host: &HostState, view: &View) -> Vec<Finding> {
     let prefixes = |texts: &[String]| texts.iter().filter_map(|text| text.parse().ok()).collect::<Vec<Prefix>>();
     let boot = files::boot_id().unwrap_or_default();
-    let entries = std::fs::read_dir(state_dir.join("attachments")).into_iter().flatten().flatten();
-    let mut attachments: Vec<Attachment> = entries
-        .filter_map(|entry| Attachment::parse(&files::read_limited(&entry.path(), LONGEST).ok()??).ok())
-        .filter(|attachment| attachment.boot_id == boot)
-        .collect();
+    let mut attachments = Records::new(state_dir.join("attachments")).all().unwrap_or_default();
+    attachments.retain(|attachment| attachment.boot_id == boot);
     attachments.sort_by_key(Attachment::file_name);
     // A former network's containers are ours as well.
     let state = std::fs::read(state_dir.join("state.json")).ok().and_then(|bytes| State::parse(&bytes).ok());
