@@ -132,7 +132,8 @@ impl Records {
     pub(crate) fn all_for_rules(&self) -> Result<Vec<Attachment>, CniError> {
         let read = |path: PathBuf| {
             let text = files::read_limited(&path, LIMIT).ok().flatten()?;
-            Attachment::parse(&text).ok().or_else(|| Attachment::parse_newer(&text))
+            let found = Attachment::parse(&text).ok().or_else(|| Attachment::parse_newer(&text));
+            found.filter(|attachment| is_at(&path, attachment))
         };
         Ok(self.paths()?.into_iter().filter_map(read).collect())
     }
@@ -151,12 +152,16 @@ fn is_record(path: &Path) -> bool {
     name.ends_with(".json") && !name.starts_with('.')
 }
 
+/// Not where the file was set aside since it was opened, and another attachment written to it.
+fn is_at(path: &Path, attachment: &Attachment) -> bool {
+    path.ends_with(attachment.file_name())
+}
+
 fn read(path: &Path) -> Result<Option<Attachment>, CniError> {
     let act = || format!("read {}", path.display());
     let Some(text) = files::read_limited(path, LIMIT).act(act)? else { return Ok(None) };
     match Attachment::parse(&text) {
-        // Set aside since it was opened, and written again.
-        Ok(attachment) => Ok(Some(attachment).filter(|is| path.ends_with(is.file_name()))),
+        Ok(attachment) => Ok(Some(attachment).filter(|attachment| is_at(path, attachment))),
         Err(BadAttachment::Json(_)) => Ok(None),
         Err(error @ (BadAttachment::Format(_) | BadAttachment::Newer(_))) => {
             Err(CniError::new(Code::Decode, format!("{}: {error}", act()), "use the release that wrote it"))
