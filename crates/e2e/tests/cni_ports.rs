@@ -363,7 +363,7 @@ fn a_full_disk_keeps_no_container_from_leaving() {
         runtime.add(conf, "a", a);
         let call = Call { verb, conf, id: "a", netns: Some(netns(a)), args: "" };
         let mut command = runtime.command(Path::new("strace"), &call);
-        command.args(["-f", "-qq", "-o", "/dev/null", "-e", "inject=write:error=ENOSPC"]).arg(bin("twill-cni"));
+        command.args(["-f", "-qq", "-o", "/dev/null", "-e", "inject=write,rename:error=ENOSPC"]).arg(bin("twill-cni"));
         runtime.finish(command, conf).unwrap_or_else(|e| panic!("{verb}: {e:#}"));
         assert_eq!((runtime.held(), runtime.attachments()), (vec![], vec![]));
         assert_eq!(runtime.host.run("nft list tables"), "");

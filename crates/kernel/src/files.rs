@@ -66,7 +66,7 @@ pub fn put_locked(path: &Path, bytes: &[u8], mode: u32) -> io::Result<Unsynced> 
 pub fn put_locked_unless(path: &Path, bytes: &[u8], mode: u32, is_taken: impl Fn() -> bool) -> io::Result<Unsynced> {
     in_folder(path, || {
         let (dir, beside) = (folder(path)?, half_made(path));
-        let mut file = match take_spare(dir, &beside) {
+        let mut file = match take_spare(dir, &beside, mode) {
             Some(file) => file,
             None => loop {
                 let file = OpenOptions::new().write(true).create(true).truncate(false).mode(mode).open(&beside)?;
@@ -93,9 +93,9 @@ pub fn put_locked_unless(path: &Path, bytes: &[u8], mode: u32, is_taken: impl Fn
 }
 
 /// The file that was [`set_aside`], locked and at `beside`. `None`: there is none, or whoever set it aside is at work still.
-fn take_spare(dir: &Path, beside: &Path) -> Option<File> {
+fn take_spare(dir: &Path, beside: &Path, mode: u32) -> Option<File> {
     let spare = spare_of(dir);
-    let file = OpenOptions::new().write(true).open(&spare).ok()?;
+    let file = open_plain(&spare, mode, &mut OpenOptions::new()).ok()?;
     flock(&file, FlockOperation::NonBlockingLockExclusive).ok()?;
     renameat_with(CWD, &spare, CWD, beside, RenameFlags::NOREPLACE).ok()?;
     // Meanwhile another one may have been set aside in its place.
@@ -186,21 +186,30 @@ pub fn put_new(path: &Path, bytes: &[u8]) -> io::Result<Unsynced> {
     })
 }
 
-/// The file at `spare`, or a new one where there is none that is a plain file, with this mode and without another name: that one may be
-/// in use.
+/// The file at `spare`, or a new one where there is none that is a plain file with this mode.
 fn open_spare(spare: &Path, mode: u32) -> io::Result<File> {
-    let open = |new: bool| {
-        let mut how = OpenOptions::new();
-        // What is no plain file is neither followed nor waited for.
-        how.write(true).create(true).create_new(new).mode(mode).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
-        how.open(spare)
-    };
-    let is_spare = |is: &fs::Metadata| is.is_file() && is.nlink() == 1 && is.permissions().mode() & 0o7777 == mode;
-    match open(false) {
-        Ok(file) if is_spare(&file.metadata()?) => Ok(file),
-        Err(error) if error.kind() == io::ErrorKind::StorageFull => Err(error),
-        _ => fs::remove_file(spare).and_then(|()| open(true)),
+    match open_plain(spare, mode, OpenOptions::new().create(true)) {
+        // Nothing is in the way: there is no place for it.
+        Err(error) if fs::symlink_metadata(spare).is_err() => Err(error),
+        Err(_) => {
+            let in_the_way = |e: io::Error| io::Error::new(e.kind(), format!("{} is in the way: {e}", spare.display()));
+            fs::remove_file(spare).map_err(in_the_way)?;
+            OpenOptions::new().write(true).create_new(true).mode(mode).open(spare)
+        }
+        file => file,
     }
+}
+
+/// Opens a plain file that has this mode and no other name: that one may be in use. What is none is neither followed nor waited for.
+fn open_plain(path: &Path, mode: u32, how: &mut OpenOptions) -> io::Result<File> {
+    let file = how.write(true).mode(mode).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
+    let is = file.metadata()?;
+    let is_ours = is_plain(&is) && is.permissions().mode() & 0o7777 == mode;
+    is_ours.then_some(file).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+}
+
+fn is_plain(is: &fs::Metadata) -> bool {
+    is.is_file() && is.nlink() == 1
 }
 
 /// Puts `bytes` in place of what is at `path`, for as long as the machine runs: after a crash either may be there, or nothing readable.
@@ -241,7 +250,19 @@ fn in_folder<T>(path: &Path, act: impl Fn() -> io::Result<T>) -> io::Result<T> {
 /// which then needs no new place on the disk, and nothing but the disk itself to be waited for: a new place is written down as one in use
 /// by a worker of the kernel's, which may stand behind whatever runs (fs/ext4/page-io.c `ext4_end_io_rsv_work`).
 pub fn set_aside(path: &Path) -> io::Result<Option<Unsynced>> {
-    removed(path, fs::rename(path, spare_of(folder(path)?)))
+    let spare = spare_of(folder(path)?);
+    let aside = match fs::symlink_metadata(path) {
+        Ok(is) if is_plain(&is) => fs::rename(path, spare),
+        // A directory would be in everybody's way, and a rename to another name of the same file does nothing.
+        Ok(_) => Err(io::ErrorKind::InvalidInput.into()),
+        Err(error) => Err(error),
+    };
+    let done = aside.or_else(|error| match error.kind() {
+        io::ErrorKind::NotFound => Err(error),
+        // A full disk may have no place for the name, and what has it already may be no file.
+        _ => fs::remove_file(path),
+    });
+    removed(path, done)
 }
 
 /// Removes a file, without waiting for the disk; `None`: there is none.
@@ -465,6 +486,29 @@ mod tests {
     }
 
     #[test]
+    fn what_has_the_spares_name_keeps_nothing_from_going() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, spare) = (dir.path().join("file"), spare_of(dir.path()));
+        let odd: [&dyn Fn(); 2] = [&|| fs::create_dir(&spare).unwrap(), &|| fs::hard_link(&path, &spare).unwrap()];
+        for make in odd {
+            fs::write(&path, "ours").unwrap();
+            make();
+            assert!(set_aside(&path).unwrap().is_some());
+            assert!(!path.exists());
+            fs::remove_dir(&spare).or_else(|_| fs::remove_file(&spare)).unwrap();
+        }
+        // Whoever cannot do without is told what is in the way.
+        fs::create_dir(&spare).unwrap();
+        assert!(put_new(&path, b"ours").unwrap_err().to_string().contains(".spare is in the way: "));
+        fs::remove_dir(&spare).unwrap();
+        // And no directory of somebody's gets that name.
+        fs::create_dir(&path).unwrap();
+        assert!(set_aside(&path).is_err());
+        assert!(path.exists() && !spare.exists());
+        fs::remove_dir(&path).unwrap();
+    }
+
+    #[test]
     fn what_is_no_plain_file_of_this_folder_alone_is_not_written_to() {
         let dir = tempfile::tempdir().unwrap();
         let (path, other, spare) = (dir.path().join("file"), dir.path().join("other"), spare_of(dir.path()));
@@ -480,9 +524,10 @@ mod tests {
             &fifo,
             &closed,
         ];
-        for make in odd {
+        for (make, locked) in odd.iter().flat_map(|make| [(make, false), (make, true)]) {
+            let _ = fs::remove_file(&spare);
             make();
-            drop(put_new(&path, b"ours").unwrap());
+            drop(if locked { put_locked(&path, b"ours", 0o644) } else { put_new(&path, b"ours") }.unwrap());
             assert_eq!(
                 (fs::read(&path).unwrap(), fs::read(&other).unwrap()),
                 (b"ours".to_vec(), b"another's".to_vec())
