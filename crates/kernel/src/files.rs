@@ -88,7 +88,7 @@ pub fn put_locked_unless(path: &Path, bytes: &[u8], mode: u32, is_taken: impl Fn
         let dir = write().inspect_err(|_| {
             let _ = fs::remove_file(&beside);
         })?;
-        Ok(Unsynced { files: vec![file], dir })
+        Ok(Unsynced { files: vec![file], aside: Vec::new(), dir })
     })
 }
 
@@ -125,7 +125,7 @@ pub fn put_within(path: &Path, bytes: &[u8]) -> io::Result<Unsynced> {
     }
     whole.resize(room, b' ');
     file.write_all_at(&whole, 0)?;
-    Ok(Unsynced { files: vec![file], dir: File::open(folder(path)?)? })
+    Ok(Unsynced { files: vec![file], aside: Vec::new(), dir: File::open(folder(path)?)? })
 }
 
 /// Where a [`put_locked`] of `path` writes.
@@ -165,7 +165,7 @@ fn sweep(beside: &Path) -> io::Result<()> {
 }
 
 /// Puts `bytes` at `path`, refused when it is there; without waiting for the disk. Only under a lock of the folder. They are written to
-/// the file that was [`set_aside`], or that a process has left here that was killed.
+/// the file that was [`set_aside`], or that a process has left here that was killed, unless the disk may have it by its old name still.
 pub fn put_new(path: &Path, bytes: &[u8]) -> io::Result<Unsynced> {
     let dir = folder(path)?;
     let spare = &spare_of(dir);
@@ -179,7 +179,7 @@ pub fn put_new(path: &Path, bytes: &[u8]) -> io::Result<Unsynced> {
             }
             done => done?,
         }
-        Ok(Unsynced { files: vec![file], dir: File::open(dir)? })
+        Ok(Unsynced { files: vec![file], aside: Vec::new(), dir: File::open(dir)? })
     };
     write().inspect_err(|_| {
         let _ = fs::remove_file(spare);
@@ -188,7 +188,12 @@ pub fn put_new(path: &Path, bytes: &[u8]) -> io::Result<Unsynced> {
 
 /// The file at `spare`, or a new one where there is none that is a plain file with this mode.
 fn open_spare(spare: &Path, mode: u32) -> io::Result<File> {
-    match open_plain(spare, mode, OpenOptions::new().create(true)) {
+    let open = || {
+        let file = open_plain(spare, mode, OpenOptions::new().create(true))?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        Ok(file)
+    };
+    match open() {
         // Nothing is in the way: there is no place for it.
         Err(error) if fs::symlink_metadata(spare).is_err() => Err(error),
         Err(_) => {
@@ -249,8 +254,12 @@ fn in_folder<T>(path: &Path, act: impl Fn() -> io::Result<T>) -> io::Result<T> {
 /// Takes a file away, without waiting for the disk; `None`: there is none. It stays in the folder for the next one that is put there,
 /// which then needs no new place on the disk, and nothing but the disk itself to be waited for: a new place is written down as one in use
 /// by a worker of the kernel's, which may stand behind whatever runs (fs/ext4/page-io.c `ext4_end_io_rsv_work`).
+///
+/// Until the answer is dropped it is locked, by this or by the caller: what is written to it could get to the disk before its new name.
 pub fn set_aside(path: &Path) -> io::Result<Option<Unsynced>> {
     let spare = spare_of(folder(path)?);
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path).ok();
+    let locked = file.filter(|file| flock(file, FlockOperation::NonBlockingLockExclusive).is_ok());
     let aside = match fs::symlink_metadata(path) {
         Ok(is) if is_plain(&is) => fs::rename(path, spare),
         // A directory would be in everybody's way, and a rename to another name of the same file does nothing.
@@ -262,7 +271,7 @@ pub fn set_aside(path: &Path) -> io::Result<Option<Unsynced>> {
         // A full disk may have no place for the name, and what has it already may be no file.
         _ => fs::remove_file(path),
     });
-    removed(path, done)
+    Ok(removed(path, done)?.map(|change| Unsynced { aside: locked.into_iter().collect(), ..change }))
 }
 
 /// Removes a file, without waiting for the disk; `None`: there is none.
@@ -275,7 +284,7 @@ fn removed(path: &Path, done: io::Result<()>) -> io::Result<Option<Unsynced>> {
     match done {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e),
-        Ok(()) => Ok(Some(Unsynced { files: Vec::new(), dir: File::open(dir)? })),
+        Ok(()) => Ok(Some(Unsynced { files: Vec::new(), aside: Vec::new(), dir: File::open(dir)? })),
     }
 }
 
@@ -284,6 +293,8 @@ fn removed(path: &Path, done: io::Result<()>) -> io::Result<Option<Unsynced>> {
 #[must_use]
 pub struct Unsynced {
     files: Vec<File>,
+    /// Locked, and not waited for.
+    aside: Vec<File>,
     dir: File,
 }
 
@@ -292,6 +303,7 @@ impl Unsynced {
     pub fn of_folder(changes: Vec<Unsynced>) -> Option<Unsynced> {
         changes.into_iter().reduce(|mut all, next| {
             all.files.extend(next.files);
+            all.aside.extend(next.aside);
             all
         })
     }
@@ -474,6 +486,12 @@ mod tests {
         assert!(!first.exists());
         drop(put_new(&second, b"short").unwrap());
         assert_eq!((inode(&second), fs::read(&second).unwrap()), (was, b"short".to_vec()));
+        // Not before whoever set it aside has waited for the disk.
+        let aside = set_aside(&second).unwrap();
+        drop(put_new(&second, b"meanwhile").unwrap());
+        assert_ne!(inode(&second), was);
+        drop(aside);
+        let was = inode(&second);
         // The same for one that is locked, unless whoever set it aside is at work still.
         let lock = Lock::of(&second, true).unwrap().unwrap();
         assert!(set_aside(&second).unwrap().is_some());
