@@ -281,7 +281,16 @@ fn a_listing_that_lacks_everybody_withdraws_nobody_of_the_cache() {
     node.await_peer(40, true);
     node.await_peer(41, true);
     await_cached(&node.file("state/cache.json"), &["10.1.15.0-24", "10.1.40.0-24", "10.1.41.0-24"]);
-    assert_eq!(node.twill_json("resync --accept")["withdrawn"], 2);
+    // While the store is away again nothing is accepted, and nobody is told that it were.
+    node.kill_store();
+    node.finding("store-away");
+    let said = node.twill("resync --accept").1.unwrap_err();
+    assert!(said.contains("nothing is withdrawn now"), "{said}");
+    node.start_store();
+    eventually("it is accepted", || {
+        let (_, said) = node.twill("resync --accept -o json");
+        if said.as_ref().is_ok_and(|said| said.contains("\"withdrawn\": 2")) { Ok(()) } else { Err(said) }
+    });
     node.await_peer(40, false);
     runs(&node);
     await_cached(&node.file("state/cache.json"), &["10.1.15.0-24"]);

@@ -181,13 +181,18 @@ fn check_names_what_the_agent_would_stumble_over() {
     assert_eq!(named(""), [], "another VNI is nobody's business");
     node.host.ip("link del stranger");
     // Somebody has the port of the tunnel.
-    for (backend, at, codes) in [
-        ("vxlan", "0.0.0.0:8472", &["port-taken"][..]),
-        ("vxlan", "10.168.0.2:8472", &["port-taken"]),
-        ("udp", "0.0.0.0:8285", &["port-taken"]),
-        ("udp", "127.0.0.1:8285", &[]),
+    let (udp, v6) =
+        (CONFIG.replace("vxlan", "udp"), dual.replace(r#""Network":"10.1.0.0/16""#, r#""EnableIPv4":false"#));
+    for (config, at, codes) in [
+        (CONFIG, "0.0.0.0:8472", &["port-taken"][..]),
+        (CONFIG, "10.168.0.2:8472", &["port-taken"]),
+        (&udp, "0.0.0.0:8285", &["port-taken"]),
+        (&udp, "127.0.0.1:8285", &[]),
+        // A tunnel of IPv6 leaves the port in IPv4 to others.
+        (&v6, "0.0.0.0:8472", &[]),
+        (&v6, "[fd00:168::2]:8472", &["port-taken"]),
     ] {
-        node.put("config", &CONFIG.replace("vxlan", backend));
+        node.put("config", config);
         let mut holder = node.host.command(env!("CARGO_BIN_EXE_wire"));
         holder.args(["datagrams-receive", at, "1", "2"]).stdin(Stdio::null()).stdout(Stdio::piped());
         let mut holder = holder.spawn().unwrap();
@@ -198,7 +203,16 @@ fn check_names_what_the_agent_would_stumble_over() {
         holder.wait().unwrap();
         assert_eq!(named(""), [], "nobody has it any more");
     }
-    node.put("config", CONFIG);
+    // A VXLAN device shares its port with its like alone, and while it is up.
+    let udp = r#"{"Network":"10.1.0.0/16","Backend":{"Type":"udp","Port":8472}}"#;
+    node.host.ip("link add stranger type vxlan id 2 dstport 8472 dev eth0");
+    for (config, state, code) in [(udp, "down", None), (udp, "up", Some("port-taken")), (CONFIG, "up", None)] {
+        node.put("config", config);
+        node.host.ip(&format!("link set stranger {state}"));
+        let found = named("");
+        assert_eq!(found.first().map(|f| f.0.as_str()), code, "{config}: {found:?}");
+    }
+    node.host.ip("link del stranger");
     // Or of the store that is to be served: another one, which has no config.
     let mut store = node.host.command(bin("twill"));
     store.args(["store", "serve", "--listen", "0.0.0.0:2399", "--insecure", "--data"]).arg(node.file("other"));
@@ -468,16 +482,26 @@ fn an_agent_is_found_where_its_file_has_put_it() {
     let file = node.file("agent.toml");
     std::fs::write(&file, format!("version = 1\nrun_dir = \"{}\"\n", dir.path().join("run").display())).unwrap();
     let _agent = node.agent("");
-    for (config, is_found) in [(Some(&file), true), (None, false)] {
+    let folder = format!("no agent listens in {}", dir.path().join("other").display());
+    let other = node.file("other.toml");
+    std::fs::write(&other, format!("version = 1\nrun_dir = \"{}\"\n", dir.path().join("other").display())).unwrap();
+    let ask = |config: Option<&Path>| {
         let mut command = node.host.command(bin("twill"));
         command.args(["status", "-o", "json"]).env_remove("XDG_RUNTIME_DIR").env("HOME", dir.path());
         command.envs(config.map(|file| ("TWILL_CONFIG", file)));
         let out = command.stdin(Stdio::null()).output().unwrap();
-        let said = String::from_utf8_lossy(&out.stderr);
-        assert_eq!(said.contains("no agent listens in"), !is_found, "{said}");
         let status: Value = serde_json::from_slice(&out.stdout).unwrap_or_default();
-        assert_eq!(status["subnets"].is_array(), is_found, "{status}");
-    }
+        (status["subnets"].is_array(), String::from_utf8_lossy(&out.stderr).into_owned())
+    };
+    let told = |config: Option<&Path>, said: &str| {
+        let (is_found, text) = ask(config);
+        assert!(is_found == said.is_empty() && text.contains(said), "{config:?}: {text}");
+    };
+    told(Some(&file), "");
+    told(None, "no agent listens in /run/twill");
+    // Whoever names a file means no other agent than that one's.
+    told(Some(&other), &folder);
+    told(Some(&node.file("none.toml")), "none.toml is not there");
 }
 
 #[test]

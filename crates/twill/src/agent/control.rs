@@ -136,7 +136,8 @@ async fn hold(State(control): State<Control>, held: bool) -> Answer {
 }
 
 async fn resync(State(control): State<Control>) -> Answer {
-    answer(json!({"withdrawn": ask(&control, Command::Accept).await?}))
+    let withdrawn = ask(&control, Command::Accept).await?.map_err(Refused)?;
+    answer(json!({"withdrawn": withdrawn}))
 }
 
 async fn leaving(State(control): State<Control>) -> Answer {
@@ -156,9 +157,10 @@ async fn ask<T>(control: &Control, command: impl FnOnce(oneshot::Sender<T>) -> C
     tokio::time::timeout(patience, answer).await.map_err(|_| ended())?.map_err(|_| ended())
 }
 
-/// True when an agent listens there, or has.
+/// True when an agent listens there: one that was killed has left its socket.
 pub(crate) fn is_there(run_dir: &Path) -> bool {
-    socket(run_dir).exists()
+    let refused = |error: std::io::Error| error.kind() == std::io::ErrorKind::PermissionDenied;
+    std::os::unix::net::UnixStream::connect(socket(run_dir)).map_or_else(refused, |_| true)
 }
 
 fn socket(run_dir: &Path) -> PathBuf {

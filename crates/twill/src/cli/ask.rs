@@ -31,17 +31,23 @@ impl Socket {
         Self { run_dir }
     }
 
-    /// A user who runs no agent means the host's, which may have been told another place by its file.
-    pub(super) fn dir(&self) -> PathBuf {
-        let there = |dir: PathBuf| Some(dir).filter(|dir| control::is_there(dir));
-        let own = || there(stores::run_dir());
-        let of_file = || there(settings::of_file().ok()?.0.run_dir);
-        self.run_dir.clone().or_else(own).or_else(of_file).unwrap_or_else(|| PathBuf::from(stores::RUN_DIR))
+    /// A user who runs no agent means the host's, which may have been told another place by its file. Whoever names a file means the
+    /// agent of that one, and no other.
+    pub(super) fn dir(&self) -> Result<PathBuf, Failure> {
+        if let Some(dir) = &self.run_dir {
+            return Ok(dir.clone());
+        }
+        let (file, is_named) = (settings::of_file(), std::env::var_os("TWILL_CONFIG").is_some());
+        let file = if is_named { Some(file?) } else { file.ok() };
+        let own = stores::run_dir();
+        let of_file = file.map(|(settings, _)| settings.run_dir).filter(|dir| *dir != own);
+        let own = Some(own).filter(|dir| !(is_named && of_file.is_some()) && control::is_there(dir));
+        Ok(own.or(of_file).unwrap_or_else(|| PathBuf::from(stores::RUN_DIR)))
     }
 
     /// What a running agent would change; `None`: none runs, or it does not know yet.
     pub(super) async fn plan(&self) -> Result<Option<PlanView>, Failure> {
-        let Some(view) = control::call::<View>(&self.dir(), "GET", "/v1/status").await? else { return Ok(None) };
+        let Some(view) = control::call::<View>(&self.dir()?, "GET", "/v1/status").await? else { return Ok(None) };
         match view.state.as_str() {
             "running" | "held" => self.ask("GET", "/v1/plan").await.map(Some),
             _ => Ok(None),
@@ -50,7 +56,7 @@ impl Socket {
 
     /// The agent's answer; without an agent the error that says how to start one. What is only looked at is not waited for without end.
     pub(super) async fn ask<T: serde::de::DeserializeOwned>(&self, method: &str, path: &str) -> Result<T, Failure> {
-        let dir = self.dir();
+        let dir = self.dir()?;
         let call = control::call(&dir, method, path);
         let answer = if method == "GET" {
             tokio::time::timeout(PATIENCE, call).await.map_err(|_| {

@@ -37,7 +37,7 @@ impl AskArgs {
             return Ok(asked);
         }
         let (of_file, path) = settings::of_file().map(|(settings, path)| (settings.store, path))?;
-        let no_agent = format!("no agent answers in {}", self.agent.dir().display());
+        let no_agent = format!("no agent answers in {}", self.agent.dir()?.display());
         let from = match (&path, of_file.store.is_empty()) {
             (Some(path), false) => format!("{no_agent}, {} says so", path.display()),
             (Some(path), true) => format!("the default: {no_agent}, {} names none", path.display()),
@@ -58,7 +58,7 @@ impl Asked {
         let found: Result<StoreArgs, Failure> = crate::runtime()
             .map_err(|e| Failure::new("failed", e.to_string()))?
             .block_on(agent.ask("GET", "/v1/store"));
-        let from = format!("the agent in {} uses it", agent.dir().display());
+        let from = format!("the agent in {} uses it", agent.dir()?.display());
         Ok(found.ok().map(|store| Asked::named(said.clone().or(store), from)))
     }
 

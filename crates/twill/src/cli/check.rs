@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::ExitCode;
 
 use serde::Serialize;
@@ -15,6 +15,7 @@ use twill_core::lease::RawLease;
 use twill_core::lease_set::LeaseSet;
 use twill_core::reconcile::{Finding, taken_tunnels};
 use twill_core::state_file::State;
+use twill_kernel::udp::UdpSocket;
 use twill_kernel::{Interest, Kernel, LinuxKernel};
 use twill_store::{RawConfig, StoreError};
 
@@ -171,7 +172,7 @@ fn on_network(
 ) {
     check.backend = Some(network.backend.lease_type().unwrap_or("udp").to_owned());
     check.mtu = network.mtu().ok().map(|mtu| mtu.get());
-    tunnels_port(check, network, config, host);
+    tunnels_port(check, network, config, host, state);
     if let Some(listen) = serves.filter(|listen| !listen.ip().is_loopback()) {
         check.ports.push(format!("tcp/{}", listen.port()));
     }
@@ -194,8 +195,9 @@ fn on_network(
     }
 }
 
-/// The tunnel's port, and whether it can have it. Another program's socket keeps it from us; our device, or another VXLAN one, does not.
-fn tunnels_port(check: &mut Check, network: &Network, config: &config::NetworkConfig, host: &HostState) {
+/// The tunnel's port, and whether it can have it. Another program's socket keeps it from us; our device does not, nor another VXLAN one
+/// from ours.
+fn tunnels_port(check: &mut Check, network: &Network, config: &config::NetworkConfig, host: &HostState, state: &State) {
     // The kernel's VXLAN listens on all addresses of the host, our tunnel on one.
     let everywhere = |v4| if v4 { IpAddr::from(Ipv4Addr::UNSPECIFIED) } else { Ipv6Addr::UNSPECIFIED.into() };
     let underlay = &network.cx.underlay;
@@ -208,21 +210,22 @@ fn tunnels_port(check: &mut Check, network: &Network, config: &config::NetworkCo
     };
     check.ports.push(format!("udp/{port}"));
     let devices = network.backend.devices(&network.cx.networks);
+    let shares = matches!(config.backend, config::BackendConfig::Vxlan(_));
     let has_it = |link: &Link| match &link.kind {
-        LinkKind::Vxlan(vxlan) => vxlan.port == port,
+        LinkKind::Vxlan(vxlan) => vxlan.port == port && link.up && (shares || state.devices.contains_key(&link.name)),
         _ => devices.contains(&link.name),
     };
     if host.iter().any(|(_, object)| matches!(object, Object::Link(link) if has_it(link))) {
         return;
     }
     let mut at = at.into_iter().map(|ip| SocketAddr::new(ip, port.get()));
-    let is_taken = |at: &SocketAddr| UdpSocket::bind(at).is_err_and(|error| error.kind() == ErrorKind::AddrInUse);
+    let is_taken = |at: &SocketAddr| UdpSocket::bind(*at).is_err_and(|error| error.kind() == ErrorKind::AddrInUse);
     if let Some(at) = at.find(is_taken) {
         check.find(
             "port-taken",
             &format!("udp/{port}"),
-            &format!("another program has a socket in the way of {at}, which the tunnel needs"),
-            &format!("end it (ss -ulpn 'sport = :{port}' names it), or set another Backend.Port in the network config"),
+            &format!("another program, or a VXLAN device, has a socket in the way of {at}, which the tunnel needs"),
+            &format!("end it (ss -ulpn 'sport = :{port}' or ip -d link show type vxlan names it), or set another Backend.Port in the network config"),
         );
     }
 }

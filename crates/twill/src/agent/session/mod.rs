@@ -59,7 +59,7 @@ const CONFIG_FINDINGS: [&str; 3] = ["bad-config", "config-missing", "backend-not
 pub(crate) enum Command {
     Peers(oneshot::Sender<Vec<PeerView>>),
     /// Accept the last listing as it is.
-    Accept(oneshot::Sender<usize>),
+    Accept(oneshot::Sender<Result<usize, Failure>>),
     /// What [`Command::Leave`] would do now.
     Leaving(oneshot::Sender<Result<Vec<String>, Failure>>),
     /// Give the subnet back and remove everything.
@@ -426,7 +426,7 @@ impl Session {
                 self.send_peers(network, own, concerned);
                 self.accepted();
                 tracing::info!(peers = gone.len(), "the listing was accepted, what it lacks is withdrawn");
-                let _ = reply.send(gone.len());
+                let _ = reply.send(Ok(gone.len()));
             }
             Command::Leaving(reply) => {
                 let (plan, steps) = oneshot::channel();

@@ -67,12 +67,20 @@ impl Session {
                         let peers = self.stands_on.as_ref().map(|on| self.peer_views(&on.0, &on.1));
                         drop(reply.send(peers.unwrap_or_default()));
                     }
-                    Command::Accept(reply) => drop(reply.send(0)),
+                    Command::Accept(reply) => drop(reply.send(self.accept_nothing(code, why))),
                     Command::Leaving(reply) => drop(reply.send(Err(cannot_leave(code, why)))),
                     Command::Leave(reply) => drop(reply.send(Err(cannot_leave(code, why)))),
                 },
             }
         }
+    }
+
+    /// What a listing lacks stays while no listing is followed.
+    fn accept_nothing(&self, code: &'static str, why: &str) -> Result<usize, Failure> {
+        if self.withheld.is_empty() && self.kept.is_empty() {
+            return Ok(0);
+        }
+        Err(Failure::new(code, format!("nothing is withdrawn now: {why}")).hint("try again when this is cured"))
     }
 
     /// Neither an answer nor a failure is there yet.
