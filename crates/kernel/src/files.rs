@@ -221,7 +221,7 @@ fn is_plain(is: &fs::Metadata) -> bool {
 /// Only under a lock of the folder. The two change places, and `spare` stays for the next time: nothing is made and nothing removed,
 /// and the disk is not hurried, as it is by a file that takes another one's place by `rename` (fs/ext4/namei.c `ext4_rename`).
 pub fn put_over(path: &Path, spare: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o644).open(spare)?;
+    let mut file = open_spare(spare, 0o644)?;
     write_whole(&mut file, bytes)?;
     // Nothing is there, or the file system cannot.
     if renameat_with(CWD, spare, CWD, path, RenameFlags::EXCHANGE).is_err() {
@@ -542,10 +542,15 @@ mod tests {
             &fifo,
             &closed,
         ];
-        for (make, locked) in odd.iter().flat_map(|make| [(make, false), (make, true)]) {
+        let puts: [fn(&Path, &[u8]); 3] = [
+            |path, bytes| drop(put_new(path, bytes).unwrap()),
+            |path, bytes| drop(put_locked(path, bytes, 0o644).unwrap()),
+            |path, bytes| put_over(path, &path.with_file_name(".spare"), bytes).unwrap(),
+        ];
+        for (make, put) in odd.iter().flat_map(|make| puts.map(|put| (make, put))) {
             let _ = fs::remove_file(&spare);
             make();
-            drop(if locked { put_locked(&path, b"ours", 0o644) } else { put_new(&path, b"ours") }.unwrap());
+            put(&path, b"ours");
             assert_eq!(
                 (fs::read(&path).unwrap(), fs::read(&other).unwrap()),
                 (b"ours".to_vec(), b"another's".to_vec())
