@@ -216,16 +216,29 @@ pub(crate) fn check_is_ours(listen: SocketAddr) -> Result<(), Failure> {
 /// Refuses a port that somebody holds, unless that are the processes `but` alone, which are to end.
 pub(crate) fn check_is_free(listen: SocketAddr, but: &[u32]) -> Result<(), Failure> {
     let Err(error) = std::net::TcpListener::bind(listen) else { return Ok(()) };
+    let holders = holders(listen);
+    let known = error.kind() == std::io::ErrorKind::AddrInUse && !holders.is_empty();
+    if known && holders.iter().all(|inode| but.iter().any(|pid| process::has_socket(*pid, *inode))) {
+        return Ok(());
+    }
+    Err(cannot_listen(listen, &error))
+}
+
+/// Refuses a port that somebody listens on, without having it for a moment: another program may just be starting.
+pub(crate) fn check_nobody_listens(listen: SocketAddr) -> Result<(), Failure> {
+    if holders(listen).is_empty() {
+        return Ok(());
+    }
+    Err(cannot_listen(listen, &std::io::ErrorKind::AddrInUse.into()))
+}
+
+/// Sockets that listen where one of ours would have to.
+fn holders(listen: SocketAddr) -> Vec<u64> {
     let in_the_way = |at: &SocketAddr| {
         let wide = at.ip().is_unspecified() || listen.ip().is_unspecified();
         at.port() == listen.port() && (wide || at.ip() == listen.ip())
     };
-    let mut holders = process::listeners().into_iter().filter(|(at, _)| in_the_way(at)).peekable();
-    let known = error.kind() == std::io::ErrorKind::AddrInUse && holders.peek().is_some();
-    if known && holders.all(|(_, inode)| but.iter().any(|pid| process::has_socket(*pid, inode))) {
-        return Ok(());
-    }
-    Err(cannot_listen(listen, &error))
+    process::listeners().into_iter().filter(|(at, _)| in_the_way(at)).map(|(_, inode)| inode).collect()
 }
 
 fn cannot_listen(listen: SocketAddr, error: &std::io::Error) -> Failure {

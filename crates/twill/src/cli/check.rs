@@ -149,7 +149,7 @@ fn of_store(check: &mut Check, settings: &Settings) -> Result<(String, Option<Ra
         return Ok((answers, Some(config), leases));
     }
     if stores::check_is_ours(listen).is_ok()
-        && let Err(failure) = stores::check_is_free(listen, &[])
+        && let Err(failure) = stores::check_nobody_listens(listen)
     {
         check.failure("store", &failure);
     }
