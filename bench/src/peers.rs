@@ -266,7 +266,6 @@ fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64()
 }
 
-/// A line of the process's status, in kilobytes.
 /// Kilobytes of a process, by the name of their line (proc_pid_status(5)).
 pub(crate) fn kb(pid: u32, field: &str) -> f64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
