@@ -93,7 +93,7 @@ fn tcp(nets: &Nets, number: usize, report: &mut Report) {
     report.at_most("TCP, processors' time for a megabyte, twill against VXLAN (×)", &against(|s| s.cpu), 1.6);
 }
 
-/// 64 streams against 4.
+/// 64 streams against 4; and 64 that begin one after the other, each while those before it send.
 fn streams(nets: &Nets, number: usize, report: &mut Report) {
     let kinds = [Net::Twill, Net::Vxlan];
     let ratio = kinds.map(|net| {
@@ -108,6 +108,11 @@ fn streams(nets: &Nets, number: usize, report: &mut Report) {
     });
     report.note("TCP, 64 streams against 4, kernel VXLAN (×)", &ratio[1]);
     report.at_least("TCP, 64 streams against 4 (×)", &ratio[0], 0.9);
+    let begun = rounds(number, kinds, |net| load::tcp_one_after_the_other(nets.way(net), 64));
+    for (net, samples) in kinds.iter().zip(&begun) {
+        let what = format!("TCP, 64 streams that begin one after the other, {} (Gbit/s)", net.name());
+        report.note(&what, &of(samples, |s| s.gbits));
+    }
 }
 
 /// The same with frames of the MTU on the wire.

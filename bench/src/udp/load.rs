@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -57,33 +57,59 @@ pub(crate) fn on<T: Send>(host: &Host, act: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| scope.spawn(inside).join().unwrap())
 }
 
-/// TCP as fast as it goes.
+/// TCP as fast as it goes: all streams are there before the first one sends.
 pub(crate) fn tcp(way: Way<'_>, streams: usize) -> Bulk {
-    let listener = on(way.to, || TcpListener::bind((way.address, 0)).unwrap());
-    let address = listener.local_addr().unwrap();
-    let pairs: Vec<(TcpStream, TcpStream)> =
-        (0..streams).map(|_| (on(way.from, || connect(address)), listener.accept().unwrap().0)).collect();
-    let (received, end) = (AtomicU64::new(0), AtomicBool::new(false));
-    std::thread::scope(|scope| {
-        for (from, to) in &pairs {
-            let (received, end) = (&received, &end);
-            scope.spawn(move || send_all(from, end));
-            scope.spawn(move || receive_all(to, received));
-        }
-        std::thread::sleep(WARM);
-        let (before, meter) = (received.load(Ordering::Relaxed), Meter::start());
-        std::thread::sleep(WINDOW);
-        let (seconds, busy) = meter.stop();
-        let bytes = (received.load(Ordering::Relaxed) - before) as f64;
-        end.store(true, Ordering::Relaxed);
-        // What waits for room is cut off.
-        pairs.iter().for_each(|(from, _)| drop(from.shutdown(Shutdown::Both)));
-        Bulk { gbits: bytes * 8.0 / seconds / 1e9, cpu: busy / bytes * 1e12 }
-    })
+    let all = Streams::listen(way);
+    let pairs: Vec<_> = (0..streams).map(|_| all.connect()).collect();
+    all.measure(pairs.into_iter(), WINDOW)
 }
 
-fn connect(address: SocketAddr) -> TcpStream {
-    TcpStream::connect_timeout(&address, Duration::from_secs(5)).unwrap()
+/// The same where each stream sends as soon as it is there, beside those before it; and for longer.
+pub(crate) fn tcp_one_after_the_other(way: Way<'_>, streams: usize) -> Bulk {
+    let all = Streams::listen(way);
+    all.measure((0..streams).map(|_| all.connect()), 5 * WINDOW)
+}
+
+struct Streams<'a> {
+    way: Way<'a>,
+    listener: TcpListener,
+    received: AtomicU64,
+    end: AtomicBool,
+}
+
+impl<'a> Streams<'a> {
+    fn listen(way: Way<'a>) -> Self {
+        let listener = on(way.to, || TcpListener::bind((way.address, 0)).unwrap());
+        Self { way, listener, received: AtomicU64::new(0), end: AtomicBool::new(false) }
+    }
+
+    /// Sender and receiver.
+    fn connect(&self) -> (TcpStream, TcpStream) {
+        let address = self.listener.local_addr().unwrap();
+        let connect = || TcpStream::connect_timeout(&address, Duration::from_secs(20)).unwrap();
+        (on(self.way.from, connect), self.listener.accept().unwrap().0)
+    }
+
+    /// What is received in so long a time.
+    fn measure(&self, pairs: impl Iterator<Item = (TcpStream, TcpStream)>, window: Duration) -> Bulk {
+        std::thread::scope(|scope| {
+            let mut senders = Vec::new();
+            for (from, to) in pairs {
+                senders.push(from.try_clone().unwrap());
+                scope.spawn(move || send_all(&from, &self.end));
+                scope.spawn(move || receive_all(&to, &self.received));
+            }
+            std::thread::sleep(WARM);
+            let (before, meter) = (self.received.load(Ordering::Relaxed), Meter::start());
+            std::thread::sleep(window);
+            let (seconds, busy) = meter.stop();
+            let bytes = (self.received.load(Ordering::Relaxed) - before) as f64;
+            self.end.store(true, Ordering::Relaxed);
+            // What waits for room is cut off.
+            senders.iter().for_each(|from| drop(from.shutdown(Shutdown::Both)));
+            Bulk { gbits: bytes * 8.0 / seconds / 1e9, cpu: busy / bytes * 1e12 }
+        })
+    }
 }
 
 fn send_all(mut from: &TcpStream, end: &AtomicBool) {
