@@ -133,15 +133,35 @@ fn open_files(pid: u32) -> impl Iterator<Item = PathBuf> {
     fds.filter_map(|fd| fs::read_link(fd.path()).ok())
 }
 
-/// Sockets that listen in our network namespace: address and inode (proc_pid_net(5), `tcp` and `tcp6`).
+/// Sockets that listen in our network namespace: address and inode.
 pub fn listeners() -> Vec<(SocketAddr, u64)> {
     const LISTEN: &str = "0A";
-    let tables = ["tcp", "tcp6"].map(|table| fs::read_to_string(format!("/proc/self/net/{table}")).unwrap_or_default());
+    sockets("tcp")
+        .into_iter()
+        .filter(|socket| socket.state == LISTEN)
+        .map(|socket| (socket.local, socket.inode))
+        .collect()
+}
+
+/// Where our network namespace has UDP sockets, those of the kernel's tunnels included.
+pub fn udp_sockets() -> Vec<SocketAddr> {
+    sockets("udp").into_iter().map(|socket| socket.local).collect()
+}
+
+struct Socket {
+    local: SocketAddr,
+    state: String,
+    inode: u64,
+}
+
+/// The tables of a protocol, for IPv4 and for IPv6 (proc_pid_net(5)).
+fn sockets(protocol: &str) -> Vec<Socket> {
+    let tables = ["", "6"].map(|v| fs::read_to_string(format!("/proc/self/net/{protocol}{v}")).unwrap_or_default());
     let row = |line: &str| {
         let words: Vec<&str> = line.split_whitespace().collect();
         let (address, port) = words.get(1)?.split_once(':')?;
-        let address = SocketAddr::new(address_of(address)?, u16::from_str_radix(port, 16).ok()?);
-        (words.get(3) == Some(&LISTEN)).then_some((address, words.get(9)?.parse().ok()?))
+        let local = SocketAddr::new(address_of(address)?, u16::from_str_radix(port, 16).ok()?);
+        Some(Socket { local, state: (*words.get(3)?).to_owned(), inode: words.get(9)?.parse().ok()? })
     };
     tables.iter().flat_map(|table| table.lines()).filter_map(row).collect()
 }

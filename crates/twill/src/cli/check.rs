@@ -15,6 +15,7 @@ use twill_core::lease::RawLease;
 use twill_core::lease_set::LeaseSet;
 use twill_core::reconcile::{Finding, taken_tunnels};
 use twill_core::state_file::State;
+use twill_kernel::process;
 use twill_kernel::udp::UdpSocket;
 use twill_kernel::{Interest, Kernel, LinuxKernel};
 use twill_store::{RawConfig, StoreError};
@@ -219,7 +220,13 @@ fn tunnels_port(check: &mut Check, network: &Network, config: &config::NetworkCo
         return;
     }
     let mut at = at.into_iter().map(|ip| SocketAddr::new(ip, port.get()));
-    let is_taken = |at: &SocketAddr| UdpSocket::bind(*at).is_err_and(|error| error.kind() == ErrorKind::AddrInUse);
+    // A free port is not taken for a moment: the agent that needs it may just be starting. Whether a socket of the other family is in
+    // the way, only the kernel knows.
+    let others = process::udp_sockets();
+    let is_taken = |at: &SocketAddr| {
+        others.iter().any(|other| other.port() == at.port())
+            && UdpSocket::bind(*at).is_err_and(|error| error.kind() == ErrorKind::AddrInUse)
+    };
     if let Some(at) = at.find(is_taken) {
         check.find(
             "port-taken",
