@@ -2,65 +2,12 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::ops::{AddAssign, Sub};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use twill_packet::offload::Bad;
-
-/// What was carried.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Load {
-    /// How much it cost, in bytes: each packet costs about as much as copying half a kilobyte.
-    pub(crate) work: u64,
-    /// Bytes that came in large pieces, as those of streams do.
-    pub(crate) bulk: u64,
-}
-
-impl Load {
-    /// Bytes of a large piece, on average.
-    const LARGE: usize = 8 << 10;
-
-    pub(crate) fn of(packets: usize, bytes: usize) -> Self {
-        let is_bulk = bytes >= packets * Self::LARGE;
-        Self { work: (packets * 512 + bytes) as u64, bulk: if is_bulk { bytes as u64 } else { 0 } }
-    }
-}
-
-/// The same, added by several threads.
-#[derive(Debug, Default)]
-pub(crate) struct Carried {
-    work: AtomicU64,
-    bulk: AtomicU64,
-}
-
-impl Carried {
-    pub(crate) fn add(&self, load: Load) {
-        self.work.fetch_add(load.work, Ordering::Relaxed);
-        self.bulk.fetch_add(load.bulk, Ordering::Relaxed);
-    }
-
-    pub(crate) fn so_far(&self) -> Load {
-        Load { work: self.work.load(Ordering::Relaxed), bulk: self.bulk.load(Ordering::Relaxed) }
-    }
-}
-
-impl AddAssign for Load {
-    fn add_assign(&mut self, more: Self) {
-        self.work += more.work;
-        self.bulk += more.bulk;
-    }
-}
-
-impl Sub for Load {
-    type Output = Self;
-
-    fn sub(self, less: Self) -> Self {
-        Self { work: self.work - less.work, bulk: self.bulk - less.bulk }
-    }
-}
 
 /// Why a packet was dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

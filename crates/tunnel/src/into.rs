@@ -8,7 +8,8 @@ use twill_kernel::tun::Tun;
 use twill_kernel::udp::{Incoming, SLOT, Udp};
 use twill_packet::offload::{Coalescer, Inner, Item, Merge};
 
-use crate::counters::{Cause, Load, add};
+use crate::counters::{Cause, add};
+use crate::load::Load;
 use crate::peers::{Peer, Peers};
 use crate::{Lost, Shared, is_gone};
 

@@ -7,12 +7,14 @@
 //! - [`peers`]: who stands for which inner addresses, looked up by longest prefix and replaced as a whole
 //! - [`counters`]: what passed, for each peer, and what was dropped, by cause
 //! - `queues`: what the kernel dropped before the pumps saw it
-//! - `out`, `into`: the two directions; `threads`: who runs them; `priority`: before whom, on a busy processor
+//! - `out`, `into`: the two directions; `threads`: who runs them; `load`: how much passes;
+//!   `priority`: before whom they go, on a busy processor
 //!
 //! The payload is the bare inner packet, as flannel has it. TTL is never touched: the two hosts' kernels have done so.
 
 pub mod counters;
 mod into;
+mod load;
 mod out;
 pub mod peers;
 mod priority;
@@ -38,8 +40,9 @@ use twill_kernel::tun::{Offloads, Tun, TunDevice};
 use twill_kernel::udp::{Udp, UdpSocket};
 use twill_packet::offload::Merge;
 
-use crate::counters::{Carried, Counters, Snapshot};
+use crate::counters::{Counters, Snapshot};
 use crate::into::Into;
+use crate::load::Carried;
 use crate::out::Out;
 use crate::peers::Peers;
 use crate::queues::Queues;

@@ -10,7 +10,8 @@ use twill_kernel::udp::{MAX_BYTES, MAX_SEGMENTS, Outgoing, Udp};
 use twill_packet::ipv6;
 use twill_packet::offload::{Inner, Trouble, Vnet, error_about, fragment, segment};
 
-use crate::counters::{Cause, Load, add};
+use crate::counters::{Cause, add};
+use crate::load::Load;
 use crate::peers::Peers;
 use crate::{Budget, Lost, Shared, is_gone};
 

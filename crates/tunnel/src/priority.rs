@@ -7,7 +7,7 @@
 use rustix::process::{getpriority_process, setpriority_process};
 
 use crate::Shared;
-use crate::threads::{Look, MUCH, SOON};
+use crate::load::{Look, MUCH, SOON};
 
 /// How much less nice (nice(7)).
 const AHEAD: i32 = 10;

@@ -11,7 +11,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::{AsFd, OwnedFd};
@@ -19,43 +19,18 @@ use twill_kernel::icmp::IcmpSockets;
 use twill_kernel::tun::TunDevice;
 use twill_kernel::udp::UdpSocket;
 
-use crate::counters::{Load, add};
+use crate::counters::add;
 use crate::into::Into;
+use crate::load::{Load, Look, MUCH, SOON};
 use crate::out::Out;
 use crate::priority::Priority;
 use crate::{Lost, Shared};
 
-/// Much: so much [work](Load::work) in so short a time.
-pub(crate) const MUCH: u64 = 1 << 20;
-pub(crate) const SOON: Duration = Duration::from_millis(10);
 /// Little: less than that in so long a time.
 const LITTLE: u64 = MUCH;
 const QUIET: Duration = Duration::from_millis(100);
 /// Times that a thread lets others run and looks again before it sleeps, while much passes: to be woken costs more.
 const LOOKS: u32 = 3;
-
-/// What passed since the last look.
-pub(crate) struct Look {
-    at: Instant,
-    so_far: Load,
-}
-
-impl Look {
-    pub(crate) fn new(shared: &Shared) -> Self {
-        Self { at: Instant::now(), so_far: shared.carried.so_far() }
-    }
-
-    /// What passed in so long a time, on average, once that time went by.
-    pub(crate) fn after(&mut self, time: Duration, shared: &Shared) -> Option<Load> {
-        let times = (self.at.elapsed().as_nanos() / time.as_nanos()) as u64;
-        if times == 0 {
-            return None;
-        }
-        let before = std::mem::replace(self, Self::new(shared));
-        let Load { work, bulk } = self.so_far - before.so_far;
-        Some(Load { work: work / times, bulk: bulk / times })
-    }
-}
 
 /// What both threads need.
 pub(crate) struct Ground {
