@@ -8,11 +8,15 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{Mode, OFlags};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use crate::netns::Netns;
 
 /// Bytes of the virtio-net header that stands before each packet.
 pub const HEADER: usize = 10;
+/// Packets that may wait to be read: as many as for an Ethernet device. The kernel's 500 (drivers/net/tun.c, TUN_READQ_SIZE) overflow while
+/// many streams begin, and each loses a whole window (docs/decisions/0014).
+const QUEUE: libc::c_int = 1000;
 
 /// What a device hands over uncut and takes uncut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -118,7 +122,19 @@ impl TunDevice {
         // SAFETY: TUNSETOFFLOAD takes its argument by value and touches no memory.
         let grants = |o: &Offloads| unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD, o.flags()) } == 0;
         let offloads = wanted.ladder().into_iter().find(grants).unwrap_or(Offloads::NONE);
-        Ok(Self { fd, header, offloads })
+        let device = Self { fd, header, offloads };
+        // A shorter queue loses more under load, and is no reason to carry nothing.
+        let _ = device.lengthen_queue();
+        Ok(device)
+    }
+
+    /// For a device in the calling thread's namespace.
+    fn lengthen_queue(&self) -> io::Result<()> {
+        let mut request = request();
+        interface(&self.fd, libc::TUNGETIFF, &mut request)?;
+        request.ifr_ifru.ifru_metric = QUEUE;
+        let any = rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+        interface(&any, libc::SIOCSIFTXQLEN, &mut request)
     }
 
     /// The device's name now.
@@ -210,7 +226,7 @@ fn request() -> libc::ifreq {
 }
 
 fn interface(fd: &OwnedFd, act: libc::Ioctl, request: &mut libc::ifreq) -> io::Result<()> {
-    // SAFETY: TUNSETIFF and TUNGETIFF read and write one ifreq, which the exclusive reference keeps alive.
+    // SAFETY: TUNSETIFF, TUNGETIFF and SIOCSIFTXQLEN read and write one ifreq, which the exclusive reference keeps alive.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), act, std::ptr::from_mut(request)) })
 }
 

@@ -691,6 +691,7 @@ fn containers_on_two_hosts_reach_each_other_by_bare_packets_in_udp_8285() {
     let host = &net.site(1).host;
     let link = &host.json("-d link show flannel0")[0];
     assert_eq!((&link["linkinfo"]["info_kind"], &link["mtu"]), (&json!("tun"), &json!(1472)));
+    assert_eq!(link["txqlen"], 1000, "{link}");
     let route = host.run("ip route show dev flannel0");
     assert_eq!(route.trim(), "100.96.0.0/16 proto kernel scope link src 100.96.1.0");
     // The lease is flannel's: no type, no data; our identity comes last.
