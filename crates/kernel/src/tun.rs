@@ -14,9 +14,11 @@ use crate::netns::Netns;
 
 /// Bytes of the virtio-net header that stands before each packet.
 pub const HEADER: usize = 10;
-/// Packets that may wait to be read: as many as for an Ethernet device. The kernel's 500 (drivers/net/tun.c, TUN_READQ_SIZE) overflow while
-/// many streams begin, and each loses a whole window (docs/decisions/0014).
+/// Packets that may wait to be read: as many as for an Ethernet device. The kernel's own number overflows while many streams begin, and each
+/// loses a whole window (docs/decisions/0014).
 const QUEUE: libc::c_int = 1000;
+/// drivers/net/tun.c, TUN_READQ_SIZE.
+const KERNELS_QUEUE: libc::c_int = 500;
 
 /// What a device hands over uncut and takes uncut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -128,13 +130,18 @@ impl TunDevice {
         Ok(device)
     }
 
-    /// For a device in the calling thread's namespace.
+    /// For a device in the calling thread's namespace. What whoever runs the host has set stays.
     fn lengthen_queue(&self) -> io::Result<()> {
         let mut request = request();
         interface(&self.fd, libc::TUNGETIFF, &mut request)?;
-        request.ifr_ifru.ifru_metric = QUEUE;
         let any = rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
-        interface(&any, libc::SIOCSIFTXQLEN, &mut request)
+        interface(&any, libc::SIOCGIFTXQLEN, &mut request)?;
+        // SAFETY: SIOCGIFTXQLEN has filled this integer.
+        if unsafe { request.ifr_ifru.ifru_metric } == KERNELS_QUEUE {
+            request.ifr_ifru.ifru_metric = QUEUE;
+            interface(&any, libc::SIOCSIFTXQLEN, &mut request)?;
+        }
+        Ok(())
     }
 
     /// The device's name now.
@@ -226,7 +233,7 @@ fn request() -> libc::ifreq {
 }
 
 fn interface(fd: &OwnedFd, act: libc::Ioctl, request: &mut libc::ifreq) -> io::Result<()> {
-    // SAFETY: TUNSETIFF, TUNGETIFF and SIOCSIFTXQLEN read and write one ifreq, which the exclusive reference keeps alive.
+    // SAFETY: these requests read and write one ifreq, which the exclusive reference keeps alive.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), act, std::ptr::from_mut(request)) })
 }
 

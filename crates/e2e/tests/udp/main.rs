@@ -415,6 +415,7 @@ impl Beat {
 fn the_next_agent_takes_over_and_at_most_fifty_milliseconds_are_lost() {
     let Some((mut net, _dir)) = running() else { return };
     let index = net.site(1).host.json("link show flannel0")[0]["ifindex"].clone();
+    net.site(1).host.ip("link set flannel0 txqueuelen 700");
     let beat = Beat::start(&net);
     for _ in 0..3 {
         let old = net.site_mut(1).take_agent().unwrap();
@@ -432,7 +433,8 @@ fn the_next_agent_takes_over_and_at_most_fifty_milliseconds_are_lost() {
     }
     let lost = beat.lost();
     assert!(lost <= 5, "{lost} of 10 ms each");
-    assert_eq!(net.site(1).host.json("link show flannel0")[0]["ifindex"], index, "it is the same device");
+    let link = &net.site(1).host.json("link show flannel0")[0];
+    assert_eq!((&link["ifindex"], &link["txqlen"]), (&index, &json!(700)), "the same device, as somebody left it");
     assert!(net.site(1).log().contains("the tunnel goes on"), "{}", net.site(1).log());
 }
 
