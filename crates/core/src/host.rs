@@ -142,6 +142,9 @@ pub struct Link {
     /// Takes part in multicast (IFF_MULTICAST). Wanted `None`: not looked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub multicast: Option<bool>,
+    /// Held without carrier by somebody (IFLA_PROTO_DOWN): it is up and carries nothing. Wanted `None`: not looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protodown: Option<bool>,
     /// Read only: lower layer up (IFF_LOWER_UP, "carrier"). Never compared.
     #[serde(default)]
     pub carrier: bool,
@@ -180,7 +183,7 @@ pub enum LinkKind {
     },
 }
 
-/// What a VXLAN device has. `vni`, `port`, `gbp` and the limit of `room` cannot change in place (kernel: drivers/net/vxlan/vxlan_core.c, `vxlan_nl2conf`).
+/// What a VXLAN device has. `vni`, `port`, `gbp`, `special` and the limit of `room` cannot change in place (kernel: drivers/net/vxlan/vxlan_core.c, `vxlan_nl2conf`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vxlan {
     /// VXLAN network identifier.
@@ -204,6 +207,9 @@ pub struct Vxlan {
     /// How long, and how many, entries may be in its forwarding table.
     #[serde(default)]
     pub room: FdbRoom,
+    /// It has flags that Twill never gives: remote checksum offload, which peers drop, the inner packet's TTL, answers in others' names.
+    #[serde(default)]
+    pub special: bool,
 }
 
 /// A tunnel's forwarding table (IFLA_VXLAN_AGEING, _LIMIT).
@@ -445,6 +451,7 @@ impl Link {
             promisc: None,
             arp: None,
             multicast: None,
+            protodown: None,
             carrier: true,
         }
     }
@@ -490,6 +497,7 @@ impl Object {
                     && wish(w.promisc, Some(h.promisc.unwrap_or_default()))
                     && wish(w.arp, h.arp)
                     && wish(w.multicast, h.multicast)
+                    && wish(w.protodown, h.protodown)
                     && w.kind.satisfied_by(&h.kind)
             }
             (Object::Neigh(w), Object::Neigh(h)) => {
@@ -510,8 +518,8 @@ impl LinkKind {
         match (self, have) {
             (LinkKind::Veth { .. }, LinkKind::Veth { .. }) => true,
             (LinkKind::Vxlan(w), LinkKind::Vxlan(h)) => {
-                (w.vni, w.port, w.remote, w.learning, w.gbp, w.outer, w.room)
-                    == (h.vni, h.port, h.remote, h.learning, h.gbp, h.outer, h.room)
+                (w.vni, w.port, w.remote, w.learning, w.gbp, w.outer, w.room, w.special)
+                    == (h.vni, h.port, h.remote, h.learning, h.gbp, h.outer, h.room, h.special)
                     && wish(w.local, h.local)
                     && wish(w.lower, h.lower)
             }

@@ -36,12 +36,14 @@ fn tunnel(device: &str) -> Vec<Object> {
             gbp: false,
             outer: OuterHeader::default(),
             room: FdbRoom::default(),
+            special: false,
         };
         let mut link = Link {
             mac: Some(MacAddr([2, 0, 0, 0, 0, 1])),
             mtu: Some(Mtu::try_from(1450).unwrap()),
             arp: Some(true),
             multicast: Some(true),
+            protodown: Some(false),
             ..Link::up(name(device), LinkKind::Bridge)
         };
         change(&mut link, &mut vxlan);
@@ -60,12 +62,14 @@ fn tunnel(device: &str) -> Vec<Object> {
         make(&|_, vxlan| vxlan.outer.ttl = 1),
         make(&|link, _| link.arp = Some(false)),
         make(&|link, _| link.multicast = Some(false)),
+        make(&|link, _| link.protodown = Some(true)),
         make(&|_, vxlan| vxlan.room.ageing = 7),
         make(&|link, _| link.master = Some(name("br0"))),
         make(&|link, _| link.up = false),
         make(&|_, vxlan| vxlan.vni = Vni::try_from(9).unwrap()),
         make(&|_, vxlan| vxlan.gbp = true),
         make(&|_, vxlan| vxlan.room.limit = 1),
+        make(&|_, vxlan| vxlan.special = true),
         make(&|link, _| link.carrier = false),
     ]
 }
@@ -303,10 +307,10 @@ proptest! {
         let gone: Vec<Key> = todo.steps[first..].iter().map(|step| step.op.object().key()).collect();
         prop_assert!(gone.iter().rev().is_sorted(), "in reverse key order: {gone:?}");
         for op in made[..links].iter() {
-            // VNI, port, GBP, limit and the kind of a device never change in place, and nothing else needs a re-creation.
+            // VNI, port, GBP, flags, limit and the kind of a device never change in place, and nothing else needs a re-creation.
             let fixed = |object: &Object| match object {
                 Object::Link(link) => match &link.kind {
-                    LinkKind::Vxlan(v) => Some((v.vni, v.port, v.gbp, v.room.limit)),
+                    LinkKind::Vxlan(v) => Some((v.vni, v.port, v.gbp, v.special, v.room.limit)),
                     _ => None,
                 },
                 _ => None,

@@ -110,7 +110,7 @@ fn link_line(link: &Value) -> String {
     let local = if data["local"] == Value::Null { word(&data["local6"]) } else { word(&data["local"]) };
     let learning = if data["learning"] == true { "learning" } else { "nolearning" };
     let up = link["flags"].as_array().unwrap().contains(&json!("UP"));
-    let fixed = ["ttl", "tos", "df", "remote", "remote6"]
+    let fixed = ["ttl", "tos", "df", "remote", "remote6", "remcsum_tx"]
         .map(|key| (key, &data[key]))
         .into_iter()
         .chain([("master", &link["master"])]);
@@ -123,6 +123,9 @@ fn link_line(link: &Value) -> String {
         if link["flags"].as_array().unwrap().contains(&json!(flag)) == there {
             stray += &format!(" {flag} {there}");
         }
+    }
+    if link["proto_down"] == true {
+        stray += " protodown on";
     }
     format!(
         "link {} vxlan id {} dstport {} local {local} dev {} {learning}{} address {} mtu {} {}",
@@ -184,9 +187,19 @@ fn harms(line: &str) -> Vec<String> {
             format!("ip link set {name} type vxlan df set"),
             format!("ip link set {name} type vxlan remote {other}"),
             format!("ip link set {name} multicast off"),
+            format!("ip link set {name} protodown on"),
+            format!("ip link set {name} protodown on ; ip link set {name} protodown_reason 3 on"),
             format!("ip link set {name} type vxlan ageing 7"),
             format!(
                 "ip link del {name} ; ip link add {name} type vxlan id 1 dstport 8472 dev eth0 local {} maxaddress 1",
+                own(v6)
+            ),
+            format!(
+                "ip link del {name} ; ip link add {name} type vxlan id 1 dstport 8472 dev eth0 local {} remcsumtx",
+                own(v6)
+            ),
+            format!(
+                "ip link del {name} ; ip link add {name} type vxlan id 1 dstport 8472 dev eth0 local {} ttl inherit",
                 own(v6)
             ),
         ],
@@ -234,6 +247,9 @@ fn harms(line: &str) -> Vec<String> {
                 format!("{ip} route add {name} via {twin} dev {dev} onlink {proto} metric 7"),
                 format!("{ip} route append {name} via {twin} dev {dev} onlink {proto}{metric}"),
                 format!("{ip} route prepend {name} via {twin} dev {dev} onlink {proto}{metric}"),
+                format!(
+                    "{ip} route replace {name}{metric} nexthop via {via} dev {dev} onlink nexthop via {other} dev eth0"
+                ),
                 format!("{ip} route del {name} ; {ip} route add blackhole {name} {proto}{metric}"),
             ];
             // IPv6 takes it into our route, as one more next hop of it.
@@ -340,7 +356,7 @@ fn every_object_of_the_live_desired_state_comes_back_whatever_is_done_to_it() {
     // would be a fight.
     let mut reverts: BTreeMap<&str, usize> = BTreeMap::new();
     let mut repairs = 0;
-    for nth in 0..20 {
+    for nth in 0..24 {
         for (line, harm) in wanted.iter().filter_map(|line| Some((line, harms(line).into_iter().nth(nth)?))) {
             // What hangs on a device is dropped with it, and put right with it.
             let all = line.starts_with("link") || line.starts_with("address") || line.contains("/disable_ipv6");

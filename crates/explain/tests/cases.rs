@@ -170,6 +170,7 @@ fn vxlan(local: &str) -> LinkKind {
         remote: None,
         outer: OuterHeader::default(),
         room: FdbRoom::default(),
+        special: false,
     })
 }
 

@@ -66,6 +66,7 @@ fn link() -> impl Strategy<Value = Object> {
                 remote: None,
                 outer: OuterHeader { ttl, tos, df },
                 room: FdbRoom { ageing: u32::from(ttl) * 7, limit: u32::from(tos) },
+                special: false,
             })),
     ];
     let master = proptest::option::of(device());

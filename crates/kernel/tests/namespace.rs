@@ -64,6 +64,7 @@ fn desired(peers: u8) -> Desired {
         remote: None,
         outer: OuterHeader::default(),
         room: FdbRoom::default(),
+        special: false,
     });
     let mac = Some("5e:f8:4f:00:e3:37".parse().unwrap());
     let mtu = Some(Mtu::try_from(1450).unwrap());

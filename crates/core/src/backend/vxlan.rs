@@ -83,6 +83,7 @@ impl Backend for VxlanConfig {
                 remote: None,
                 outer: OuterHeader::default(),
                 room: FdbRoom::default(),
+                special: false,
             });
             let (mac, mtu) = (Some(cx.mac(name)), Some(self.mtu(&cx.underlay, v4)?));
             host.insert(Object::Link(Box::new(Link {
@@ -90,6 +91,7 @@ impl Backend for VxlanConfig {
                 mtu,
                 arp: Some(true),
                 multicast: Some(true),
+                protodown: Some(false),
                 ..Link::up(name, kind)
             })));
             host.insert(Object::Addr(Addr::global(name, Inet::host(subnet.addr()))));

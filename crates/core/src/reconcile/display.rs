@@ -66,6 +66,7 @@ impl fmt::Display for Link {
                     f.write_str(" gbp")?;
                 }
                 stray(f, v)?;
+                f.write_str(more(v.special))?;
             }
             LinkKind::Bridge => f.write_str(" bridge")?,
             LinkKind::Veth { peer, .. } => {
@@ -98,6 +99,9 @@ impl fmt::Display for Link {
         }
         if self.multicast == Some(false) {
             f.write_str(" multicast off")?;
+        }
+        if self.protodown == Some(true) {
+            f.write_str(" protodown on")?;
         }
         f.write_str(if self.up { " up" } else { " down" })
     }

@@ -58,6 +58,7 @@ fn update(have: &mut HostState, from: &Object, to: &Object) {
             merged.promisc = link.promisc.or(was.promisc);
             merged.arp = link.arp.or(was.arp);
             merged.multicast = link.multicast.or(was.multicast);
+            merged.protodown = link.protodown.or(was.protodown);
             merged.carrier = was.carrier;
             if let (LinkKind::Vxlan(w), LinkKind::Vxlan(h)) = (&mut merged.kind, &was.kind) {
                 w.local = w.local.or(h.local);

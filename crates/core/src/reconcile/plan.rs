@@ -218,11 +218,11 @@ fn as_link(object: &Object) -> Option<&Link> {
     }
 }
 
-/// VNI, port, GBP and limit cannot change on a living VXLAN (`vxlan_nl2conf` answers EOPNOTSUPP), nor can the kind of a device.
+/// VNI, port, GBP, flags and limit cannot change on a living VXLAN (`vxlan_nl2conf` answers EOPNOTSUPP), nor can the kind of a device.
 fn changes_in_place(want: &Link, have: &Link) -> bool {
     match (&want.kind, &have.kind) {
         (LinkKind::Vxlan(w), LinkKind::Vxlan(h)) => {
-            (w.vni, w.port, w.gbp, w.room.limit) == (h.vni, h.port, h.gbp, h.room.limit)
+            (w.vni, w.port, w.gbp, w.special, w.room.limit) == (h.vni, h.port, h.gbp, h.special, h.room.limit)
         }
         (LinkKind::Veth { .. }, LinkKind::Veth { .. }) => true,
         (w, h) => w == h,

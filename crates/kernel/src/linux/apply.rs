@@ -178,7 +178,13 @@ impl<'a> Applier<'a> {
             }
             Ok(refused) => {
                 for (numbers, step) in &batch {
-                    match refused.iter().find(|r| numbers.contains(&r.seq)) {
+                    let op = &self.plan.steps[*step].op;
+                    let (gone, refused): (Vec<_>, Vec<_>) =
+                        refused.iter().filter(|r| numbers.contains(&r.seq)).partition(|r| went_with_another(op, r));
+                    if !gone.is_empty() {
+                        self.stale.add(&op.object().key());
+                    }
+                    match refused.first() {
                         Some(refusal) => self.refuse(*step, refusal),
                         None => self.done(*step),
                     }
@@ -219,6 +225,11 @@ impl<'a> Applier<'a> {
             op => effect(&mut self.kernel.mirror, op),
         }
     }
+}
+
+/// The hops of a multipath route look like twins, and go with the first of them that is replaced: nothing is left to be deleted.
+fn went_with_another(op: &Op, refusal: &Refusal) -> bool {
+    matches!(op, Op::Update { from: Object::Route(_), .. }) && refusal.errno == libc::ESRCH
 }
 
 fn libc_error(errno: i32) -> std::io::Error {

@@ -31,6 +31,11 @@ pub(crate) mod ifla {
     pub(crate) const NUM_TX_QUEUES: u16 = 31;
     pub(crate) const NUM_RX_QUEUES: u16 = 32;
     pub(crate) const LINK_NETNSID: u16 = 37;
+    pub(crate) const PROTO_DOWN: u16 = 39;
+    pub(crate) const PROTO_DOWN_REASON: u16 = 55;
+    /// Within the reason.
+    pub(crate) const REASON_MASK: u16 = 1;
+    pub(crate) const REASON_VALUE: u16 = 2;
     pub(crate) const INFO_KIND: u16 = 1;
     pub(crate) const INFO_DATA: u16 = 2;
     pub(crate) const INFO_SLAVE_KIND: u16 = 4;
@@ -51,10 +56,16 @@ pub(crate) mod ifla {
     pub(crate) const VXLAN_LEARNING: u16 = 7;
     pub(crate) const VXLAN_AGEING: u16 = 8;
     pub(crate) const VXLAN_LIMIT: u16 = 9;
+    pub(crate) const VXLAN_PROXY: u16 = 11;
+    pub(crate) const VXLAN_RSC: u16 = 12;
+    pub(crate) const VXLAN_L2MISS: u16 = 13;
+    pub(crate) const VXLAN_L3MISS: u16 = 14;
     pub(crate) const VXLAN_PORT: u16 = 15;
     pub(crate) const VXLAN_GROUP6: u16 = 16;
     pub(crate) const VXLAN_LOCAL6: u16 = 17;
+    pub(crate) const VXLAN_REMCSUM_TX: u16 = 21;
     pub(crate) const VXLAN_GBP: u16 = 23;
+    pub(crate) const VXLAN_TTL_INHERIT: u16 = 28;
     pub(crate) const VXLAN_DF: u16 = 29;
 }
 
@@ -129,6 +140,7 @@ pub(crate) fn link(payload: &[u8], names: &Names) -> Option<Link> {
         promisc: (flags & IFF_PROMISC != 0).then_some(true),
         arp: Some(flags & IFF_NOARP == 0),
         multicast: Some(flags & IFF_MULTICAST != 0),
+        protodown: None,
         carrier: flags & IFF_LOWER_UP != 0,
     };
     let elsewhere = attr(rest, ifla::LINK_NETNSID).is_some();
@@ -138,6 +150,7 @@ pub(crate) fn link(payload: &[u8], names: &Names) -> Option<Link> {
             ifla::ADDRESS => link.mac = mac(value),
             ifla::MTU => link.mtu = u32_at(value, 0).and_then(|mtu| Mtu::try_from(i64::from(mtu)).ok()),
             ifla::MASTER => link.master = u32_at(value, 0).and_then(|index| names.name(index)),
+            ifla::PROTO_DOWN => link.protodown = value.first().map(|on| *on != 0),
             ifla::LINK if !elsewhere => peer = u32_at(value, 0).and_then(|index| names.name(index)),
             _ => {}
         }
@@ -184,8 +197,19 @@ fn vxlan(data: &[u8], names: &Names) -> Option<Vxlan> {
         gbp: attr(data, ifla::VXLAN_GBP).is_some(),
         outer: OuterHeader { ttl: byte(ifla::VXLAN_TTL), tos: byte(ifla::VXLAN_TOS), df: byte(ifla::VXLAN_DF) },
         room: FdbRoom { ageing: number(ifla::VXLAN_AGEING), limit: number(ifla::VXLAN_LIMIT) },
+        special: NEVER_GIVEN.iter().any(|kind| byte(*kind) != 0),
     })
 }
+
+/// Flags of a VXLAN that Twill never gives, and that nobody can take from a living one.
+const NEVER_GIVEN: [u16; 6] = [
+    ifla::VXLAN_PROXY,
+    ifla::VXLAN_RSC,
+    ifla::VXLAN_L2MISS,
+    ifla::VXLAN_L3MISS,
+    ifla::VXLAN_REMCSUM_TX,
+    ifla::VXLAN_TTL_INHERIT,
+];
 
 /// An address.
 pub(crate) fn addr(payload: &[u8], names: &Names) -> Option<Addr> {

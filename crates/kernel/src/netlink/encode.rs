@@ -264,10 +264,26 @@ impl Encoder<'_> {
             link_attrs(self.writer, &changed, master);
             self.writer.end();
         }
+        if to.protodown == Some(false) && from.protodown == Some(true) {
+            self.carrier_back(index);
+        }
         if let Some(port) = to.port.filter(|port| master.is_some() || from.port.unwrap_or_default() != *port) {
             self.port_flags(to.name, port);
         }
         Ok(())
+    }
+
+    /// Without all reasons, whoever gave them: as long as there is one, the kernel refuses (net/core/rtnetlink.c `do_set_proto_down`).
+    fn carrier_back(&mut self, index: u32) {
+        self.begin(rtm::NEWLINK, 0);
+        self.ifinfo(index, &[]);
+        let w = &mut *self.writer;
+        w.nest(ifla::PROTO_DOWN_REASON, |w| {
+            w.attr(ifla::REASON_MASK, &u32::MAX.to_ne_bytes());
+            w.attr(ifla::REASON_VALUE, &0u32.to_ne_bytes());
+        });
+        w.attr(ifla::PROTO_DOWN, &[0]);
+        w.end();
     }
 
     fn delete_link(&mut self, name: LinkName) -> Result<(), Unwritable> {

@@ -218,6 +218,7 @@ fn objects(own: (u8, IpAddr), other: (u8, IpAddr)) -> Result<HostState, BadValue
         remote: None,
         outer: Default::default(),
         room: Default::default(),
+        special: false,
     });
     let device = Link { mac: Some(mac(own.0)), mtu: Some(MTU.try_into()?), ..Link::up(link, kind) };
     let (ip, there) = (inner(other.0), Few::One(other.1));
