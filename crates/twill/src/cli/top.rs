@@ -1,15 +1,16 @@
 //! `twill top`: what the tunnel carries now, peer by peer.
 
 use std::process::ExitCode;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
+use tokio::time::MissedTickBehavior;
 use twill_tunnel::counters::{Dropped, FlowSnapshot, PeerSnapshot, Snapshot};
 
 use super::ask::Socket;
 use crate::output::{Format, Output, ago, columns, print_text, to_terminal};
 
-/// Peers that fit on a screen.
+/// Peers that are shown at most.
 const SHOWN: usize = 40;
 /// Puts the cursor home and clears what stands below (ECMA-48).
 const CLEAR: &str = "\x1b[H\x1b[J";
@@ -37,27 +38,75 @@ impl Top {
         let live = self.output.format == Format::Table && to_terminal();
         let count = self.count.unwrap_or(if live { u64::MAX } else { 1 });
         crate::runtime()?.block_on(async {
-            let mut before: Option<Snapshot> = None;
+            let mut before: Option<(Instant, Snapshot)> = None;
             let mut beat = tokio::time::interval(Duration::from_secs(self.interval));
+            // Stopped and continued, it does not make up for what it missed.
+            beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
             for _ in 0..count {
                 beat.tick().await;
                 let now: Snapshot = self.socket.ask("GET", "/v1/tunnel").await?;
+                let at = Instant::now();
+                let since = before.as_ref().map(|(then, before)| (before, (at - *then).as_secs_f64()));
                 if live {
-                    let since = before.as_ref().map(|before| (before, self.interval as f64));
-                    print_text(&format!("{CLEAR}{}", table(&now, since)));
+                    print_text(&format!("{CLEAR}{}", table(&now, since, Screen::now())));
                 } else {
-                    let since = before.as_ref().map(|before| (before, self.interval as f64));
-                    self.output.print(&now, || table(&now, since))?;
+                    self.output.print(&now, || table(&now, since, None))?;
                 }
-                before = Some(now);
+                before = Some((at, now));
             }
             Ok(ExitCode::SUCCESS)
         })
     }
 }
 
-/// The busiest peers first; rates where there was a look before, else totals.
-fn table(now: &Snapshot, since: Option<(&Snapshot, f64)>) -> String {
+/// What a terminal has room for.
+#[derive(Debug, Clone, Copy)]
+struct Screen {
+    lines: usize,
+    columns: usize,
+}
+
+impl Screen {
+    /// That of stdout; `None` where it does not say.
+    fn now() -> Option<Self> {
+        let size = rustix::termios::tcgetwinsize(std::io::stdout()).ok()?;
+        let (lines, columns) = (usize::from(size.ws_row), usize::from(size.ws_col));
+        (lines > 0 && columns > 0).then_some(Self { lines, columns })
+    }
+
+    /// Lines that a text takes, which goes on below where it is too long.
+    fn taken(self, line: &str) -> usize {
+        line.chars().count().div_ceil(self.columns).max(1)
+    }
+
+    /// How many of the lines fit above those that stand below, the number of peers left out, and the cursor; a head and a peer always do.
+    fn fit(self, lines: &[String], below: &[String]) -> usize {
+        let mut left = self.lines.saturating_sub(2 + below.iter().map(|line| self.taken(line)).sum::<usize>());
+        let fits = |line: &&String| {
+            let fits = left.checked_sub(self.taken(line));
+            left = fits.unwrap_or(0);
+            fits.is_some()
+        };
+        lines.iter().take_while(fits).count().max(2)
+    }
+}
+
+/// The busiest peers first, as many as there is room for; rates where there was a look before, else totals.
+fn table(now: &Snapshot, since: Option<(&Snapshot, f64)>, screen: Option<Screen>) -> String {
+    let below = [format!("dropped   {}", causes(&now.drops)), format!("crossings {}", crossings(now))];
+    let mut lines: Vec<String> = peers(now, since).lines().map(str::to_owned).collect();
+    if let Some(screen) = screen {
+        lines.truncate(screen.fit(&lines, &below));
+    }
+    let left = (now.peers.len() + 1).saturating_sub(lines.len());
+    if left > 0 {
+        lines.push(format!("and {left} quieter peers"));
+    }
+    lines.extend(below);
+    lines.join("\n")
+}
+
+fn peers(now: &Snapshot, since: Option<(&Snapshot, f64)>) -> String {
     let old = |peer: &PeerSnapshot| {
         since
             .and_then(|(before, _)| before.peers.iter().find(|old| old.lease == peer.lease))
@@ -74,7 +123,6 @@ fn table(now: &Snapshot, since: Option<(&Snapshot, f64)>) -> String {
     rows.sort_by_key(|(_, sent, received)| std::cmp::Reverse(sent.bytes + received.bytes));
     let per = since.map_or(1.0, |(_, seconds)| seconds);
     let unit = if since.is_some() { "/s" } else { "" };
-    let left = rows.len().saturating_sub(SHOWN);
     let head = [
         "SUBNET".to_owned(),
         "HOST".into(),
@@ -84,8 +132,8 @@ fn table(now: &Snapshot, since: Option<(&Snapshot, f64)>) -> String {
         format!("IN PKT{unit}"),
         format!("IN BIT{unit}"),
         "GRO".into(),
-        "DROPPED".into(),
         "LAST SEEN".into(),
+        "DROPPED".into(),
     ];
     let head: Vec<&str> = head.iter().map(String::as_str).collect();
     let cells = rows.iter().take(SHOWN).map(|(peer, sent, received)| {
@@ -98,17 +146,11 @@ fn table(now: &Snapshot, since: Option<(&Snapshot, f64)>) -> String {
             short(received.packets as f64 / per),
             short(received.bytes as f64 * 8.0 / per),
             ratio(received.packets, received.super_packets),
-            causes(&peer.drops),
             seen(peer.last_seen_ms),
+            causes(&peer.drops),
         ]
     });
-    let mut lines = vec![columns(&head, cells)];
-    if left > 0 {
-        lines.push(format!("and {left} quieter peers"));
-    }
-    lines.push(format!("dropped   {}", causes(&now.drops)));
-    lines.push(format!("crossings {}", crossings(now)));
-    lines.join("\n")
+    columns(&head, cells)
 }
 
 /// Dropped packets since the tunnel's start.
@@ -177,5 +219,26 @@ mod tests {
             assert_eq!(short(number), text);
         }
         assert_eq!((ratio(10, 4), ratio(1, 0)), ("2.5".into(), "-".into()));
+    }
+
+    #[test]
+    fn the_busiest_fit_on_the_screen() {
+        let flow = |bytes| FlowSnapshot { bytes, packets: 1, ..FlowSnapshot::default() };
+        let peer = |number: u8| PeerSnapshot {
+            lease: format!("10.1.{number}.0-24"),
+            host: [10, 168, 0, number].into(),
+            sent: flow(number.into()),
+            received: flow(0),
+            last_seen_ms: None,
+            drops: Vec::new(),
+        };
+        let now = Snapshot { peers: (1..=50).map(peer).collect(), ..Snapshot::default() };
+        for (lines, columns) in [(24, 120), (24, 80), (24, 30), (60, 200)] {
+            let text = table(&now, None, Some(Screen { lines, columns }));
+            let taken: usize = text.lines().map(|line| line.len().div_ceil(columns)).sum();
+            assert!(taken < lines, "{lines} by {columns}: {text}");
+            assert!(text.lines().nth(1).unwrap().starts_with("10.1.50.0-24"), "{text}");
+        }
+        assert_eq!(table(&now, None, None).lines().count(), 1 + SHOWN + 3);
     }
 }
