@@ -210,6 +210,15 @@ fn nothing_starts_beside_flannel_and_nothing_is_touched() {
         let said = [out.stdout, out.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
         assert!(out.status.code() == Some(code) && said.contains(says), "{words:?}: {said}");
     }
+    // Where its containers are is nobody else's.
+    let env = cluster.log(0, "subnet.env");
+    let first = env.lines().find_map(|line| line.strip_prefix("FLANNEL_SUBNET=")).unwrap();
+    cluster.nodes[0].ip("link add cni0 up type bridge");
+    cluster.nodes[0].ip(&format!("addr add {first} dev cni0"));
+    let out = cluster.command(0).args(["agent", "--check", "-o", "json"]).output().unwrap();
+    let found = serde_json::from_slice::<Value>(&out.stdout).unwrap()["findings"].take();
+    let codes: Vec<&str> = found.as_array().unwrap().iter().filter_map(|f| f["code"].as_str()).collect();
+    assert_eq!(codes, ["flanneld-running"], "{found}");
     // What an agent would change can be asked beside it.
     let out = cluster.command(0).args(["plan"]).output().unwrap();
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));

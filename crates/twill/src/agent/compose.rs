@@ -279,6 +279,11 @@ fn live_mac(host: &HostState, name: LinkName) -> Option<MacAddr> {
     host.link(name).filter(|link| matches!(link.kind, LinkKind::Vxlan(_))).and_then(|link| link.mac)
 }
 
+/// Subnets that were ours before: a bridge in one of them is no stranger's.
+pub(crate) fn remembered(state: &State, env: &str) -> Vec<Prefix> {
+    state.known().chain(twill_core::flannel::subnet_env::subnets(env)).collect()
+}
+
 /// The subnets that something on this host calls ours: the state, subnet.env, and the addresses of the tunnel devices.
 pub(crate) fn claimed(state: &State, host: &HostState, env: &str, devices: &[LinkName]) -> Vec<Prefix> {
     let on_device = host.iter().filter_map(|(_, o)| match o {

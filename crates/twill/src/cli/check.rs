@@ -98,7 +98,7 @@ pub(crate) fn run(settings: &Settings, output: Output) -> anyhow::Result<ExitCod
             let network = chosen.map(|chosen| Network::new(&config, chosen.underlay, host, &state, settings.way_out));
             match network {
                 Some(Ok(network)) => {
-                    on_network(&mut check, &network, &config, host, &state, settings.serve_store);
+                    on_network(&mut check, &network, &config, host, &state, settings);
                     check.findings.extend(of_leases(network, settings, &config, entries, host, &state));
                 }
                 Some(Err(refusals)) => refusals.iter().for_each(|refusal| {
@@ -169,12 +169,12 @@ fn on_network(
     config: &config::NetworkConfig,
     host: &HostState,
     state: &State,
-    serves: Option<SocketAddr>,
+    settings: &Settings,
 ) {
     check.backend = Some(network.backend.lease_type().unwrap_or("udp").to_owned());
     check.mtu = network.mtu().ok().map(|mtu| mtu.get());
     tunnels_port(check, network, config, host, state);
-    if let Some(listen) = serves.filter(|listen| !listen.ip().is_loopback()) {
+    if let Some(listen) = settings.serve_store.filter(|listen| !listen.ip().is_loopback()) {
         check.ports.push(format!("tcp/{}", listen.port()));
     }
     for refusal in network.left_out(&network.cx.underlay) {
@@ -185,8 +185,11 @@ fn on_network(
     if let Ok(base) = network.backend.base(&cx) {
         check.findings.extend(taken_tunnels(&base, host));
     }
-    let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
-    for clash in config::overlaps(&config.networks(), host, &devices, &state.known().collect::<Vec<_>>()) {
+    let earlier = state.devices.keys().copied();
+    let devices: Vec<_> =
+        config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).chain(earlier).collect();
+    let env = std::fs::read_to_string(&settings.subnet_file).unwrap_or_default();
+    for clash in config::overlaps(&config.networks(), host, &devices, &compose::remembered(state, &env)) {
         check.find(
             "network-overlap",
             &format!("{:?}", config.networks()),

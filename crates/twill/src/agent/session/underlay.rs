@@ -9,7 +9,7 @@ use twill_core::lease_set::LeaseName;
 use twill_core::net::{Mtu, Prefix};
 use twill_store::StoreError;
 
-use super::super::compose::Network;
+use super::super::compose::{self, Network};
 use super::say::OF_FAMILIES;
 use super::{End, Session};
 
@@ -103,8 +103,9 @@ impl Session {
         // Those of an earlier config are ours as well: they go once the new ones stand.
         let earlier = self.state.devices.keys().copied();
         let devices: Vec<_> = networks.iter().flat_map(|n| network.backend.devices(&[*n])).chain(earlier).collect();
+        let remembered = compose::remembered(&self.state, &self.subnet_env());
         let first = |prefix: &Prefix| {
-            let clash = config::overlaps(&[*prefix], host, &devices, &self.remembered()).into_iter().next()?;
+            let clash = config::overlaps(&[*prefix], host, &devices, &remembered).into_iter().next()?;
             Some((*prefix, format!("the network {prefix} overlaps what this host has: {clash}")))
         };
         networks.iter().filter_map(first).collect()
@@ -115,13 +116,6 @@ impl Session {
             Some((_, message)) => self.find("network-overlap", "host", message, CLASH_FIX),
             None => self.unfind("network-overlap"),
         }
-    }
-
-    /// Subnets that were ours before.
-    fn remembered(&self) -> Vec<Prefix> {
-        let mut own: Vec<Prefix> = self.state.known().collect();
-        own.extend(twill_core::flannel::subnet_env::subnets(&self.subnet_env()));
-        own
     }
 
     /// The underlay's address, MTU or device may have changed; the lease follows in place.
