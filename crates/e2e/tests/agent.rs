@@ -179,6 +179,16 @@ fn broken_and_foreign_leases_are_named_and_disturb_nobody() {
             "vni-differs",
         ),
         (
+            "10.1.59.0-24",
+            r#"{"PublicIP":"10.168.0.59","BackendType":"vxlan","BackendData":{"VNI":99999999999999999999,"VtepMAC":"02:00:00:00:00:59"}}"#,
+            "bad-lease-value",
+        ),
+        (
+            "10.1.60.0-24",
+            r#"{"PublicIP":"10.168.0.60","BackendType":"vxlan","BackendData":{"VNI":"1","VtepMAC":"02:00:00:00:00:60"}}"#,
+            "bad-lease-value",
+        ),
+        (
             "10.1.55.0-24",
             r#"{"PublicIP":"10.168.0.55","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"03:00:00:00:00:55"}}"#,
             "bad-lease-value",

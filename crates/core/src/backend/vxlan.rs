@@ -187,16 +187,22 @@ impl VxlanConfig {
         let key = if v4 { "BackendData" } else { "BackendV6Data" };
         let data = if v4 { &lease.attrs.backend_data } else { &lease.attrs.backend_v6_data };
         let data = data.as_ref().ok_or_else(|| lease.fault("bad-lease-value", format!("{key} is missing")))?;
-        let vni = field(data, "VNI").and_then(Value::as_i64);
-        if vni.is_some_and(|vni| vni != i64::from(self.vni)) {
-            let vni = vni.unwrap_or_default();
-            return Err(lease.fault("vni-differs", format!("{key}.VNI is {vni}, and this network's is {}", self.vni)));
+        // Old leases have none.
+        if let Some(told) = field(data, "VNI").filter(|told| !told.is_null()) {
+            let vni = told.as_i64().and_then(|vni| Vni::try_from(vni).ok());
+            let vni = vni.ok_or_else(|| {
+                lease.fault("bad-lease-value", format!("{key}.VNI {told} is not a number from 0 to 16777215"))
+            })?;
+            if vni != self.vni {
+                let text = format!("{key}.VNI is {vni}, and this network's is {}", self.vni);
+                return Err(lease.fault("vni-differs", text));
+            }
         }
-        let text = field(data, "VtepMAC").and_then(Value::as_str);
-        let mac = text.and_then(|text| text.parse::<MacAddr>().ok()).filter(MacAddr::is_unicast);
-        mac.ok_or_else(|| {
-            let shown = text.unwrap_or("missing");
-            lease.fault("bad-lease-value", format!("{key}.VtepMAC {shown:?} is not a unicast MAC address"))
+        let told = field(data, "VtepMAC");
+        let mac = told.and_then(Value::as_str).and_then(|text| text.parse::<MacAddr>().ok());
+        mac.filter(MacAddr::is_unicast).ok_or_else(|| {
+            let what = told.map_or("is missing".into(), |told| format!("{told} is not a unicast MAC address"));
+            lease.fault("bad-lease-value", format!("{key}.VtepMAC {what}"))
         })
     }
 }
