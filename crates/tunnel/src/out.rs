@@ -54,8 +54,11 @@ impl Answers {
         (packet, inner): (&[u8], &Inner),
         trouble: Trouble,
     ) -> bool {
-        let told = icmp.filter(|_| self.left.spend()).is_some_and(|icmp| {
-            error_about(packet, inner, trouble, &mut self.error) && icmp.send(inner.src, &self.error).is_ok()
+        // What nobody may be told of leaves the budget to others.
+        let told = icmp.is_some_and(|icmp| {
+            error_about(packet, inner, trouble, &mut self.error)
+                && self.left.spend()
+                && icmp.send(inner.src, &self.error).is_ok()
         });
         add(&shared.counters.answers, told.into());
         told
@@ -233,7 +236,7 @@ impl Out {
         let counters = &self.peers.at(note.peer).counters;
         let outer = if message.to.is_ipv4() { 28 } else { 48 };
         let mtu = udp.path_mtu(message.to.ip()).map_or(0, |mtu| mtu.saturating_sub(outer));
-        let (mut parts, mut lengths, mut told) = (Vec::new(), Vec::new(), false);
+        let (mut parts, mut lengths, mut told) = (Vec::new(), Vec::new(), None);
         for at in (0..message.len).step_by(message.segment.max(1)) {
             let end = message.len.min(at + message.segment);
             let packet = &self.cut[message.start + at..message.start + end];
@@ -250,8 +253,12 @@ impl Out {
             }
             shared.counters.drop(Cause::TooBig, 1, Some(counters));
             let trouble = Trouble::TooBig { mtu: passes.min(usize::from(u16::MAX)) as u16 };
-            if !told && mtu > 0 {
-                told = self.answers.tell(shared, icmp, (packet, &inner), trouble);
+            // Once for each pair of ends in a run: a sender keeps a path's MTU by destination.
+            if told != Some((inner.src, inner.dst))
+                && mtu > 0
+                && self.answers.tell(shared, icmp, (packet, &inner), trouble)
+            {
+                told = Some((inner.src, inner.dst));
             }
         }
         let (mut start, mut batch) = (0, Vec::with_capacity(lengths.len()));

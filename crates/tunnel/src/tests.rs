@@ -314,6 +314,37 @@ fn what_no_peer_stands_for_is_answered_and_the_answers_are_bounded() {
 }
 
 #[test]
+fn what_nobody_may_be_told_of_keeps_no_other_from_an_answer() {
+    let mut a = End::new(1, &[2], Offloads::ALL);
+    // ICMP errors: no error may be sent about them.
+    let error = packet(1, 9, 1, &[3, 1, 0xfc, 0xfe, 0, 0, 0, 0]);
+    for _ in 0..1000 {
+        a.send(Vnet::default(), &error);
+    }
+    assert!(a.icmp.take().is_empty());
+    a.send(Vnet::default(), &packet(1, 9, 17, &[0, 1, 0, 2, 0, 8, 0, 0]));
+    assert_eq!(a.icmp.take().len(), 1);
+}
+
+#[test]
+fn each_sender_in_a_run_is_told_of_the_narrow_path() {
+    let mut a = End::new(1, &[2], Offloads::ALL);
+    a.udp.set_path_mtu(Some(1228));
+    for from in [2, 2, 3, 3] {
+        let mut packet = packet(1, 2, 17, &[7; 1400]);
+        packet[15] = from;
+        packet[10..12].copy_from_slice(&[0, 0]);
+        let sum = checksum::of(&packet[..20]);
+        packet[10..12].copy_from_slice(&sum.to_be_bytes());
+        a.tun.feed(&[&Vnet::default().emit()[..], &packet].concat());
+    }
+    while a.out.round(&a.shared, (&a.tun, &a.udp, Some(&a.icmp)), usize::MAX).unwrap() {}
+    assert_eq!(a.drops(), [(Cause::TooBig, 4)]);
+    let told: Vec<IpAddr> = a.icmp.take().into_iter().map(|(to, _)| to).collect();
+    assert_eq!(told, [2, 3].map(|n| IpAddr::from([10, 1, 1, n])));
+}
+
+#[test]
 fn a_narrow_path_is_told_to_who_forbids_cutting_and_others_are_cut() {
     let (mut a, mut b) = (End::new(1, &[2], Offloads::ALL), End::new(2, &[1], Offloads::NONE));
     a.udp.set_path_mtu(Some(1228));
