@@ -41,7 +41,7 @@ impl Seen {
     /// What it says at last, in one line: the innermost header that is not mere data.
     pub fn says(&self) -> String {
         let layers = self.layers();
-        let last = layers.iter().rfind(|layer| !matches!(layer.header, Header::Data(_)));
+        let last = layers.iter().rfind(|layer| !matches!(layer.header, Header::Data(_) | Header::More(_)));
         last.map_or_else(String::new, |layer| format!("{} {}", layer.name(), layer.header.meaning()))
     }
 }

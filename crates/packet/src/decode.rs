@@ -56,6 +56,8 @@ pub enum Header<'a> {
     Vxlan(vxlan::Repr),
     /// Bytes that are not looked into.
     Data(&'a [u8]),
+    /// What stands behind the packet in a datagram of the udp backend: the packets of others that the device is still to cut apart.
+    More(&'a [u8]),
     /// Bytes that are not what the layer before announced.
     Bad {
         /// What they should have been.
@@ -90,10 +92,14 @@ pub fn decode_with<'a>(frame: &'a [u8], ports: &[u16]) -> Vec<Layer<'a>> {
 }
 
 fn walk<'a>(frame: &'a [u8], ports: &[u16], first: Next<'a>) -> Vec<Layer<'a>> {
-    let mut walk = Walk { frame, ports, layers: Vec::with_capacity(8), depth: 0 };
+    let mut walk = Walk { frame, ports, layers: Vec::with_capacity(8), depth: 0, more: &[] };
     let mut next = first;
     while let Some(step) = walk.step(next) {
         next = step;
+    }
+    if !walk.more.is_empty() {
+        let header = Header::More(walk.more);
+        walk.layers.push(Layer { offset: walk.offset(walk.more), depth: walk.depth, header });
     }
     walk.layers
 }
@@ -115,6 +121,7 @@ struct Walk<'a, 'p> {
     ports: &'p [u16],
     layers: Vec<Layer<'a>>,
     depth: usize,
+    more: &'a [u8],
 }
 
 impl<'a> Next<'a> {
@@ -143,8 +150,7 @@ impl<'a> Walk<'a, '_> {
     /// Notes one layer, and gives what follows it.
     fn step(&mut self, next: Next<'a>) -> Option<Next<'a>> {
         let (name, bytes) = next.parts();
-        // Every slice of the walk lies in the frame and reaches at most to its end.
-        let offset = bytes.as_ptr() as usize - self.frame.as_ptr() as usize;
+        let offset = self.offset(bytes);
         let (header, follows) = self.read(next).unwrap_or_else(|error| (Header::Bad { name, error }, None));
         if header == Header::Data(&[]) {
             return None;
@@ -152,7 +158,18 @@ impl<'a> Walk<'a, '_> {
         self.layers.push(Layer { offset, depth: self.depth, header });
         let inside = matches!((header, follows), (Header::Vxlan(_), _) | (Header::Udp(_), Some(Next::Bare(_))));
         self.depth += usize::from(inside);
+        if let (Header::Udp(_), Some(Next::Bare(payload)), []) = (header, follows, self.more)
+            && let Some((one, more)) = bare_len(payload).and_then(|len| payload.split_at_checked(len))
+        {
+            self.more = more;
+            return Some(Next::Bare(one));
+        }
         follows
+    }
+
+    /// Every slice of the walk lies in the frame and reaches at most to its end.
+    fn offset(&self, bytes: &[u8]) -> usize {
+        bytes.as_ptr() as usize - self.frame.as_ptr() as usize
     }
 
     /// The header at the start of these bytes, and what follows it.
@@ -235,13 +252,23 @@ impl<'a> Walk<'a, '_> {
     }
 }
 
+/// Bytes of the IP packet that starts here, as its header says.
+fn bare_len(bytes: &[u8]) -> Option<usize> {
+    let word = |at: usize| Some(usize::from(u16::from_be_bytes([*bytes.get(at)?, *bytes.get(at + 1)?])));
+    match bytes.first()? >> 4 {
+        4 => word(2).filter(|&len| len >= ipv4::LEN),
+        6 => word(4).map(|len| ipv6::LEN + len),
+        _ => None,
+    }
+}
+
 /// One line for each layer: byte offset, name (`outer`, `inner` where there is a tunnel), meaning; each layer a step further in.
 pub fn render(layers: &[Layer<'_>]) -> String {
     let tunnel = layers.iter().any(|l| l.depth > 0 || matches!(l.header, Header::Vxlan(_)));
     let mut text = String::new();
     for (step, layer) in layers.iter().enumerate() {
         let side = match layer.header {
-            Header::Vxlan(_) | Header::Data(_) => "",
+            Header::Vxlan(_) | Header::Data(_) | Header::More(_) => "",
             _ if !tunnel => "",
             _ if layer.depth == 0 => "outer ",
             _ => "inner ",
@@ -274,6 +301,7 @@ impl Layer<'_> {
             Header::Tcp(_) => "TCP",
             Header::Vxlan(_) => "VXLAN",
             Header::Data(_) => "data",
+            Header::More(_) => "more",
             Header::Bad { name, .. } => name,
         }
     }
@@ -294,6 +322,7 @@ impl Header<'_> {
             Header::Tcp(r) => r.to_string(),
             Header::Vxlan(r) => r.to_string(),
             Header::Data(b) => format!("{} bytes", b.len()),
+            Header::More(b) => format!("{} bytes of packets that leave in datagrams of their own", b.len()),
             Header::Bad { error, .. } => format!("not readable: {error}"),
         }
     }
@@ -338,7 +367,7 @@ impl Header<'_> {
                 fields.extend(r.policy.map(|p| ("group", number(p.group.into()))));
                 fields
             }
-            Header::Data(b) => vec![("length", number(b.len() as u64))],
+            Header::Data(b) | Header::More(b) => vec![("length", number(b.len() as u64))],
             Header::Bad { error, .. } => vec![("error", text(error))],
         }
     }
@@ -430,6 +459,21 @@ mod tests {
     }
 
     #[test]
+    fn a_datagram_that_is_still_to_be_cut_says_how_much_is_behind_its_first_packet() {
+        let one = ip([10, 1, 15, 2], [10, 1, 16, 3], Protocol::UDP, &[0, 7, 0, 9, 0, 9, 0, 0, 1]);
+        let frame = |payload: &[u8]| {
+            let len = (udp::LEN + payload.len()) as u16;
+            let repr = udp::Repr { src_port: 8285, dst_port: BARE_PORT, len };
+            let udp = before(udp::LEN, payload, |out| repr.emit(None, out));
+            ether(2, 3, &ip([10, 168, 0, 2], [10, 168, 0, 3], Protocol::UDP, &udp))
+        };
+        let text = render(&decode(&frame(&one.repeat(3))));
+        let want = "   71              more  58 bytes of packets that leave in datagrams of their own\n";
+        assert!(text.ends_with(want) && text.lines().count() == 7, "{text}");
+        assert_eq!(decode(&frame(&one)).len(), 6);
+    }
+
+    #[test]
     fn another_port_is_a_tunnel_only_when_told() {
         let mut frame = overlay_ping();
         frame[36..38].copy_from_slice(&9999u16.to_be_bytes());
@@ -450,7 +494,8 @@ mod tests {
             }
             let layers = decode(&frame);
             prop_assert!(!layers.is_empty());
-            prop_assert!(layers.windows(2).all(|w| w[0].offset < w[1].offset && w[0].depth <= w[1].depth));
+            let behind = |w: &[Layer<'_>]| w[0].offset < w[1].offset || matches!(w[1].header, Header::More(_));
+            prop_assert!(layers.windows(2).all(|w| behind(w) && w[0].depth <= w[1].depth));
             prop_assert_eq!(render(&layers).lines().count(), layers.len());
         }
     }
