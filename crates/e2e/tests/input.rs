@@ -372,6 +372,11 @@ fn every_flag_has_its_error() {
         ("--store http://127.0.0.1:99999", "store endpoint \"http://127.0.0.1:99999\": its port must be 1 to 65535"),
         ("--store http://[::1]:0", "store endpoint \"http://[::1]:0\": its port must be 1 to 65535"),
         ("--store http://", "store endpoint \"http://\""),
+        (
+            "--store http://root:secret@[::1]:2379",
+            "store endpoint \"…@[::1]:2379\": user and password are told by --user",
+        ),
+        ("--store http://[::1]:2379/net", "store endpoint \"http://[::1]:2379/net\": must end behind the port"),
         ("--user x", "--user and --password-file belong together"),
         ("--cert x", "--cert and --key belong together"),
         ("--ca /nowhere", "read --ca /nowhere"),

@@ -82,6 +82,11 @@ impl EtcdStore {
             return Err(bad("--store", &"at least one endpoint like http://127.0.0.1:2379 is needed"));
         }
         let channel = |url: &String| {
+            // A password is not printed, not even where it has no place.
+            if let Some((_, host)) = url.rsplit_once('@') {
+                let what = format!("store endpoint {:?}", format!("…@{host}"));
+                return Err(bad(&what, &"user and password are told by --user and --password-file"));
+            }
             let what = format!("store endpoint {url:?}");
             let plain = url.starts_with("http://");
             if !plain && !url.starts_with("https://") {
@@ -93,6 +98,10 @@ impl EtcdStore {
             let port = authority.rsplit_once(']').map_or(authority, |(_, port)| port).rsplit_once(':');
             if port.is_some() && !matches!(endpoint.uri().port_u16(), Some(1..)) {
                 return Err(bad(&what, &"its port must be 1 to 65535"));
+            }
+            // It would be passed over without a word.
+            if endpoint.uri().path_and_query().is_some_and(|path| path != "/") {
+                return Err(bad(&what, &"must end behind the port: the keys' prefix is told by --prefix"));
             }
             let endpoint = endpoint
                 .connect_timeout(CONNECT)
