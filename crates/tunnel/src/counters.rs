@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -113,7 +113,14 @@ pub struct Counters {
     /// ICMP errors that were sent.
     pub(crate) answers: AtomicU64,
     drops: Drops,
-    peers: Mutex<HashMap<String, Arc<PeerCounters>>>,
+    known: Mutex<Known>,
+}
+
+/// The peers of now, and what passed to and from those that have gone.
+#[derive(Debug, Default)]
+struct Known {
+    peers: HashMap<String, Arc<PeerCounters>>,
+    gone: Gone,
 }
 
 /// Dropped packets by cause.
@@ -212,16 +219,25 @@ impl Counters {
         }
     }
 
-    /// Gives each of these peers the counters of its name, and forgets all other names.
+    /// Gives each of these peers the counters of its name. Of all others only what passed stays.
     pub(crate) fn keep<'a>(&self, peers: impl Iterator<Item = (&'a str, &'a mut Arc<PeerCounters>)>) {
-        let mut known = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut old = std::mem::take(&mut *known);
+        let mut known = self.known();
+        let mut old = std::mem::take(&mut known.peers);
         for (name, counters) in peers {
             if let Some(before) = old.remove(name) {
                 *counters = before;
             }
-            known.insert(name.to_owned(), Arc::clone(counters));
+            known.peers.insert(name.to_owned(), Arc::clone(counters));
         }
+        let gone = &mut known.gone;
+        for peer in old.into_values() {
+            gone.sent = [gone.sent, peer.out.snapshot()].into_iter().sum();
+            gone.received = [gone.received, peer.into.snapshot()].into_iter().sum();
+        }
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn snapshot(&self, peers: Vec<PeerSnapshot>) -> Snapshot {
@@ -236,6 +252,7 @@ impl Counters {
             icmp_errors: get(&self.answers),
             drops: self.drops.snapshot(),
             peers,
+            gone: self.known().gone,
         }
     }
 }
@@ -259,9 +276,31 @@ pub struct Snapshot {
     pub drops: Vec<Dropped>,
     /// For each peer.
     pub peers: Vec<PeerSnapshot>,
+    /// For all peers that have gone since the tunnel's start.
+    #[serde(default)]
+    pub gone: Gone,
+}
+
+/// What passed to and from peers that have gone.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gone {
+    /// To them.
+    pub sent: FlowSnapshot,
+    /// From them.
+    pub received: FlowSnapshot,
 }
 
 impl Snapshot {
+    /// What was sent to all peers, those that have gone included.
+    pub fn sent(&self) -> FlowSnapshot {
+        self.peers.iter().map(|peer| peer.sent).chain([self.gone.sent]).sum()
+    }
+
+    /// What was received from all peers, those that have gone included.
+    pub fn received(&self) -> FlowSnapshot {
+        self.peers.iter().map(|peer| peer.received).chain([self.gone.received]).sum()
+    }
+
     /// Adds what somebody else dropped for this cause.
     pub fn add_drops(&mut self, cause: Cause, packets: u64) {
         match self.drops.iter_mut().find(|drop| drop.cause == cause) {

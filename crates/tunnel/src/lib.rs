@@ -184,8 +184,11 @@ impl Tunnel {
 
     /// Replaces all peers at once: each packet sees the old ones or the new ones. The counters of a peer that stays go on.
     pub fn replace_peers(&self, peers: Peers) {
-        let peers = Arc::new(peers.counted(&self.shared.counters));
-        *self.shared.peers.lock().unwrap_or_else(PoisonError::into_inner) = peers;
+        {
+            // Whoever reads the counters meanwhile finds no peer twice, or missing.
+            let mut current = self.shared.peers.lock().unwrap_or_else(PoisonError::into_inner);
+            *current = Arc::new(peers.counted(&self.shared.counters));
+        }
         self.shared.version.fetch_add(1, Ordering::Release);
     }
 
@@ -275,7 +278,10 @@ impl Shared {
 impl Gauge {
     /// What passed so far.
     pub fn counters(&self) -> Snapshot {
-        let mut all = self.0.counters.snapshot(self.0.current().snapshots());
+        let mut all = {
+            let current = self.0.peers.lock().unwrap_or_else(PoisonError::into_inner);
+            self.0.counters.snapshot(current.snapshots())
+        };
         self.0.queues.add_to(&mut all);
         all
     }

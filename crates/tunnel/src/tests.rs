@@ -477,4 +477,10 @@ fn replaced_peers_keep_their_counters_and_are_seen_at_once() {
     let sent = a.send(Vnet::default(), &good);
     assert_eq!(sent[0].address, "10.0.0.77:8285".parse().unwrap());
     assert_eq!(a.counters().peers[0].sent.packets, 2);
+    // One that goes leaves what passed.
+    let before = a.counters().sent();
+    for peers in [vec![told(3)], vec![told(2), told(3)]] {
+        *a.shared.peers.lock().unwrap() = Arc::new(Peers::new(peers, 8285).counted(&a.shared.counters));
+        assert_eq!((a.counters().sent(), a.counters().gone.sent.packets), (before, 2));
+    }
 }

@@ -114,7 +114,7 @@ impl<'a> Watch<'a> {
         let before = self.count(device)?;
         let writes = act()?;
         let after = self.count(device)?;
-        let total = |count: &Count| count.pumps.peers.iter().flat_map(|p| [p.sent, p.received]).sum::<FlowSnapshot>();
+        let total = |count: &Count| [count.pumps.sent(), count.pumps.received()].into_iter().sum::<FlowSnapshot>();
         let carried = |count: &Count| match device {
             None => [total(count).packets, total(count).bytes],
             Some(_) => count.device,
