@@ -51,20 +51,36 @@ pub fn error_about(packet: &[u8], inner: &Inner, trouble: Trouble, out: &mut Vec
 }
 
 fn may_answer(packet: &[u8], inner: &Inner) -> bool {
-    let kind = packet.get(inner.header).copied();
     match (inner.src, inner.dst) {
         (IpAddr::V4(src), IpAddr::V4(dst)) => {
             let first = bytes::be16(packet, 6) & 0x1fff == 0;
-            let about_error = inner.protocol == 1 && !matches!(kind, Some(0 | 8 | 13..=18));
+            let about_error = inner.protocol == 1 && !matches!(packet.get(inner.header), Some(0 | 8 | 13..=18));
             let one = |ip: std::net::Ipv4Addr| !ip.is_unspecified() && !ip.is_multicast() && !ip.is_broadcast();
             first && !about_error && one(src) && one(dst) && !src.is_loopback()
         }
         (IpAddr::V6(src), IpAddr::V6(dst)) => {
-            let about_error = inner.protocol == 58 && kind.is_none_or(|kind| kind < 128);
+            let (protocol, at) = upper(packet, inner);
+            let about_error = protocol == 58 && packet.get(at).is_none_or(|kind| *kind < 128);
             !about_error && !src.is_unspecified() && !src.is_multicast() && !src.is_loopback() && !dst.is_multicast()
         }
         _ => false,
     }
+}
+
+/// The protocol behind an IPv6 packet's extension headers, and where it starts (RFC 8200 section 4). What a later fragment carries starts
+/// in the first one: there it is the fragment header.
+fn upper(packet: &[u8], inner: &Inner) -> (u8, usize) {
+    let (mut protocol, mut at) = (inner.protocol, inner.header);
+    while let Some(&[next, len, high, low, ..]) = packet.get(at..) {
+        let bytes = match protocol {
+            // Hop-by-hop options, routing, destination options.
+            0 | 43 | 60 => 8 + usize::from(len) * 8,
+            44 if u16::from_be_bytes([high, low]) & 0xfff8 == 0 => 8,
+            _ => break,
+        };
+        (protocol, at) = (next, at + bytes);
+    }
+    (protocol, at)
 }
 
 /// Appends the fragments of a checked IPv4 packet to `out`, each at most `mtu` bytes, and their lengths to `lengths`. False, with both
@@ -173,6 +189,29 @@ mod tests {
         let mut out = Vec::new();
         assert!(error_about(&packet, &inner, Trouble::TooBig { mtu: 1280 }, &mut out));
         assert_eq!((out.len(), &out[..8]), (1240, &[2, 0, 0, 0, 0, 0, 5, 0][..]));
+    }
+
+    #[test]
+    fn no_error_is_about_an_icmpv6_error_behind_extension_headers() {
+        let about = |first: u8, rest: &[u8]| {
+            let mut packet = vec![0; 40];
+            packet[0] = 0x60;
+            bytes::put(&mut packet, 4, &(rest.len() as u16).to_be_bytes());
+            (packet[6], packet[7], packet[8], packet[24]) = (first, 64, 0xfd, 0xfd);
+            packet.extend_from_slice(rest);
+            let inner = Inner::check(&packet).unwrap();
+            error_about(&packet, &inner, Trouble::NoRoute, &mut Vec::new())
+        };
+        let options = [58, 0, 1, 4, 0, 0, 0, 0];
+        let (error, echo) = ([1, 0, 0, 0, 0, 0, 0, 0], [128, 0, 0, 0, 0, 0, 0, 0]);
+        for first in [0, 43, 60] {
+            assert!(!about(first, &[options, error].concat()) && about(first, &[options, echo].concat()));
+        }
+        let (whole, later) = ([58, 0, 0, 1, 0, 0, 0, 7], [58, 0, 0, 9, 0, 0, 0, 7]);
+        assert!(!about(44, &[whole, error].concat()) && about(44, &[whole, echo].concat()));
+        assert!(about(44, &[later, error].concat()), "what a later fragment is part of nobody knows");
+        assert!(!about(60, &[[60, 0, 1, 4, 0, 0, 0, 0], options, error].concat()));
+        assert!(!about(60, &options), "cut off");
     }
 
     proptest! {
