@@ -555,6 +555,8 @@ fn clean_removes_everything_owned_and_leave_gives_the_subnet_back() {
     std::fs::write(node.file("state/attachments/abc:eth0.json"), "{}").unwrap();
     let before = everything(&node);
     assert!(node.twill("leave").1.unwrap_err().contains("abc:eth0"));
+    let elsewhere = node.twill(&format!("leave --state-dir {}", node.file("elsewhere").display()));
+    assert!(elsewhere.1.unwrap_err().contains("abc:eth0"), "the agent knows its folder");
     std::fs::remove_file(node.file("state/attachments/abc:eth0.json")).unwrap();
     let dry = node.twill_json("leave --dry-run");
     assert_eq!(

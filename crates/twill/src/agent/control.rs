@@ -142,7 +142,7 @@ async fn resync(State(control): State<Control>) -> Answer {
 
 async fn leaving(State(control): State<Control>) -> Answer {
     let steps = ask(&control, Command::Leaving).await?.map_err(Refused)?;
-    answer(json!({"steps": steps}))
+    answer(json!({"steps": steps, "attached": guests::attached(&control.settings.state_dir)}))
 }
 
 async fn leave(State(control): State<Control>) -> Answer {

@@ -13,6 +13,15 @@ use twill_kernel::files;
 
 use super::view::View;
 
+/// Names of the attachment files: `ID:DEVICE`.
+pub(crate) fn attached(state_dir: &Path) -> Vec<String> {
+    let files = std::fs::read_dir(state_dir.join("attachments")).into_iter().flatten().flatten();
+    let mut names: Vec<String> =
+        files.filter_map(|f| f.file_name().to_str()?.strip_suffix(".json").map(str::to_owned)).collect();
+    names.sort();
+    names
+}
+
 /// Containers that do not fit into the network as it is now.
 pub(crate) fn findings(state_dir: &Path, host: &HostState, view: &View) -> Vec<Finding> {
     let prefixes = |texts: &[String]| texts.iter().filter_map(|text| text.parse().ok()).collect::<Vec<Prefix>>();

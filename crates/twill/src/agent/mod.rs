@@ -10,7 +10,7 @@
 
 pub(crate) mod compose;
 pub(crate) mod control;
-mod guests;
+pub(crate) mod guests;
 mod handover;
 pub(crate) mod place;
 pub(crate) mod reconciler;

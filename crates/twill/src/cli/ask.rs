@@ -1,7 +1,7 @@
 //! Commands that ask the running agent: `status`, `peers`, `resync`, `leave`.
 
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::folder::StateDir;
 use crate::agent::view::{FamilyProbe, PeerView, Peers, PlanView, Probe, TunnelView, View, WayView};
-use crate::agent::{control, settings};
+use crate::agent::{control, guests, settings};
 use crate::output::{FINDINGS, Failure, Output, columns, on_a_line};
 use crate::{probe, stores};
 
@@ -293,20 +293,21 @@ struct Left {
 #[derive(Deserialize)]
 struct Leaving {
     steps: Vec<String>,
+    /// Its folder may be another than the one that is named here. An older agent does not say.
+    attached: Option<Vec<String>>,
 }
 
 impl Leave {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
-        let state_dir = self.state.path();
-        let attached = attachments(&state_dir);
+        let runtime = crate::runtime()?;
+        let view: View = runtime.block_on(self.socket.ask("GET", "/v1/status"))?;
+        let Leaving { steps, attached } = runtime.block_on(self.socket.ask("GET", "/v1/leave"))?;
+        let attached = attached.unwrap_or_else(|| guests::attached(&self.state.path()));
         if !attached.is_empty() && !self.force && !self.dry_run {
             let message =
                 format!("refuse to leave: {} containers are attached: {}", attached.len(), attached.join(", "));
             return Err(Failure::new("containers-attached", message).hint("stop them first, or add --force").into());
         }
-        let runtime = crate::runtime()?;
-        let view: View = runtime.block_on(self.socket.ask("GET", "/v1/status"))?;
-        let Leaving { steps } = runtime.block_on(self.socket.ask("GET", "/v1/leave"))?;
         if !self.dry_run {
             let _: Value = runtime.block_on(self.socket.ask("POST", "/v1/leave"))?;
         }
@@ -323,13 +324,4 @@ impl Leave {
         })?;
         Ok(ExitCode::SUCCESS)
     }
-}
-
-/// Names of the attachment files.
-fn attachments(state_dir: &Path) -> Vec<String> {
-    let files = std::fs::read_dir(state_dir.join("attachments")).into_iter().flatten().flatten();
-    let mut names: Vec<String> =
-        files.filter_map(|f| f.file_name().to_str()?.strip_suffix(".json").map(str::to_owned)).collect();
-    names.sort();
-    names
 }
