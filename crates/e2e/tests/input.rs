@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 use twill_e2e::net::Bed;
-use twill_e2e::node::Node;
+use twill_e2e::node::{Node, spawn};
 use twill_e2e::{bin, eventually, installed};
 
 fn node() -> Option<(Node, tempfile::TempDir)> {
@@ -458,6 +458,37 @@ fn a_store_that_is_away_is_one_clear_error_with_the_way_out() {
             "{err}"
         );
     }
+}
+
+#[test]
+fn output_that_cannot_be_written_is_a_failure_and_no_crash() {
+    let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    for format in ["table", "json", "yaml"] {
+        let out = Command::new(bin("twill"))
+            .args(["ip", "calc", "192.0.2.1", "-o", format])
+            .stdout(full())
+            .stderr(Stdio::piped())
+            .output()
+            .unwrap();
+        let err = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(out.status.code() == Some(1) && err.contains("error: write the answer to stdout"), "{format}: {err}");
+    }
+    let status = Command::new(bin("twill")).args(["ip", "calc", "x"]).stderr(full()).status().unwrap();
+    assert_eq!(status.code(), Some(2), "nobody can be told why");
+}
+
+#[test]
+fn an_agent_whose_log_cannot_be_written_goes_on() {
+    let Some((node, _dir)) = node() else { return };
+    put_config(&node, br#"{"Network":"10.1.0.0/16","Backend":{"Type":"vxlan"}}"#);
+    let mut agent = node.host.command(bin("twill"));
+    agent.args(["agent", "--store", "http://127.0.0.1:2379", "--iface", "eth0"]);
+    for (flag, name) in [("--state-dir", "state"), ("--run-dir", "run"), ("--subnet-file", "subnet.env")] {
+        agent.arg(flag).arg(node.file(name));
+    }
+    let _agent = spawn(agent, Path::new("/dev/full"));
+    eventually("the agent goes on", || std::fs::read_to_string(node.file("subnet.env")));
+    assert_eq!(node.status()["state"], "running");
 }
 
 /// Every command of the tree, by its own help.

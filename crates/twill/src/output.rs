@@ -1,7 +1,7 @@
 //! What a user reads: tables, JSON and YAML on stdout, errors with their way out on stderr.
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "the one place that talks to the user's terminal")]
 
 use std::fmt;
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
@@ -76,12 +76,13 @@ impl std::error::Error for Failure {}
 impl Output {
     /// Prints `value` (an object; `"schema": 1` is put first), or what `table` draws of it.
     pub(crate) fn print<T: Serialize>(&self, value: &T, table: impl FnOnce() -> String) -> anyhow::Result<()> {
-        match self.format {
-            Format::Table => print_text(&written_out(&table(), &['\n', '\t'])),
-            Format::Json => print_text(&serde_json::to_string_pretty(&with_schema(value)?)?),
-            Format::Yaml => print_text(&serde_saphyr::to_string(&with_schema(value)?)?),
-        }
-        Ok(())
+        let text = match self.format {
+            Format::Table => written_out(&table(), &['\n', '\t']),
+            Format::Json => serde_json::to_string_pretty(&with_schema(value)?)?,
+            Format::Yaml => serde_saphyr::to_string(&with_schema(value)?)?,
+        };
+        // Who keeps the answer in a file must know that it is not there.
+        write_text(&text).map_err(|e| Failure::new("output-lost", format!("write the answer to stdout: {e}")).into())
     }
 }
 
@@ -133,20 +134,27 @@ pub(crate) fn to_terminal() -> bool {
     std::io::IsTerminal::is_terminal(&std::io::stdout())
 }
 
-/// Writes `text` and a newline to stdout; a reader that has gone away ends the output quietly.
+/// Writes `text` and a newline to stdout, where that can be done.
 pub(crate) fn print_text(text: &str) {
-    use std::io::Write;
+    let _ = write_text(text);
+}
+
+/// Writes `text` and a newline to stdout; a reader that has gone away ends the output quietly.
+fn write_text(text: &str) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
-    let _ = out.write_all(text.as_bytes());
-    if !text.ends_with('\n') {
-        let _ = out.write_all(b"\n");
-    }
-    let _ = out.flush();
+    let newline: &[u8] = if text.ends_with('\n') { b"" } else { b"\n" };
+    let written = out.write_all(text.as_bytes()).and_then(|()| out.write_all(newline)).and_then(|()| out.flush());
+    written.or_else(|e| if e.kind() == std::io::ErrorKind::BrokenPipe { Ok(()) } else { Err(e) })
+}
+
+/// A line on stderr; where that cannot be written nobody is to be told.
+fn on_stderr(text: impl fmt::Display) {
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
 }
 
 /// A progress line for a person who waits; on stderr, so that stdout stays output only.
 pub(crate) fn progress(text: impl fmt::Display) {
-    eprintln!("{text}");
+    on_stderr(text);
 }
 
 /// Shows an error as `error: …` and `hint: …` (and, where JSON was asked for, as one JSON object on stdout), and says its exit code.
@@ -154,9 +162,9 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     let message = error.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ");
     let failure = error.downcast_ref::<Failure>();
     let hint = failure.and_then(|f| f.hint.as_deref());
-    eprintln!("error: {message}");
+    on_stderr(format_args!("error: {message}"));
     if let Some(hint) = hint {
-        eprintln!("hint: {hint}");
+        on_stderr(format_args!("hint: {hint}"));
     }
     if wants_json() {
         let code = failure.map_or("failed", |f| f.code);
@@ -196,6 +204,8 @@ pub(crate) fn log_to_stderr() {
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // Said on stderr too, and a panic where that cannot be written: a full disk would end the agent.
+        .log_internal_errors(false)
         .with_ansi(color)
         .with_target(false)
         .try_init();
