@@ -59,6 +59,11 @@ fn an_interface_that_is_missing_down_or_without_address_is_waited_for() {
     node.host.ip("link set eth0 down");
     told(&node, "iface-down", &["eth0"]);
     node.await_peer(40, true);
+    node.host.ip("link set eth0 name eth7");
+    told(&node, "iface-missing", &["eth0"]);
+    let findings = node.status()["findings"].to_string();
+    assert!(!findings.contains("iface-down"), "what is not there is not down: {findings}");
+    node.host.ip("link set eth7 name eth0");
     node.host.ip("link set eth0 up");
     runs(&node, "10.1.15.0/24");
     node.host.ip("addr flush dev eth0");

@@ -15,6 +15,9 @@ use super::{End, Session};
 
 const CLASH_FIX: &str = "choose another Network, or remove what clashes";
 
+/// Why an interface is not taken: one of them at a time.
+const REFUSALS: [&str; 4] = ["iface-missing", "iface-down", "iface-without-address", "iface-without-mtu"];
+
 impl Session {
     /// Underlay and config; `None`: something is wrong, was said, and was waited for.
     pub(super) async fn network(&mut self) -> Result<(Option<Network>, NetworkConfig), StoreError> {
@@ -124,11 +127,11 @@ impl Session {
         let chosen = match iface::choose(&host, &self.settings.wishes) {
             Ok(chosen) => chosen,
             Err(refusal) => {
-                self.find(refusal.code, "underlay", &refusal.message, &refusal.hint);
+                self.find_one_of(&REFUSALS, refusal.code, "underlay", &refusal.message, &refusal.hint);
                 return Ok(None);
             }
         };
-        ["iface-missing", "iface-down", "iface-without-address"].iter().for_each(|code| self.unfind(code));
+        REFUSALS.iter().for_each(|code| self.unfind(code));
         let clashes = self.clashes(network, &host);
         self.show_clashes(&clashes);
         if network.overlapping.iter().any(|prefix| !clashes.iter().any(|(still, _)| still == prefix)) {
