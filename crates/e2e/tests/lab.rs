@@ -642,6 +642,14 @@ fn agent_held_detours(lab: &Lab, mac: &str) {
         assert!(explained().contains(says), "{device}: {}", explained());
         lab.run(&format!("exec node1 -- ip link set {device} mtu {usual}"));
     }
+    lab.run("exec node1 -- ip link set flannel.1 protodown on");
+    assert!(explained().contains("flannel.1 is held without carrier (protodown) [link-down]"), "{}", explained());
+    // The kernel takes its time to put a device without carrier out of use (net/core/link_watch.c).
+    eventually("nothing is sent any more", || {
+        let code = lab.try_run("ping").status.code();
+        if code == Some(3) { Ok(()) } else { Err(code) }
+    });
+    lab.run("exec node1 -- ip link set flannel.1 protodown off");
     let ours = "nexthop via 10.1.16.0 dev flannel.1 onlink";
     lab.run(&format!("exec node1 -- ip route replace 10.1.16.0/24 {ours} nexthop via 10.168.0.3 dev eth0"));
     let spoken = explained();

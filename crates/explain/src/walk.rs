@@ -225,8 +225,8 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
         let device = here
             .link(link)
             .ok_or_else(|| stop(Code::LinkMissing, place, format!("the route names {link}, which does not exist")))?;
-        if !device.up {
-            return Err(stop(Code::LinkDown, place, format!("{link} is down")));
+        if let Some(why) = sends_nothing(device) {
+            return Err(stop(Code::LinkDown, place, format!("{link} {why}")));
         }
         if matches!(device.kind, LinkKind::Tun) {
             let why = format!(
@@ -310,8 +310,8 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
     fn transmit(&mut self, place: &str, link: LinkName, frame: Frame) -> Next {
         let here = self.here(place)?;
         let device = here.link(link).ok_or_else(|| stop(Code::LinkMissing, place, format!("{link} does not exist")))?;
-        if !device.up {
-            return Err(stop(Code::LinkDown, place, format!("{link} is down")));
+        if let Some(why) = sends_nothing(device) {
+            return Err(stop(Code::LinkDown, place, format!("{link} {why}")));
         }
         match &device.kind {
             LinkKind::Bridge => Ok(Some(Step::Bridge { place: place.to_owned(), bridge: link, from: None, frame })),
@@ -517,6 +517,15 @@ impl<'f, F: Facts + ?Sized> Walk<'f, F> {
         let says = format!("UDP port {} and VNI {} are {}'s: the frame is unwrapped", sent.port, sent.vni, device.name);
         self.hop(place, What::Unwrap, Some(device.name), frame.packet.depth(), says);
         Ok(Some(Step::Receive { place: place.to_owned(), link: device.name, frame }))
+    }
+}
+
+/// Why nothing leaves by a device. What is held without carrier still receives.
+fn sends_nothing(device: &Link) -> Option<&'static str> {
+    match (device.up, device.protodown) {
+        (false, _) => Some("is down"),
+        (true, Some(true)) => Some("is held without carrier (protodown)"),
+        (true, _) => None,
     }
 }
 

@@ -412,6 +412,9 @@ fn forwarding_off() {
 #[test]
 fn tunnel_device_down() {
     fault("tunnel-down", Code::LinkDown, "node2", |f| edit_link(f, "node2", "flannel.1", |l| l.up = false));
+    fault("tunnel-held", Code::LinkDown, "node1", |f| {
+        edit_link(f, "node1", "flannel.1", |l| l.protodown = Some(true));
+    });
 }
 
 #[test]
