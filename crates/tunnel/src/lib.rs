@@ -122,6 +122,8 @@ pub(crate) struct Shared {
     stop: OwnedFd,
     /// By both directions.
     pub(crate) carried: Carried,
+    /// The last round of sends took long: it waited for room in a queue.
+    stuck: AtomicBool,
     stopped: AtomicBool,
     /// Set by a pump that found its device gone.
     lost: AtomicBool,
@@ -153,6 +155,7 @@ impl Tunnel {
             version: AtomicU64::new(1),
             stop: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             carried: Carried::default(),
+            stuck: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
             lost: AtomicBool::new(false),
             on_loss: Box::new(on_loss),
@@ -259,6 +262,16 @@ impl Shared {
     pub(crate) fn set_segments(&self, segments: bool) {
         if self.segments.load(Ordering::Relaxed) != segments {
             self.segments.store(segments, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn is_stuck(&self) -> bool {
+        self.stuck.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_stuck(&self, stuck: bool) {
+        if self.is_stuck() != stuck {
+            self.stuck.store(stuck, Ordering::Relaxed);
         }
     }
 

@@ -42,6 +42,7 @@ pub(crate) fn shared(local: SocketAddr, counters: Counters, peers: Peers, tun: O
         version: AtomicU64::new(1),
         stop: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
         carried: Carried::default(),
+        stuck: AtomicBool::new(false),
         stopped: AtomicBool::new(false),
         lost: AtomicBool::new(false),
         on_loss: Box::new(|| {}),

@@ -1,7 +1,7 @@
 //! Who runs the two directions.
 //!
 //! While little passes, one thread carries both: what is answered at once (an echo, an acknowledgement) then wakes nobody else, and a
-//! waking costs more than the packet. While much passes, a second thread carries wire → device.
+//! waking costs more than the packet. While much passes, or a send waits for room in a full queue, a second thread carries wire → device.
 //! Why, and what was measured: docs/decisions/0012-one-thread-carries-a-tunnel-until-much-passes.md.
 //!
 //! ```text
@@ -11,7 +11,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::{AsFd, OwnedFd};
@@ -94,7 +94,10 @@ impl Carrier {
                 }
                 let (moved, more) = self.round((out, most), into)?;
                 most = usize::MAX;
-                if self.into.is_some() && look.after(SOON, &self.ground.shared).is_some_and(|load| load.work > MUCH) {
+                let shared = &self.ground.shared;
+                if self.into.is_none() {
+                    self.take_back();
+                } else if shared.is_stuck() || look.after(SOON, shared).is_some_and(|load| load.work > MUCH) {
                     self.hand_over();
                 }
                 priority.follow(&self.ground.shared);
@@ -125,8 +128,9 @@ impl Carrier {
         }
         // What was handed to the kernel may have its answer by now.
         if out || load.work > 0 {
-            let before = self.out.load;
+            let (before, start) = (self.out.load, Instant::now());
             more |= self.out.round(shared, (&**tun, &**udp, self.icmp.as_ref()), most)?;
+            shared.set_stuck(start.elapsed() > SOON);
             load += self.out.load - before;
         }
         shared.carried.add(load);
@@ -139,6 +143,7 @@ impl Carrier {
         let other = if self.into.is_some() { udp.as_fd() } else { self.returned.as_fd() };
         let mut fds = [tun.as_fd(), other, shared.stop.as_fd()].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         add(&shared.counters.calls.waits, 1);
+        shared.set_stuck(false);
         // An interrupted wait is one that found nothing.
         let _ = poll(&mut fds, None);
         let [from_tun, from_other, _] = fds.map(|fd| !fd.revents().is_empty());
@@ -147,9 +152,14 @@ impl Carrier {
         }
         if from_other && self.into.is_none() {
             let _ = rustix::io::read(&*self.returned, &mut [0; 8]);
-            self.into = self.back.try_recv().ok();
+            self.take_back();
         }
         Some((from_tun, from_other && self.into.is_some()))
+    }
+
+    /// What the helper has given back, if it has. There may be no wait for long.
+    fn take_back(&mut self) {
+        self.into = self.back.try_recv().ok();
     }
 
     fn hand_over(&mut self) {
@@ -189,7 +199,7 @@ impl Helper {
                 looks = 0;
             }
             priority.follow(shared);
-            if look.after(QUIET, shared).is_some_and(|load| load.work < LITTLE) {
+            if look.after(QUIET, shared).is_some_and(|load| load.work < LITTLE) && !shared.is_stuck() {
                 break;
             }
             if more {

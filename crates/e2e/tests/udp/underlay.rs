@@ -61,3 +61,34 @@ fn over_a_wire_that_loses_doubles_and_reorders_every_byte_arrives() {
         assert_eq!(bad.count(), 0, "{drops:?}");
     }
 }
+
+#[test]
+fn a_full_queue_to_the_underlay_holds_up_nothing_that_comes_in() {
+    let Some((net, _dir)) = running().filter(|_| installed("tc")) else { return };
+    let (one, two) = (net.site(1), net.site(2));
+    // Deeper than the socket's own queue: a send waits.
+    let slow = one.host.try_run("tc qdisc add dev eth0 root tbf rate 8mbit burst 64k limit 500000000");
+    if !slow.status.success() {
+        println!("SKIP: no slow underlay: {}", String::from_utf8_lossy(&slow.stderr));
+        return;
+    }
+    let payload = "5a".repeat(1400);
+    let mut flood = one.container.command(WIRE);
+    flood.args(["flood", "100.96.1.2:5555", "100.96.2.2:9", &payload]);
+    let (_flood, _lines) = until_ready(flood, "ready");
+    let mut last = 0;
+    let waiting = || {
+        let text = one.host.run("tc -s qdisc show dev eth0");
+        let bytes = text.split("backlog ").nth(1).and_then(|rest| rest.split('b').next()?.parse::<u64>().ok());
+        let before = std::mem::replace(&mut last, bytes.unwrap_or(0));
+        if before > 16 << 20 && last <= before { Ok(()) } else { Err(text) }
+    };
+    eventually("sends wait", waiting);
+    let received = || one.status()["tunnel"]["received"]["packets"].as_u64().unwrap();
+    let before = received();
+    two.container.run(&format!("{WIRE} packet 100.96.2.2:5555 100.96.1.2:9 {}", vec!["58"; 1000].join(" ")));
+    eventually("they come in meanwhile", || {
+        let now = received();
+        if now >= before + 1000 { Ok(()) } else { Err((before, now)) }
+    });
+}
