@@ -123,6 +123,26 @@ fn files_that_cannot_be_written_are_written_as_soon_as_they_can() {
 }
 
 #[test]
+fn the_containers_file_stays_as_the_agent_wrote_it() {
+    let Some((mut node, _dir)) = node() else { return };
+    let _agent = node.agent("");
+    let file = node.file("subnet.env");
+    let written = std::fs::read_to_string(&file).unwrap();
+    let stands = |what: &str| {
+        eventually(what, || {
+            let now = std::fs::read_to_string(&file).unwrap_or_default();
+            if now == written { Ok(()) } else { Err(now) }
+        });
+    };
+    std::fs::remove_file(&file).unwrap();
+    stands("a file that was removed is there again");
+    node.kill_store();
+    told(&node, "store-away", &["127.0.0.1:2379"]);
+    std::fs::write(&file, "FLANNEL_SUBNET=10.9.9.1/24\n").unwrap();
+    stands("an altered one too, without a store");
+}
+
+#[test]
 fn an_overlap_and_the_lack_of_a_free_subnet_are_waited_for() {
     let Some((node, _dir)) = node() else { return };
     node.put(

@@ -1,4 +1,5 @@
-//! Files that the node writes, again and again where that fails: a full or read-only disk may be cured at any time, and nobody tells.
+//! Files that the node writes, again and again where that fails: a full or read-only disk may be cured at any time, and nobody tells. Nor
+//! does whoever alters the file by which containers start.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -24,18 +25,23 @@ pub(super) const SUBNET_ENV: Kind = Kind {
     fix: "make the folder writable, or name another file with --subnet-file",
 };
 
+/// How often the containers' file is looked at.
+const LOOK: Duration = Duration::from_secs(10);
+
 /// What is to be written still, by its finding's code.
 #[derive(Default)]
 pub(super) struct Unwritten {
+    /// What subnet.env shall say, and when it is looked at next.
+    env: Option<(String, Instant)>,
     files: BTreeMap<&'static str, (&'static Kind, PathBuf, Vec<u8>)>,
     /// When all are tried next, and how long the wait for it is.
     next: Option<(Instant, Duration)>,
 }
 
 impl Unwritten {
-    /// When they are to be tried again; `None`: nothing waits.
+    /// When there is something to be done; `None`: nothing waits.
     pub(super) fn due(&self) -> Option<Instant> {
-        self.next.map(|(at, _)| at)
+        [self.next.map(|(at, _)| at), self.env.as_ref().map(|(_, at)| *at)].into_iter().flatten().min()
     }
 }
 
@@ -65,8 +71,28 @@ impl Session {
         }
     }
 
-    /// Tries what could not be written, and waits longer for the next time.
+    /// What subnet.env shall say from now on; `None`: it shall not be there, or is nobody's.
+    pub(super) fn keep_subnet_env(&mut self, env: Option<String>) {
+        self.unwritten.env = env.map(|env| (env, Instant::now() + LOOK));
+    }
+
+    /// What is due.
     pub(super) fn write_again(&mut self) {
+        let now = Instant::now();
+        if self.unwritten.next.is_some_and(|(at, _)| at <= now) {
+            self.try_again();
+        }
+        if let Some((env, _)) = self.unwritten.env.clone().filter(|(_, at)| *at <= now) {
+            self.unwritten.env = Some((env.clone(), now + LOOK));
+            let (path, waits) = (self.settings.subnet_file.clone(), self.unwritten.files.contains_key(SUBNET_ENV.code));
+            if !waits && self.subnet_env() != env && self.write(&SUBNET_ENV, &path, env.into_bytes()) {
+                tracing::warn!(file = %path.display(), "somebody altered or removed it: it is written again");
+            }
+        }
+    }
+
+    /// Tries what could not be written, and waits longer for the next time.
+    fn try_again(&mut self) {
         if let Some((at, wait)) = &mut self.unwritten.next {
             *wait = (*wait * 2).min(WAIT.1);
             *at = Instant::now() + *wait;
