@@ -7,7 +7,11 @@ use twill_packet::{Header, decode, render};
 fuzz_target!(|frame: &[u8]| {
     let layers = decode(frame);
     assert!(!layers.is_empty());
-    assert!(layers.windows(2).all(|w| w[0].offset < w[1].offset || matches!(w[1].header, Header::Bad { .. } | Header::More(_))));
+    assert!(
+        layers
+            .windows(2)
+            .all(|w| w[0].offset < w[1].offset || matches!(w[1].header, Header::Bad { .. } | Header::More(_)))
+    );
     assert!(layers.iter().all(|l| l.offset <= frame.len()));
     assert_eq!(render(&layers).lines().count(), layers.len());
     for layer in &layers {
