@@ -369,8 +369,9 @@ fn the_first_host_serves_the_store_and_tells_the_next_one_what_to_type() {
     let again = serve(&a, dirs[0].path(), "--serve-store");
     eventually("the agent has its subnet again", || std::fs::read_to_string(dirs[0].path().join("subnet.env")));
     end(again);
-    // For others: both hosts say that nothing authenticates, and the line that is printed works as it is.
-    let first = serve(&a, dirs[0].path(), "--serve-store 10.168.0.2:2379 --insecure");
+    // For others: both hosts say that nothing authenticates, and the line that is printed works as it is: with all addresses, the one that
+    // the tunnel goes by.
+    let first = serve(&a, dirs[0].path(), "--serve-store 0.0.0.0:2379 --insecure");
     says(
         dirs[0].path(),
         &["nothing authenticates", "on the next host type: twill agent --store http://10.168.0.2:2379"],

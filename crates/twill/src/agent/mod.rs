@@ -19,6 +19,7 @@ pub(crate) mod settings;
 pub(crate) mod tunnel;
 pub(crate) mod view;
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -29,6 +30,7 @@ use twill_cni::records::Records;
 use twill_core::backend;
 use twill_core::config;
 use twill_core::host::HostState;
+use twill_core::iface;
 use twill_core::net::NodeId;
 use twill_core::state_file::State;
 use twill_kernel::{files, process};
@@ -199,7 +201,7 @@ pub(crate) fn load_state(dir: &Path) -> anyhow::Result<State> {
 /// The embedded store, with a network config where there is none, and the line to type on the next host.
 async fn serve_store(
     settings: &Settings,
-    address: std::net::SocketAddr,
+    address: SocketAddr,
     host: &HostState,
     state: &State,
     view: &Mutex<View>,
@@ -229,9 +231,8 @@ async fn serve_store(
         tracing::info!(config = text, "wrote the network config");
     }
     if !address.ip().is_loopback() {
-        let port = address.port();
-        let at =
-            if address.ip().is_unspecified() { format!("ADDRESS-OF-THIS-HOST:{port}") } else { address.to_string() };
+        let at = reached_at(address, host, settings)
+            .map_or_else(|| format!("ADDRESS-OF-THIS-HOST:{}", address.port()), |at| at.to_string());
         tracing::info!("on the next host type: twill agent --store http://{at}");
     }
     let ignored = found.and_then(|raw| stores::ignored_network(settings.asked_network, &raw.value));
@@ -240,6 +241,17 @@ async fn serve_store(
         view.findings.push(finding);
     }
     Ok(())
+}
+
+/// Where other hosts reach what listens at this address; `None`: nothing says which of this host's addresses is meant.
+fn reached_at(listen: SocketAddr, host: &HostState, settings: &Settings) -> Option<SocketAddr> {
+    if !listen.ip().is_unspecified() {
+        return Some(listen);
+    }
+    let underlay = iface::choose(host, &settings.wishes).ok()?.underlay;
+    // A socket of [::] hears both.
+    let inet = underlay.v4.or(underlay.v6.filter(|_| listen.is_ipv6()))?;
+    Some(SocketAddr::new(inet.addr, listen.port()))
 }
 
 /// Tells systemd that we live, where it asks.
