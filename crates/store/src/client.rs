@@ -20,19 +20,14 @@ use twill_etcd::rpc::{
 };
 use twill_etcd::{prefix_end, rpc};
 
+use crate::endpoint::{endpoint, refused};
 use crate::pem::innermost;
 use crate::{Listing, RawConfig, StoreError, Swap, WatchEvent};
 
 /// How long one request may take.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// How long a connection may take.
-const CONNECT: Duration = Duration::from_secs(2);
-/// A silent connection is asked whether it lives after this, and given up after the next.
-const KEEPALIVE: Duration = Duration::from_secs(10);
 /// Leases for each page of a listing: about 250 KB.
 const PAGE: i64 = 1000;
-/// HTTP/2 flow control: a page comes without waiting for us to ask for more.
-const WINDOW: u32 = 1 << 20;
 
 /// Where the store is, and who we are to it.
 #[derive(Clone, Default)]
@@ -74,45 +69,10 @@ pub struct EtcdStore {
 impl EtcdStore {
     /// Checks endpoints; connects later, and reads the certificates then.
     pub fn new(config: StoreConfig) -> Result<Self, StoreError> {
-        let bad = |what: &str, reason: &dyn std::fmt::Display| StoreError::Config {
-            what: what.to_owned(),
-            reason: reason.to_string(),
-        };
         if config.endpoints.is_empty() {
-            return Err(bad("--store", &"at least one endpoint like http://127.0.0.1:2379 is needed"));
+            return Err(refused("--store", "at least one endpoint like http://127.0.0.1:2379 is needed"));
         }
-        let channel = |url: &String| {
-            // A password is not printed, not even where it has no place.
-            if let Some((_, host)) = url.rsplit_once('@') {
-                let what = format!("store endpoint {:?}", format!("…@{host}"));
-                return Err(bad(&what, &"user and password are told by --user and --password-file"));
-            }
-            let what = format!("store endpoint {url:?}");
-            let plain = url.starts_with("http://");
-            if !plain && !url.starts_with("https://") {
-                return Err(bad(&what, &"must begin with http:// or https://"));
-            }
-            let endpoint = Endpoint::from_shared(url.clone()).map_err(|e| bad(&what, &e))?;
-            // A port that is no port would be taken for none at all.
-            let authority = endpoint.uri().authority().map_or("", |authority| authority.as_str());
-            let port = authority.rsplit_once(']').map_or(authority, |(_, port)| port).rsplit_once(':');
-            if port.is_some() && !matches!(endpoint.uri().port_u16(), Some(1..)) {
-                return Err(bad(&what, &"its port must be 1 to 65535"));
-            }
-            // It would be passed over without a word.
-            if endpoint.uri().path_and_query().is_some_and(|path| path != "/") {
-                return Err(bad(&what, &"must end behind the port: the keys' prefix is told by --prefix"));
-            }
-            let endpoint = endpoint
-                .connect_timeout(CONNECT)
-                .tcp_nodelay(true)
-                .initial_stream_window_size(WINDOW)
-                .initial_connection_window_size(WINDOW)
-                .http2_keep_alive_interval(KEEPALIVE)
-                .keep_alive_timeout(KEEPALIVE)
-                .keep_alive_while_idle(true);
-            Ok((endpoint, OnceLock::new()))
-        };
+        let channel = |url: &String| Ok((endpoint(url)?, OnceLock::new()));
         let channels = config.endpoints.iter().map(channel).collect::<Result<_, _>>()?;
         Ok(Self { config, channels, current: Mutex::new(0), token: Mutex::new(None) })
     }

@@ -1,10 +1,12 @@
 //! Leases in a store, whichever it is: a real etcd, or the embedded server; one client for both.
 //!
 //! - [`EtcdStore`]: what agents do with the store, in terms of leases
+//! - `endpoint`: where it is
 //! - [`pem`]: what is wrong with a certificate or a key
 //! - [`StoreError`]: what can go wrong, with stable codes
 
 mod client;
+mod endpoint;
 mod error;
 pub mod pem;
 
