@@ -301,6 +301,11 @@ impl Snapshot {
         self.peers.iter().map(|peer| peer.received).chain([self.gone.received]).sum()
     }
 
+    /// Both together.
+    pub fn carried(&self) -> FlowSnapshot {
+        [self.sent(), self.received()].into_iter().sum()
+    }
+
     /// Adds what somebody else dropped for this cause.
     pub fn add_drops(&mut self, cause: Cause, packets: u64) {
         match self.drops.iter_mut().find(|drop| drop.cause == cause) {

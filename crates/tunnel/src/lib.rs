@@ -27,7 +27,7 @@ mod threads;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -189,7 +189,7 @@ impl Tunnel {
     pub fn replace_peers(&self, peers: Peers) {
         {
             // Whoever reads the counters meanwhile finds no peer twice, or missing.
-            let mut current = self.shared.peers.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut current = self.shared.peers();
             *current = Arc::new(peers.counted(&self.shared.counters));
         }
         self.shared.version.fetch_add(1, Ordering::Release);
@@ -249,7 +249,11 @@ impl Drop for Tunnel {
 
 impl Shared {
     pub(crate) fn current(&self) -> Arc<Peers> {
-        Arc::clone(&self.peers.lock().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.peers())
+    }
+
+    fn peers(&self) -> MutexGuard<'_, Arc<Peers>> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The peers with their number, where they are newer than `known`.
@@ -292,7 +296,7 @@ impl Gauge {
     /// What passed so far.
     pub fn counters(&self) -> Snapshot {
         let mut all = {
-            let current = self.0.peers.lock().unwrap_or_else(PoisonError::into_inner);
+            let current = self.0.peers();
             self.0.counters.snapshot(current.snapshots())
         };
         self.0.queues.add_to(&mut all);

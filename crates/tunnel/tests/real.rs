@@ -19,7 +19,6 @@ use twill_kernel::netns::Netns;
 use twill_kernel::tun::{Offloads, TunDevice};
 use twill_kernel::udp::UdpSocket;
 use twill_tunnel::Tunnel;
-use twill_tunnel::counters::Cause;
 use twill_tunnel::peers::Peers;
 
 use common::{in_namespace_with_tun as in_namespace, run};
@@ -165,10 +164,7 @@ fn both_families_cross_inside_both_families() {
             if means.tso4 && means.tso6 {
                 assert!(sent.packets > 2 * sent.super_packets, "{sent:?}");
             }
-            // Of a machine that has much else to do a queue may overflow.
-            let queues = [Cause::DeviceFull, Cause::SocketFull];
-            let lost = counters.drops.iter().filter(|drop| !queues.contains(&drop.cause) && drop.packets > 20);
-            assert_eq!(lost.count(), 0, "{:?}", counters.drops);
+            assert_eq!(counters.drops.iter().filter(|drop| drop.packets > 20).count(), 0, "{:?}", counters.drops);
             answers(outer[1]);
             helped |= (0..20).any(|_| {
                 let worked = helped || helper_worked();

@@ -279,9 +279,11 @@ fn live_mac(host: &HostState, name: LinkName) -> Option<MacAddr> {
     host.link(name).filter(|link| matches!(link.kind, LinkKind::Vxlan(_))).and_then(|link| link.mac)
 }
 
-/// Subnets that were ours before: a bridge in one of them is no stranger's.
-pub(crate) fn remembered(state: &State, env: &str) -> Vec<Prefix> {
-    state.known().chain(twill_core::flannel::subnet_env::subnets(env)).collect()
+/// Devices and subnets that are no stranger's: those of an earlier config go once the new ones stand, and a bridge is in a subnet that was ours.
+pub(crate) fn ours(network: &Network, configured: &[Prefix], state: &State, env: &str) -> (Vec<LinkName>, Vec<Prefix>) {
+    let devices = configured.iter().flat_map(|n| network.backend.devices(&[*n]));
+    let remembered = state.known().chain(twill_core::flannel::subnet_env::subnets(env));
+    (devices.chain(state.devices.keys().copied()).collect(), remembered.collect())
 }
 
 /// The subnets that something on this host calls ours: the state, subnet.env, and the addresses of the tunnel devices.

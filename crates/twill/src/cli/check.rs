@@ -185,11 +185,9 @@ fn on_network(
     if let Ok(base) = network.backend.base(&cx) {
         check.findings.extend(taken_tunnels(&base, host));
     }
-    let earlier = state.devices.keys().copied();
-    let devices: Vec<_> =
-        config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).chain(earlier).collect();
     let env = std::fs::read_to_string(&settings.subnet_file).unwrap_or_default();
-    for clash in config::overlaps(&config.networks(), host, &devices, &compose::remembered(state, &env)) {
+    let (devices, remembered) = compose::ours(network, &config.networks(), state, &env);
+    for clash in config::overlaps(&config.networks(), host, &devices, &remembered) {
         check.find(
             "network-overlap",
             &format!("{:?}", config.networks()),

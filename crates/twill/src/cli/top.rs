@@ -161,7 +161,7 @@ fn causes(drops: &[Dropped]) -> String {
 
 /// Calls into the kernel for each packet and for each megabyte, since the tunnel's start.
 fn crossings(now: &Snapshot) -> String {
-    let all = [now.sent(), now.received()].into_iter().sum::<FlowSnapshot>();
+    let all = now.carried();
     let calls = now.calls.total() as f64;
     if all.packets == 0 {
         return "none yet".into();

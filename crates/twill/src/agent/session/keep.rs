@@ -71,9 +71,17 @@ impl Session {
         }
     }
 
-    /// What subnet.env shall say from now on; `None`: it shall not be there, or is nobody's.
-    pub(super) fn keep_subnet_env(&mut self, env: Option<String>) {
-        self.unwritten.env = env.map(|env| (env, Instant::now() + LOOK));
+    /// What subnet.env shall say from now on.
+    pub(super) fn keep_subnet_env(&mut self, env: String) {
+        self.unwritten.env = Some((env, Instant::now() + LOOK));
+    }
+
+    /// subnet.env goes, and stays away.
+    pub(super) fn withdraw_subnet_env(&mut self) {
+        self.unwritten.env = None;
+        self.need_not_write(&SUBNET_ENV);
+        // Where there is none it need not go.
+        let _ = std::fs::remove_file(&self.settings.subnet_file);
     }
 
     /// What is due.

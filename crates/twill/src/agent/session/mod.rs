@@ -457,8 +457,7 @@ impl Session {
                 self.state.devices.clear();
                 self.save();
                 self.cache.forget().await;
-                self.keep_subnet_env(None);
-                let _ = std::fs::remove_file(&self.settings.subnet_file);
+                self.withdraw_subnet_env();
                 let _ = reply.send(Ok(()));
                 return Ok(Some(End::Left));
             }

@@ -213,10 +213,7 @@ impl Session {
         self.order(Order::Base { base, claim, tunnel: None, done });
         self.order(Order::Prune);
         let _ = applied.await;
-        self.keep_subnet_env(None);
-        self.need_not_write(&SUBNET_ENV);
-        // Where there is none it need not go.
-        let _ = std::fs::remove_file(&self.settings.subnet_file);
+        self.withdraw_subnet_env();
         if let Ok(mut view) = self.view.lock() {
             view.devices.clear();
         }
@@ -239,7 +236,7 @@ impl Session {
         // Where we do not masquerade, docker and the bridge plugin shall.
         let env = SubnetEnv { v4: pair(true), v6: pair(false), mtu, ip_masq }.to_string();
         let path = self.settings.subnet_file.clone();
-        self.keep_subnet_env(Some(env.clone()));
+        self.keep_subnet_env(env.clone());
         if self.subnet_env() == env {
             self.need_not_write(&SUBNET_ENV);
         } else if self.write(&SUBNET_ENV, &path, env.into_bytes()) {

@@ -103,10 +103,7 @@ impl Session {
     /// Networks of the config that something on this host overlaps, and what.
     fn clashes(&self, network: &Network, host: &HostState) -> Vec<(Prefix, String)> {
         let networks = network.configured();
-        // Those of an earlier config are ours as well: they go once the new ones stand.
-        let earlier = self.state.devices.keys().copied();
-        let devices: Vec<_> = networks.iter().flat_map(|n| network.backend.devices(&[*n])).chain(earlier).collect();
-        let remembered = compose::remembered(&self.state, &self.subnet_env());
+        let (devices, remembered) = compose::ours(network, networks, &self.state, &self.subnet_env());
         let first = |prefix: &Prefix| {
             let clash = config::overlaps(&[*prefix], host, &devices, &remembered).into_iter().next()?;
             Some((*prefix, format!("the network {prefix} overlaps what this host has: {clash}")))

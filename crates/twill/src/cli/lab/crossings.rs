@@ -13,7 +13,7 @@ use twill_kernel::netns::Netns;
 use twill_kernel::tun::device_counters;
 use twill_kernel::{Interest, Kernel, LinuxKernel};
 use twill_lab::{LabError, enter, stream};
-use twill_tunnel::counters::{FlowSnapshot, Snapshot};
+use twill_tunnel::counters::Snapshot;
 
 use super::scenario::Section;
 use crate::output::columns;
@@ -114,7 +114,7 @@ impl<'a> Watch<'a> {
         let before = self.count(device)?;
         let writes = act()?;
         let after = self.count(device)?;
-        let total = |count: &Count| [count.pumps.sent(), count.pumps.received()].into_iter().sum::<FlowSnapshot>();
+        let total = |count: &Count| count.pumps.carried();
         let carried = |count: &Count| match device {
             None => [total(count).packets, total(count).bytes],
             Some(_) => count.device,
