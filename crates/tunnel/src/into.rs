@@ -9,13 +9,13 @@ use twill_kernel::udp::{Incoming, SLOT, Udp};
 use twill_packet::offload::{Coalescer, Inner, Item, Merge};
 
 use crate::counters::{Cause, add};
-use crate::load::Load;
+use crate::load::{Flows, Load};
 use crate::peers::{Peer, Peers};
 use crate::{Lost, Shared, is_gone};
 
-/// Messages in one receive. What other numbers gave, and what cannot be saved at all:
+/// Messages in one receive, and while many streams pass. What other numbers gave, and what cannot be saved at all:
 /// docs/decisions/0014-what-a-tunnel-in-user-space-cannot-get-below.md.
-const MESSAGES: usize = 4;
+const MESSAGES: [usize; 2] = [4, 32];
 /// Slices in one write; a super-packet of more pieces is copied together first.
 const SLICES: usize = 128;
 
@@ -29,18 +29,23 @@ pub(crate) struct Into {
     version: u64,
     /// What was carried so far.
     pub(crate) load: Load,
+    pub(crate) flows: Flows,
+    /// Many streams pass.
+    pub(crate) many: bool,
 }
 
 impl Into {
     pub(crate) fn new(merge: Merge) -> Self {
         Self {
-            buffer: vec![0; MESSAGES * SLOT],
-            messages: Vec::with_capacity(MESSAGES),
+            buffer: vec![0; MESSAGES[1] * SLOT],
+            messages: Vec::with_capacity(MESSAGES[1]),
             coalescer: Coalescer::new(merge),
             flat: Vec::with_capacity(2 * SLOT),
             peers: Arc::default(),
             version: 0,
             load: Load::default(),
+            flows: Flows::default(),
+            many: false,
         }
     }
 
@@ -51,7 +56,8 @@ impl Into {
         }
         self.messages.clear();
         add(&shared.counters.calls.udp_receives, 1);
-        match udp.recv(&mut self.buffer, &mut self.messages) {
+        let most = MESSAGES[usize::from(self.many)];
+        match udp.recv(&mut self.buffer[..most * SLOT], &mut self.messages) {
             Ok(()) => {}
             Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
             Err(error) if error.kind() == ErrorKind::Interrupted => return Ok(true),
@@ -69,7 +75,7 @@ impl Into {
         self.coalescer.finish(&mut self.buffer);
         self.write(shared, tun)?;
         // Fewer than asked for: the queue was empty.
-        Ok(self.messages.len() == MESSAGES)
+        Ok(self.messages.len() == most)
     }
 
     /// Hands what may pass of one message to the coalescer.
@@ -100,6 +106,7 @@ impl Into {
                     passed = (0, 0);
                 } else {
                     peer.counters.into.add(0, 0, 0, 1);
+                    self.flows.saw(&self.buffer[part.clone()], &inner);
                 }
                 Ok((inner, peer))
             });

@@ -1,8 +1,10 @@
-//! How much passes: whether one thread is enough goes by it, and whose turn it is.
+//! How much passes, and in how many streams: whether one thread is enough goes by it, whose turn it is, and how much is taken at once.
 
-use std::ops::{AddAssign, Sub};
+use std::ops::{AddAssign, BitOrAssign, Sub};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+
+use twill_packet::offload::Inner;
 
 use crate::Shared;
 
@@ -82,5 +84,37 @@ impl Look {
         let before = std::mem::replace(self, Self::new(shared));
         let Load { work, bulk } = self.so_far - before.so_far;
         Some(Load { work: work / times, bulk: bulk / times })
+    }
+}
+
+/// Flows that were seen, as far as so many bits tell them apart by their ports.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Flows(u64);
+
+impl Flows {
+    pub(crate) fn saw(&mut self, packet: &[u8], inner: &Inner) {
+        // What has no readable ports is no stream.
+        if inner.transport.is_some()
+            && let Some(&ports) = packet[inner.header..].first_chunk()
+        {
+            // Multiplied by 2^32 / φ, neighbours are far apart in the uppermost bits (Knuth, TAOCP 6.4).
+            self.0 |= 1 << (u32::from_be_bytes(ports).wrapping_mul(0x9e37_79b9) >> 26);
+        }
+    }
+
+    /// How many at least.
+    pub(crate) fn count(self) -> u32 {
+        self.0.count_ones()
+    }
+
+    /// What was seen since the last time.
+    pub(crate) fn take(&mut self) -> Self {
+        std::mem::take(self)
+    }
+}
+
+impl BitOrAssign for Flows {
+    fn bitor_assign(&mut self, more: Self) {
+        self.0 |= more.0;
     }
 }

@@ -11,15 +11,15 @@ use twill_packet::ipv6;
 use twill_packet::offload::{Inner, Trouble, Vnet, error_about, fragment, segment};
 
 use crate::counters::{Cause, add};
-use crate::load::Load;
+use crate::load::{Flows, Load};
 use crate::peers::Peers;
 use crate::{Budget, Lost, Shared, is_gone};
 
 /// Room for the largest packet that a device hands over.
 const PACKET: usize = 65_536 + 256;
-/// Packets and bytes that are read before they are sent, when more wait to be read.
+/// Packets and bytes that are read before they are sent, when more wait to be read; and bytes while many streams pass.
 const READS: usize = 64;
-const BYTES: usize = 128 << 10;
+const BYTES: [usize; 2] = [128 << 10, 1 << 20];
 /// Messages for which there is room from the start: a large super-packet leaves in several.
 const MESSAGES: usize = 2 * READS;
 
@@ -37,6 +37,9 @@ pub(crate) struct Out {
     answers: Answers,
     /// What was carried so far.
     pub(crate) load: Load,
+    pub(crate) flows: Flows,
+    /// Many streams pass.
+    pub(crate) many: bool,
 }
 
 /// What senders are told.
@@ -81,7 +84,7 @@ impl Out {
     pub(crate) fn new() -> Self {
         Self {
             packet: vec![0; PACKET],
-            cut: Vec::with_capacity(BYTES + 2 * PACKET),
+            cut: Vec::with_capacity(BYTES[1] + 2 * PACKET),
             batch: Vec::with_capacity(MESSAGES),
             notes: Vec::with_capacity(MESSAGES),
             failed: Vec::with_capacity(MESSAGES),
@@ -89,6 +92,8 @@ impl Out {
             version: 0,
             answers: Answers { left: Budget::default(), error: Vec::with_capacity(2048) },
             load: Load::default(),
+            flows: Flows::default(),
+            many: false,
         }
     }
 
@@ -124,7 +129,7 @@ impl Out {
                     break;
                 }
             }
-            if self.cut.len() >= BYTES {
+            if self.cut.len() >= BYTES[usize::from(self.many)] {
                 break;
             }
         }
@@ -149,6 +154,7 @@ impl Out {
         let first = start..self.cut.len().min(start + segments.size);
         let found = Inner::check(&self.cut[first.clone()]).map_err(Cause::from).and_then(|inner| {
             let peer = self.peers.position(inner.dst);
+            self.flows.saw(&self.cut[first.clone()], &inner);
             peer.ok_or_else(|| {
                 self.answers.tell(shared, icmp, (&self.cut[first.clone()], &inner), Trouble::NoRoute);
                 Cause::NoPeer

@@ -153,8 +153,11 @@ fn no_packet_costs_an_allocation() {
     from_wire.extend([small(77, 1, 1), vec![0x45; 7]]);
     let loops = Loops { from_kernel: Vec::new(), from_wire, next: Cell::new(0), passed: Cell::new(0) };
     let mut into = Into::new(merge(Offloads::ALL));
-    let passed = rounds(&loops, || into.round(&state, &loops, &loops));
-    assert!(passed >= 50 * (42 + 100), "{passed}");
+    for many in [false, true] {
+        into.many = many;
+        let passed = rounds(&loops, || into.round(&state, &loops, &loops));
+        assert!(passed >= 50 * (42 + 100), "{passed}");
+    }
 }
 
 /// Runs a pump on the calling thread until the end, and gives its allocations while `counted`.

@@ -100,7 +100,7 @@ impl Carrier {
                 } else if shared.is_stuck() || look.after(SOON, shared).is_some_and(|load| load.work > MUCH) {
                     self.hand_over();
                 }
-                priority.follow(&self.ground.shared);
+                self.follow(&mut priority);
                 if moved {
                     looks = 0;
                 }
@@ -115,6 +115,19 @@ impl Carrier {
             }
         }
         Ok(())
+    }
+
+    /// Whose turn it is, and how much is taken at once.
+    fn follow(&mut self, priority: &mut Priority) {
+        let mut flows = self.out.flows.take();
+        if let Some(into) = &mut self.into {
+            flows |= into.flows.take();
+        }
+        let many = priority.follow(&self.ground.shared, flows);
+        self.out.many = many;
+        if let Some(into) = &mut self.into {
+            into.many = many;
+        }
     }
 
     /// A round of each direction that may have something. Whether anything moved, and whether there may be more.
@@ -198,7 +211,7 @@ impl Helper {
                 shared.carried.add(into.load - before);
                 looks = 0;
             }
-            priority.follow(shared);
+            into.many = priority.follow(shared, into.flows.take());
             if look.after(QUIET, shared).is_some_and(|load| load.work < LITTLE) && !shared.is_stuck() {
                 break;
             }

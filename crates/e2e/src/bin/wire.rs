@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! wire stream-send ADDR:PORT BYTES        wire stream-receive ADDR:PORT BYTES
+//! wire streams-send ADDR:PORT NUMBER       wire streams-receive ADDR:PORT   side by side, whatever bytes, until they are killed
 //! wire datagrams-send ADDR:PORT FROM TO   wire datagrams-receive ADDR:PORT FROM TO
 //! wire packet FROM:PORT TO:PORT HEX…      one datagram for each payload; `-` is an empty one
 //! wire flood FROM:PORT TO:PORT HEX        the same datagram over and over, until it is killed
@@ -25,6 +26,8 @@ fn main() {
     match words[..] {
         ["stream-send", to, bytes] => stream_send(to, bytes.parse().unwrap()),
         ["stream-receive", at, bytes] => stream_receive(at, bytes.parse().unwrap()),
+        ["streams-send", to, number] => streams_send(to, number.parse().unwrap()),
+        ["streams-receive", at] => streams_receive(at),
         ["datagrams-send", to, from, until] => datagrams_send(to, from.parse().unwrap(), until.parse().unwrap()),
         ["datagrams-receive", at, from, until] => datagrams_receive(at, from.parse().unwrap(), until.parse().unwrap()),
         ["packet", from, to, ref payloads @ ..] => {
@@ -142,6 +145,24 @@ fn stream_receive(at: &str, bytes: usize) {
     }
     assert_eq!(stream.read(&mut [0]).unwrap(), 0, "and no more");
     say("same");
+}
+
+fn streams_send(to: &str, number: usize) {
+    let streams: Vec<_> = (0..number).map(|_| TcpStream::connect(to).unwrap()).collect();
+    std::thread::scope(|scope| {
+        for mut stream in streams {
+            scope.spawn(move || while stream.write_all(&[0x5a; CHUNK]).is_ok() {});
+        }
+    });
+}
+
+fn streams_receive(at: &str) {
+    let listener = TcpListener::bind(at).unwrap();
+    say("ready");
+    for stream in listener.incoming() {
+        let mut stream = stream.unwrap();
+        std::thread::spawn(move || while matches!(stream.read(&mut [0; CHUNK]), Ok(1..)) {});
+    }
 }
 
 /// Its first byte says in which attempt it was sent.

@@ -11,8 +11,8 @@ use super::{Gso, Inner, Transport, Vnet};
 use crate::checksum::Sum;
 use crate::{bytes, ipv4};
 
-/// Packets of a batch for which there is room from the start: four messages, each of as many datagrams as the kernel merges or cuts.
-const ROOM: usize = 4 * 128;
+/// Packets of a batch for which there is room from the start: 32 messages, each of as many datagrams as the kernel merges or cuts.
+const ROOM: usize = 32 * 128;
 /// Flows that are looked at for a packet to join.
 const OPEN: usize = 32;
 /// Datagrams that the kernel cuts from one (UDP_MAX_SEGMENTS of older kernels).
