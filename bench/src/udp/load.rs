@@ -13,9 +13,9 @@ use rustix::net::sockopt;
 use twill_e2e::net::{Host, enter};
 
 /// Before a sample counts.
-const WARM: Duration = Duration::from_millis(150);
+const WARM: Duration = Duration::from_millis(500);
 /// What a sample counts.
-const WINDOW: Duration = Duration::from_millis(600);
+const WINDOW: Duration = Duration::from_millis(1500);
 /// Bytes of one write, as iperf3 has it.
 const WRITE: usize = 128 << 10;
 
@@ -67,7 +67,7 @@ pub(crate) fn tcp(way: Way<'_>, streams: usize) -> Bulk {
 /// The same where each stream sends as soon as it is there, beside those before it; and for longer.
 pub(crate) fn tcp_one_after_the_other(way: Way<'_>, streams: usize) -> Bulk {
     let all = Streams::listen(way);
-    all.measure((0..streams).map(|_| all.connect()), 5 * WINDOW)
+    all.measure((0..streams).map(|_| all.connect()), 2 * WINDOW)
 }
 
 struct Streams<'a> {
