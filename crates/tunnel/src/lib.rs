@@ -332,27 +332,28 @@ fn is_gone(error: &io::Error) -> bool {
     error.raw_os_error() == Some(Errno::BADFD.raw_os_error())
 }
 
-/// ICMP errors that may still be sent: a burst, and then so many each second, as the kernel bounds its own (net.ipv4.icmp_msgs_per_sec).
+/// ICMP errors that may still be sent: a burst, and one more for each millisecond, as the kernel bounds its own
+/// (net.ipv4.icmp_msgs_per_sec, icmp_msgs_burst).
 #[derive(Debug)]
 struct Budget {
     left: u32,
-    since: Instant,
+    /// Until when what has been earned is counted.
+    until: Instant,
 }
 
 impl Default for Budget {
     fn default() -> Self {
-        Self { left: Self::BURST, since: Instant::now() }
+        Self { left: Self::BURST, until: Instant::now() }
     }
 }
 
 impl Budget {
     const BURST: u32 = 50;
-    const REFILL: Duration = Duration::from_millis(50);
 
     fn spend(&mut self) -> bool {
-        if self.left == 0 && self.since.elapsed() >= Self::REFILL {
-            *self = Self::default();
-        }
+        let earned = self.until.elapsed().as_millis() as u64;
+        self.until += Duration::from_millis(earned);
+        self.left = Self::BURST.min(self.left.saturating_add(earned.try_into().unwrap_or(u32::MAX)));
         let may = self.left > 0;
         self.left = self.left.saturating_sub(1);
         may

@@ -485,3 +485,15 @@ fn replaced_peers_keep_their_counters_and_are_seen_at_once() {
         assert_eq!((a.counters().sent(), a.counters().gone.sent.packets), (before, 2));
     }
 }
+
+#[test]
+fn no_more_senders_are_told_at_once_than_a_burst_however_long_nobody_was() {
+    let mut budget = Budget::default();
+    for _ in 0..2 {
+        let start = Instant::now();
+        let told = (0..1000).filter(|_| budget.spend()).count();
+        // And one for each millisecond that this took.
+        assert!((50..=51 + start.elapsed().as_millis() as usize).contains(&told), "{told}");
+        budget.until -= Duration::from_secs(2);
+    }
+}
