@@ -133,7 +133,7 @@ pub(crate) fn udp(way: Way<'_>, each_ms: Option<u32>) -> Packets {
             Some(number) => pace(&from, number, &sent, &end),
             None => blast(&from, &sent, &end),
         });
-        let receiver = scope.spawn(|| count(&to, &received));
+        let receiver = scope.spawn(|| count(&to, &received, &end));
         let now = || (sent.load(Ordering::Relaxed) as f64, received.load(Ordering::Relaxed) as f64);
         std::thread::sleep(WARM);
         let (before, meter) = (now(), Meter::start());
@@ -154,7 +154,7 @@ pub(crate) fn udp(way: Way<'_>, each_ms: Option<u32>) -> Packets {
     })
 }
 
-/// A connected pair of sockets; the receiver's gives up when nothing came for a while.
+/// A connected pair of sockets; a receive gives up when nothing came for a while.
 pub(crate) fn datagrams(way: Way<'_>) -> (UdpSocket, UdpSocket) {
     let to = on(way.to, || UdpSocket::bind((way.address, 0)).unwrap());
     // The tunnel is measured, not how soon this program's receiver is woken.
@@ -189,17 +189,17 @@ pub(crate) fn pace(from: &UdpSocket, each_ms: u32, sent: &AtomicU64, end: &Atomi
     }
 }
 
-fn count(to: &UdpSocket, received: &AtomicU64) {
+/// Counts until nothing more comes after the end: a gap before it is part of what is measured.
+fn count(to: &UdpSocket, received: &AtomicU64, end: &AtomicBool) {
     let mut bytes = [0; 2048];
-    // The first one may take longer than all others.
-    let mut patience = 20;
-    while patience > 0 {
+    loop {
+        let ended = end.load(Ordering::Relaxed);
         match to.recv(&mut bytes) {
             Ok(_) => {
                 received.fetch_add(1, Ordering::Relaxed);
-                patience = 1;
             }
-            Err(_) => patience -= 1,
+            Err(_) if ended => return,
+            Err(_) => {}
         }
     }
 }
