@@ -336,7 +336,7 @@ fn is_gone(error: &io::Error) -> bool {
 /// (net.ipv4.icmp_msgs_per_sec, icmp_msgs_burst).
 #[derive(Debug)]
 struct Budget {
-    left: u32,
+    left: u64,
     /// Until when what has been earned is counted.
     until: Instant,
 }
@@ -348,12 +348,12 @@ impl Default for Budget {
 }
 
 impl Budget {
-    const BURST: u32 = 50;
+    const BURST: u64 = 50;
 
     fn spend(&mut self) -> bool {
         let earned = self.until.elapsed().as_millis() as u64;
         self.until += Duration::from_millis(earned);
-        self.left = Self::BURST.min(self.left.saturating_add(earned.try_into().unwrap_or(u32::MAX)));
+        self.left = Self::BURST.min(self.left + earned);
         let may = self.left > 0;
         self.left = self.left.saturating_sub(1);
         may

@@ -47,7 +47,7 @@ impl Network {
         if let Some(refusal) = backend::bad_public_ip(&underlay, &config.networks()) {
             return Err(vec![refusal]);
         }
-        let devices = config.networks().iter().flat_map(|n| backend.devices(&[*n])).collect::<Vec<_>>();
+        let devices = backend.devices(&config.networks());
         let (mut networks, mut lacking) = (Vec::new(), Vec::new());
         for network in config.networks() {
             match fault(&*backend, &underlay, network.is_v4()) {
@@ -281,7 +281,7 @@ fn live_mac(host: &HostState, name: LinkName) -> Option<MacAddr> {
 
 /// Devices and subnets that are no stranger's: those of an earlier config go once the new ones stand, and a bridge is in a subnet that was ours.
 pub(crate) fn ours(network: &Network, configured: &[Prefix], state: &State, env: &str) -> (Vec<LinkName>, Vec<Prefix>) {
-    let devices = configured.iter().flat_map(|n| network.backend.devices(&[*n]));
+    let devices = network.backend.devices(configured).into_iter();
     let remembered = state.known().chain(twill_core::flannel::subnet_env::subnets(env));
     (devices.chain(state.devices.keys().copied()).collect(), remembered.collect())
 }

@@ -134,7 +134,7 @@ pub(super) fn choose(
     host: &HostState,
     state: &State,
 ) -> Choice {
-    let devices: Vec<_> = config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect();
+    let devices = network.backend.devices(&config.networks());
     let env = std::fs::read_to_string(&settings.subnet_file).unwrap_or_default();
     let me = compose::me(state, &network.cx.underlay, host, &env, &devices, &settings.subnet);
     alloc::choose(config, leases, &me, 0)

@@ -160,7 +160,7 @@ fn subnets(name: &str) -> impl Iterator<Item = Prefix> + use<> {
 
 /// The tunnel devices of all families in use; the own subnets need not be known yet.
 fn tunnels(network: &Network) -> Vec<LinkName> {
-    network.cx.networks.iter().flat_map(|n| network.backend.devices(&[*n])).collect()
+    network.backend.devices(&network.cx.networks)
 }
 
 /// What stands for these leases, in the kernel and in the tunnel.

@@ -247,5 +247,5 @@ impl Session {
 
 /// The tunnel devices of all networks, whether this host carries them or not.
 fn all_devices(network: &Network, config: &NetworkConfig) -> Vec<LinkName> {
-    config.networks().iter().flat_map(|n| network.backend.devices(&[*n])).collect()
+    network.backend.devices(&config.networks())
 }
